@@ -1,0 +1,52 @@
+"""Argument checks that everybody shares: what was given, what is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def positive(name: str, value: float) -> float:
+    """Return `value`, or raise `ValueError` unless it is a finite number > 0."""
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}.")
+    return value
+
+
+def non_negative(name: str, value: float) -> float:
+    """Return `value`, or raise `ValueError` unless it is a finite number >= 0."""
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
+    return value
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """Return `value`, or raise `ValueError` unless it is an integer >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+    return value
+
+
+def one_of(name: str, value: Any, accepted: Iterable[Any]) -> Any:
+    """Return `value`, or raise `ValueError` naming what is accepted."""
+    accepted = list(accepted)
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}.")
+    return value
+
+
+def batch(x: Tensor, y: Tensor) -> None:
+    """Raise `ValueError` unless `x` and `y` are tensors of one non-empty batch."""
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+        if value.ndim == 0:
+            raise ValueError(f"{name} must have the batch as its first dimension, got a scalar.")
+    if x.shape[0] == 0:
+        raise ValueError("The batch is empty: x has shape " + str(tuple(x.shape)) + ", one row or more is needed.")
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} rows and y has {y.shape[0]}; they must be rows of one batch.")

@@ -1,0 +1,94 @@
+"""Closed-form slopes of the common nonlinearities.
+
+Each entry maps a module to `f(z)` and to `slope(z, a) = f'(z)`, where `a = f(z)` is already known. Autograd's conventions
+at the kinks hold (the slope of ReLU at 0 is 0), so closed form and autograd agree to the last bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Activation(NamedTuple):
+    """An elementwise nonlinearity: its value and, from input and value, its slope.
+
+    `is_gate`: the slope is 0 or 1, so that applying it twice is applying it once.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
+    is_gate: bool = False
+
+
+def _relu(module: nn.ReLU) -> Activation:
+    del module
+    return Activation(torch.relu, lambda z, a: a.sign(), is_gate=True)  # a >= 0: its sign is the slope
+
+
+def _leaky_relu(module: nn.LeakyReLU) -> Activation:
+    negative = module.negative_slope
+    return Activation(
+        lambda z: F.leaky_relu(z, negative),
+        lambda z, a: torch.where(z > 0, 1.0, negative).to(z.dtype),
+    )
+
+
+def _tanh(module: nn.Tanh) -> Activation:
+    del module
+    return Activation(torch.tanh, lambda z, a: 1 - a * a)
+
+
+def _sigmoid(module: nn.Sigmoid) -> Activation:
+    del module
+    return Activation(torch.sigmoid, lambda z, a: a * (1 - a))
+
+
+def _softplus(module: nn.Softplus) -> Activation:
+    beta, threshold = module.beta, module.threshold
+    return Activation(
+        lambda z: F.softplus(z, beta, threshold),
+        # Beyond the threshold torch computes the identity, whose slope is exactly 1.
+        lambda z, a: torch.where(z * beta > threshold, 1.0, torch.sigmoid(z * beta)).to(z.dtype),
+    )
+
+
+def _gelu(module: nn.GELU) -> Activation:
+    approximate = module.approximate
+    if approximate == "tanh":
+
+        def slope(z: Tensor, a: Tensor) -> Tensor:
+            del a
+            inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+            t = torch.tanh(inner)
+            return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+
+    else:
+
+        def slope(z: Tensor, a: Tensor) -> Tensor:
+            del a
+            cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+            return cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+    return Activation(lambda z: F.gelu(z, approximate=approximate), slope)
+
+
+_FACTORIES: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.ReLU: _relu,
+    nn.LeakyReLU: _leaky_relu,
+    nn.Tanh: _tanh,
+    nn.Sigmoid: _sigmoid,
+    nn.Softplus: _softplus,
+    nn.GELU: _gelu,
+}
+
+
+def closed_form(module: nn.Module) -> Activation | None:
+    """Return the closed form of an activation module, or None where there is none."""
+    factory = _FACTORIES.get(type(module))
+    return factory(module) if factory is not None else None

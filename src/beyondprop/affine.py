@@ -1,0 +1,221 @@
+"""The stage with closed forms: Linear or Conv behind reshapes and one common nonlinearity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beyondprop.activations import Activation, closed_form
+from beyondprop.stage import Pullback, Stage
+
+_RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
+_CONVS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class AffineStage(Stage):
+    """`output = W f(z) + b` with `f` elementwise (or the identity), reshaped where asked; no autograd.
+
+    `AffineStage.fits` says whether a run of modules has this form.
+    """
+
+    def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        super().__init__(name, modules)
+        self.affine: Any = self.modules[-1]
+        # Looked up once: nn.Module finds attributes slowly, which shows in small steps.
+        self.weight: nn.Parameter = self.affine.weight
+        self.bias: nn.Parameter | None = self.affine.bias
+        self.reshapes = [m for m in self.modules[:-1] if isinstance(m, _RESHAPES)]
+        activation = [a for a in map(closed_form, self.modules[:-1]) if a is not None]
+        self.activation: Activation | None = activation[0] if activation else None
+        self.is_linear = isinstance(self.affine, nn.Linear)
+
+    @staticmethod
+    def fits(modules: Sequence[nn.Module]) -> bool:
+        """Whether closed forms serve this run of modules."""
+        *inner, affine = modules
+        if type(affine) is not nn.Linear and type(affine) not in _CONVS:
+            return False
+        if type(affine) in _CONVS and (affine.padding_mode != "zeros" or isinstance(affine.padding, str)):
+            return False
+        if any(_is_modified(m) for m in modules):
+            return False
+        rest = [m for m in inner if type(m) not in _RESHAPES]
+        return len(rest) <= 1 and all(closed_form(m) is not None for m in rest)
+
+    def record(self, z: Tensor, *, push: bool = False) -> AffinePullback:
+        """See `Stage.record`."""
+        del push  # closed forms push tangents at no extra cost
+        return AffinePullback(self, z)
+
+
+class AffinePullback(Pullback):
+    """An `AffineStage` at one input.
+
+    Attributes:
+        features: input of the affine map, `f(z)` after the reshapes.
+    """
+
+    def __init__(self, stage: AffineStage, z: Tensor) -> None:
+        self.stage = self.map = stage
+        self.input = z
+        activation = stage.activation
+        value = self._value = z if activation is None else activation.value(z)
+        for reshape in stage.reshapes:
+            value = reshape(value)
+        self.features = value
+        self.output = self._map(value, stage.weight, stage.bias)
+        self._slope: Tensor | None = None
+
+    def _map(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.map.is_linear:
+            output = F.linear(features, weight, bias)
+        else:
+            affine = self.map.affine
+            convolve = _CONVS[type(affine)]
+            output = convolve(features, weight, bias, affine.stride, affine.padding, affine.dilation, affine.groups)
+        return _whole(output, features)
+
+    @property
+    def slope(self) -> Tensor:
+        """`f'(z)`; asked for only where the stage has a nonlinearity."""
+        if self._slope is None:
+            assert self.map.activation is not None
+            self._slope = self.map.activation.slope(self.input, self._value)
+        return self._slope
+
+    def __call__(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.__call__`."""
+        stage = self.map
+        if stage.is_linear:
+            gradient = _whole(torch.matmul(cotangent, stage.weight), cotangent)
+        else:
+            gradient = self._convolution_backward(cotangent, (True, False, False))[0]
+        if stage.reshapes:
+            gradient = gradient.view_as(self.input)
+        return gradient if stage.activation is None else gradient.mul_(self.slope)
+
+    def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
+        """See `Pullback.push`."""
+        stage = self.map
+        if stage.activation is not None and not (gated and stage.activation.is_gate):
+            tangent = tangent * self.slope
+        if stage.reshapes:
+            tangent = tangent.reshape(self.features.shape)
+        return self._map(tangent, stage.weight, None)
+
+    def add_gradients(self, cotangent: Tensor, factor: float) -> None:
+        """See `Pullback.add_gradients`."""
+        stage = self.map
+        weight, bias = stage.weight, stage.bias
+        rows, features = cotangent, self.features
+        if not stage.is_linear:
+            self._add_convolution_gradients(cotangent, factor)
+            return
+        if rows.ndim != 2:
+            rows, features = rows.reshape(-1, rows.shape[-1]), features.reshape(-1, features.shape[-1])
+        if weight.requires_grad:
+            grad, keep = stage.gradient(weight)
+            grad.addmm_(rows.t(), features, beta=keep, alpha=factor)
+        if bias is not None and bias.requires_grad:
+            self._add_bias_gradient(rows.sum(0), factor)
+
+    def at(self, z: Tensor) -> AffinePullback:
+        """See `Pullback.at`."""
+        return AffinePullback(self.map, z)
+
+    def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
+        """See `Pullback.relinearize`."""
+        weight, bias = self.map.weight, self.map.bias
+        change = self._map(
+            self.features,
+            weight - before.get(weight, weight),
+            None if bias is None else bias - before.get(bias, bias),
+        )
+        return self, change
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return output-shaped `values` as rows `(M, out)`: one row for each application of the weight matrix."""
+        if self.map.is_linear:
+            return values.reshape(-1, values.shape[-1])
+        return values.flatten(2).transpose(1, 2).reshape(-1, values.shape[1])
+
+    def feature_rows(self) -> Tensor:
+        """Return the affine map's inputs as rows `(M, in)`, with a last column of ones where it has a bias.
+
+        A convolution's rows are its patches, one for each output position.
+        """
+        affine = self.map.affine
+        if self.map.is_linear:
+            rows = self.features.reshape(-1, affine.in_features)
+        else:
+            rows = patches(self.features, affine)
+        if affine.bias is not None:
+            rows = F.pad(rows, (0, 1), value=1.0)
+        return rows
+
+    def _convolution_backward(self, cotangent: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+        affine = self.map.affine
+        return torch.ops.aten.convolution_backward(
+            cotangent,
+            self.features,
+            affine.weight,
+            None if affine.bias is None else list(affine.bias.shape),
+            affine.stride,
+            affine.padding,
+            affine.dilation,
+            False,
+            affine.output_padding,
+            affine.groups,
+            list(wanted),
+        )
+
+    def _add_convolution_gradients(self, cotangent: Tensor, factor: float) -> None:
+        weight, bias = self.map.weight, self.map.bias
+        if weight.requires_grad:
+            gradient = self._convolution_backward(cotangent, (False, True, False))[1]
+            grad, keep = self.map.gradient(weight)
+            grad.add_(gradient, alpha=factor) if keep else torch.mul(gradient, factor, out=grad)
+        if bias is not None and bias.requires_grad:
+            self._add_bias_gradient(cotangent.flatten(2).sum((0, 2)), factor)
+
+    def _add_bias_gradient(self, total: Tensor, factor: float) -> None:
+        assert self.map.bias is not None
+        grad, keep = self.map.gradient(self.map.bias)
+        grad.add_(total, alpha=factor) if keep else torch.mul(total, factor, out=grad)
+
+
+def patches(features: Tensor, conv: Any) -> Tensor:
+    """Return the inputs of every output position of a convolution, `(N * positions, in_channels * kernel)`.
+
+    Views with strides, so any number of spatial dimensions; groups must be 1.
+    """
+    padding = [p for size in reversed(conv.padding) for p in (size, size)]
+    windows = F.pad(features, padding) if any(padding) else features
+    spatial = windows.ndim - 2
+    for axis in range(spatial):
+        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+        windows = windows.unfold(axis + 2, reach, conv.stride[axis])
+    windows = windows[(..., *(slice(None, None, step) for step in conv.dilation))]
+    # (N, C, *positions, *kernel) -> (N, *positions, C, *kernel)
+    order = [0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)]
+    return windows.permute(order).reshape(-1, features.shape[1] * conv.weight[0, 0].numel())
+
+
+def _whole(values: Tensor, like: Tensor) -> Tensor:
+    """Return `values` in the dtype of `like`: autocast multiplies in half precision, codes and deltas stay whole."""
+    return values if values.dtype is like.dtype else values.to(like.dtype)
+
+
+def _is_modified(module: nn.Module) -> bool:
+    """Whether hooks or parametrizations change what the module computes, so that autograd must see it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.utils.parametrize.is_parametrized(module)
+    )

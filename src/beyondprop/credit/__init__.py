@@ -1,0 +1,1 @@
+"""Credit: what each stage of a chain should have produced."""

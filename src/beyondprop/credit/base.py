@@ -1,0 +1,83 @@
+"""Credit: what each stage should have produced."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from beyondprop.chain import Chain, Trace
+from beyondprop.losses import LossPoint
+from beyondprop.stage import Pullback
+
+
+@dataclass(slots=True)
+class Assignment:
+    """One stage's wish, in delta form.
+
+    Attributes:
+        index: the stage.
+        pullback: the stage at the input that it saw.
+        delta: how its output should change, `(N, ...)`, one wish a sample: target minus output, never their sum. For the
+            last stage it is minus the gradient of each sample's loss, whatever the credit rule.
+        input_delta: how its input moves if the stage below gets its wish, or None for the lowest stage.
+        loss: the task loss at the stage's output, for the last stage only.
+    """
+
+    index: int
+    pullback: Pullback
+    delta: Tensor
+    input_delta: Tensor | None
+    loss: LossPoint | None = None
+
+    def moved(self) -> Pullback:
+        """Return the stage at its moved input, where the stage below has got its wish."""
+        if self.input_delta is None:
+            return self.pullback
+        return self.pullback.at(self.pullback.input + self.input_delta)
+
+    def remaining(self, change: Tensor) -> Tensor:
+        """Return what is left of the wish after the output has changed by `change`, `(N, ...)`."""
+        if self.loss is not None:
+            return self.loss.again(self.pullback.output + change).cotangent.neg()
+        return self.delta - change
+
+
+class Credit(abc.ABC):
+    """Gives every stage of a chain its delta; one instance serves one rule.
+
+    Attributes:
+        pushes: whether `assign` pushes tangents forward through stages.
+    """
+
+    pushes: bool = False
+
+    def bind(self, chain: Chain) -> None:
+        """Look at the chain once, when the rule is built; refuse what cannot be served, naming the stage."""
+        del chain
+
+    @abc.abstractmethod
+    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
+        """Yield an assignment for every stage from the last down to `trace.lowest`.
+
+        `loss.cotangent` is the gradient of each sample's loss at `trace.output`; `trace[i](delta)` pulls a delta through
+        stage i, `trace[i].push(tangent)` sends a tangent up.
+        """
+
+    def energy(self, assignments: Sequence[Assignment]) -> Tensor | None:
+        """Return the relaxed objective that the deltas lower, 0-d, where this credit has one."""
+        del assignments
+        return None
+
+    def end_epoch(self) -> None:
+        """Advance the credit's own schedules, where it has any."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the credit's own state (learned or random feedback weights, schedules)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+        del state

@@ -1,0 +1,223 @@
+"""Ways to solve one code's problem; each maps a `CodeProblem` to a delta, sample by sample.
+
+A solver with the attribute `pushes = False` never pushes tangents through a stage, which lets stages without closed
+forms keep no second-order graph. Where `problem.normalize` asks for it, a solver keeps the mean length of the gradient
+(`problem.keep_norm`), so that wishes have the same size at any depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from beyondprop import _checks
+
+if TYPE_CHECKING:
+    from beyondprop.credit.codes import CodeProblem
+
+
+def gradient(problem: CodeProblem) -> Tensor:
+    """Return `J^T wish`: the exact backpropagation limit (damping to infinity, rescaled)."""
+    return problem.gradient
+
+
+gradient.pushes = False  # type: ignore[attr-defined]
+
+
+def line_search(problem: CodeProblem) -> Tensor:
+    """Return the exact minimiser along the gradient, per sample: `g |g|^2 / (damping |g|^2 + (J g)^T H (J g))`."""
+    g = problem.gradient
+    curvature = problem.curvature(problem.stage.push(g, gated=True))
+    factor = step_factors(square_norm(g), curvature, [problem.damping], normalize=problem.normalize)
+    return g.mul_(per_sample(factor.squeeze(0), g))
+
+
+def step_factors(squared: Tensor, curvature: Tensor, damping: Sequence[float], *, normalize: bool) -> Tensor:
+    """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, one row of `(codes, N)` for each code.
+
+    Args:
+        squared: `|g|^2`, `(codes, N)` or `(N,)`.
+        curvature: `(J g)^T H (J g)`, likewise.
+        damping: one number for each code.
+        normalize: divide every row by its mean.
+    """
+    least = tiny(squared)
+    squared = squared + least  # a sample without gradient gets a finite factor, and keeps its zero delta
+    if len(set(damping)) == 1 and damping[0] > 0:
+        system = torch.add(curvature, squared, alpha=damping[0])
+    else:
+        system = torch.addcmul(curvature + least, squared, squared.new_tensor(damping).unsqueeze(1))
+    factors = (squared / system).view(len(damping), -1)
+    if normalize:
+        factors *= factors.shape[1] / factors.sum(1, keepdim=True)
+    return factors
+
+
+def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
+    """Return a solver of `(damping I + J^T H J) d = g` by conjugate gradients, from d = 0.
+
+    Args:
+        iterations: >= 1; one push and one pullback each. One iteration equals `line_search`.
+    """
+    _checks.at_least("iterations", iterations, 1)
+
+    def solve(problem: CodeProblem) -> Tensor:
+        # Samples are independent systems, unless batch statistics couple them: then the batch is one system.
+        dot = _dot_batch if problem.stage.stage.couples_batch else _dot_samples
+        d = torch.zeros_like(problem.gradient)
+        residual = problem.gradient
+        direction = residual
+        squared = dot(residual, residual)
+        floor = tiny(d)
+        for i in range(iterations):
+            image = problem.stage.push(direction)
+            curved = problem.stage(problem.curve(image))
+            product = torch.add(curved, direction, alpha=problem.damping)
+            step = squared / dot(direction, product).clamp_min(floor)
+            d = torch.addcmul(d, per_sample(step, d), direction)
+            if i + 1 == iterations:
+                break
+            residual = torch.addcmul(residual, per_sample(step, d), product, value=-1.0)
+            before, squared = squared, dot(residual, residual)
+            direction = torch.addcmul(residual, per_sample(squared / before.clamp_min(floor), d), direction)
+        return problem.keep_norm(d)
+
+    solve.pushes = True  # type: ignore[attr-defined]
+    return solve
+
+
+def exact(limit: int = 4096) -> Callable[[CodeProblem], Tensor]:
+    """Return a solver of `(damping I + J^T H J) d = g` by Cholesky or LU, the smaller of two systems.
+
+    Forms the Jacobian of every sample: for narrow stages.
+
+    Args:
+        limit: largest code width (units a sample) and stage output for which a Jacobian is formed.
+    """
+    _checks.at_least("limit", limit, 1)
+
+    def solve(problem: CodeProblem) -> Tensor:
+        stage, name = problem.stage, problem.stage.stage.name
+        if stage.stage.couples_batch:
+            raise ValueError(
+                f"Stage {name!r} normalises over the batch, so a sample has no Jacobian of its own: use solver='cg', "
+                "'line_search' or model.eval()."
+            )
+        width, out = stage.input[0].numel(), stage.output[0].numel()
+        if max(width, out) > limit:
+            raise ValueError(
+                f"Stage {name!r} maps {width} to {out} units, over the limit of {limit} for solver='exact': use 'cg' or raise "
+                "code_solvers.exact(limit=...)."
+            )
+        jacobian = _jacobian(problem, width, out)  # (N, out, width)
+        curved = jacobian
+        if problem.loss is not None:
+            columns = [problem.curve(jacobian[..., i].view_as(stage.output)).flatten(1) for i in range(width)]
+            curved = torch.stack(columns, -1)  # H J
+        right = problem.gradient.flatten(1)[..., None]
+        if problem.damping == 0.0:  # minimum norm: the pseudo-inverse, target propagation
+            d = torch.linalg.pinv(jacobian.transpose(1, 2) @ curved, hermitian=True) @ right
+        elif width <= out:
+            system = jacobian.transpose(1, 2) @ curved
+            system.diagonal(dim1=1, dim2=2).add_(problem.damping)
+            d = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+        else:
+            # (r I + J^T H J)^-1 J^T = J^T (r I + H J J^T)^-1
+            system = curved @ jacobian.transpose(1, 2)
+            system.diagonal(dim1=1, dim2=2).add_(problem.damping)
+            d = jacobian.transpose(1, 2) @ torch.linalg.solve(system, problem.wish.flatten(1)[..., None])
+        return problem.keep_norm(d.view_as(problem.gradient))
+
+    solve.pushes = True  # type: ignore[attr-defined]
+    return solve
+
+
+def momentum(
+    steps: int, lr: float, *, momentum: float = 0.9, nesterov: bool = True, features_mean: bool = True
+) -> Callable[[CodeProblem], Tensor]:
+    """Return the published code optimizer: `steps` of gradient descent with (Nesterov) momentum on the code's objective.
+
+    The authors' release minimises, for the top code, `Loss / mu + MSE(c, c0)` and, for the others, `MSE(above) + MSE(c, c0)`,
+    every mean over batch and features; here in delta form, on the problem linearised at the forward pass.
+
+    Args:
+        steps: >= 1.
+        lr: > 0, step size of the codes.
+        momentum: in [0, 1).
+        nesterov: look ahead, as `torch.optim.SGD(nesterov=True)`.
+        features_mean: divide by batch and features as published; False sums over features, per sample.
+    """
+    _checks.at_least("steps", steps, 1)
+    _checks.positive("lr", lr)
+    _checks.non_negative("momentum", momentum)
+
+    def solve(problem: CodeProblem) -> Tensor:
+        d = torch.zeros_like(problem.gradient)
+        own = above = 1.0
+        if features_mean:
+            batch = d.shape[0]
+            own = 2.0 / d.numel()
+            above = 2.0 / problem.wish.numel() if problem.loss is None else 1.0 / batch
+        if problem.loss is not None:
+            above /= problem.damping  # Loss / mu
+        velocity = torch.zeros_like(d)
+        for i in range(steps):
+            pull = problem.gradient
+            if i:
+                pull = pull - problem.stage(problem.curve(problem.stage.push(d)))
+            downhill = above * pull - own * d
+            velocity = momentum * velocity + downhill
+            d = d + lr * (downhill + momentum * velocity if nesterov else velocity)
+        return problem.keep_norm(d)
+
+    solve.pushes = steps > 1  # type: ignore[attr-defined]
+    return solve
+
+
+BY_NAME: dict[str, Callable[[], Any]] = {
+    "line_search": lambda: line_search,
+    "gradient": lambda: gradient,
+    "cg": lambda: cg(3),
+    "exact": lambda: exact(),
+}
+
+
+def square_norm(values: Tensor) -> Tensor:
+    """Return the squared norm of every sample, `(N,)`."""
+    flat = values if values.ndim == 2 else values.flatten(1)
+    return torch.linalg.vecdot(flat, flat)
+
+
+def per_sample(factors: Tensor, values: Tensor) -> Tensor:
+    """Reshape `(N,)` (or 0-d) factors to multiply `values` `(N, ...)`."""
+    return factors.unsqueeze(-1) if values.ndim == 2 else factors.view(-1, *([1] * (values.ndim - 1)))
+
+
+def tiny(values: Tensor) -> float:
+    """Return the smallest normal number of the dtype: a guard against 0 / 0."""
+    return torch.finfo(values.dtype).tiny
+
+
+def _dot_samples(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _dot_batch(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def _jacobian(problem: CodeProblem, width: int, out: int) -> Tensor:
+    stage = problem.stage
+    if width <= out:
+        basis = torch.eye(width, dtype=stage.input.dtype, device=stage.input.device)
+        return torch.stack(
+            [stage.push(e.expand(stage.input.shape[0], -1).reshape(stage.input.shape)).flatten(1) for e in basis],
+            -1,
+        )
+    basis = torch.eye(out, dtype=stage.output.dtype, device=stage.output.device)
+    return torch.stack(
+        [stage(e.expand(stage.output.shape[0], -1).reshape(stage.output.shape)).flatten(1) for e in basis], 1
+    )

@@ -1,0 +1,194 @@
+"""Codes of alternating minimization, in delta form.
+
+Choromanska et al., "Beyond Backprop: Online Alternating Minimization with Auxiliary Variables", ICML 2019,
+arXiv 1806.09077, Problems (4) and (5), linearised at the forward pass:
+
+| paper | here |
+|---|---|
+| code c^l, a pre-activation | `output` of stage l |
+| c^l - W^l s(c^{l-1}) | `delta` of stage l; the code itself is never formed |
+| mu, Problem (4) | `mu`: damping of the top code |
+| equal weights, Problem (5) | `damping = 1`; the general weight is r |
+| lambda_C | `l1` |
+
+With J the Jacobian of the stage above and g = J^T delta_above (for the top code, g = -J^T dLoss/doutput):
+
+    hidden code   min_d  |delta_above - J d|^2 + damping |d|^2  [+ l1 |c + d|_1]
+    top code      min_d  -<g, d> + d^T J^T H J d / 2 + mu |d|^2 / 2  [+ l1 |c + d|_1]
+
+One sweep from the last code to the first. The published code stores c + d and averages the penalties over features; in
+float32 the wish is gone after three layers. Here deltas stay deltas, and `normalize` keeps their size on the way down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beyondprop import _checks
+from beyondprop.chain import Trace
+from beyondprop.credit import code_solvers
+from beyondprop.credit.base import Assignment, Credit
+from beyondprop.losses import LossPoint
+from beyondprop.stage import Pullback
+
+CodeSolver = Callable[["CodeProblem"], Tensor]
+"""Maps a problem to a delta of the shape of `problem.gradient`."""
+
+
+@dataclass(slots=True)
+class CodeProblem:
+    """One code's quadratic problem: `min_d -<gradient, d> + <J d, H J d> / 2 + damping |d|^2 / 2`, sample by sample.
+
+    Attributes:
+        stage: the stage above the code, linearised at it (J).
+        wish: what the stage above wishes at its output: its delta, or minus the gradient of the loss.
+        gradient: `J^T wish`.
+        damping: weight of the code's distance from what the stage below produced: r, or mu for the top code.
+        loss: the loss, whose Hessian is H, for the top code; None (H = I) for the others.
+        normalize: whether the delta shall be, averaged over the batch, as long as the gradient.
+    """
+
+    stage: Pullback
+    wish: Tensor
+    gradient: Tensor
+    damping: float
+    loss: LossPoint | None
+    normalize: bool = False
+
+    def curve(self, image: Tensor) -> Tensor:
+        """Return `H image` for an output tangent."""
+        return image if self.loss is None else self.loss.hessian(image)
+
+    def curvature(self, image: Tensor) -> Tensor:
+        """Return `image^T H image` per sample, `(N,)`."""
+        if self.loss is None:
+            return code_solvers.square_norm(image)
+        return self.loss.curvature(image)
+
+    def keep_norm(self, delta: Tensor) -> Tensor:
+        """Return `delta`, where `normalize` asks for it scaled to the mean length of the gradient over the batch."""
+        if not self.normalize:
+            return delta
+        length = code_solvers.square_norm(delta).sqrt_().sum()
+        wanted = code_solvers.square_norm(self.gradient).sqrt_().sum()
+        return delta * (wanted / length.clamp_min(code_solvers.tiny(delta)))
+
+
+class Codes(Credit):
+    """Alternating-minimization codes: one linearised problem per code, last code first.
+
+    Args:
+        solver: `"line_search"`, `"gradient"`, `"cg"`, `"exact"`, or a function `CodeProblem -> delta`, such as
+            `code_solvers.cg(3)` or `code_solvers.momentum(5, lr=0.3)`.
+        damping: r >= 0, the weight of a hidden code's own penalty.
+        mu: > 0, the weight of the top code's penalty: a trust region, large mu = small step.
+        normalize: divide every delta by the mean step factor of the batch, so that wishes keep their size at any depth;
+            only their distribution over samples (and, for cg and exact, over units) differs from the gradient's.
+        l1: lambda_C >= 0, sparsity of the codes: the delta is soft-thresholded so that `|output + delta|_1` shrinks.
+
+    Raises:
+        ValueError: if an argument is out of its range; the message has the range.
+    """
+
+    def __init__(
+        self,
+        solver: str | CodeSolver = "line_search",
+        *,
+        damping: float = 1.0,
+        mu: float = 1.0,
+        normalize: bool = True,
+        l1: float = 0.0,
+    ) -> None:
+        if isinstance(solver, str):
+            solver = code_solvers.BY_NAME[_checks.one_of("solver", solver, code_solvers.BY_NAME)]()
+        if not callable(solver):
+            raise TypeError(f"solver must be a name or a function CodeProblem -> delta, got {type(solver).__name__}.")
+        self.solver: CodeSolver = solver
+        self.damping = _checks.non_negative("damping", damping)
+        self.mu = _checks.positive("mu", mu)
+        self.normalize = normalize
+        self.l1 = _checks.non_negative("l1", l1)
+        self.pushes = getattr(solver, "pushes", True)
+
+    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
+        """See `Credit.assign`."""
+        top = len(trace.pullbacks) - 1
+        if self.solver is code_solvers.line_search and not self.l1 and trace.lowest < top and trace.is_closed_form:
+            yield from self._line_search(trace, loss)
+            return
+        delta = loss.cotangent.neg()
+        for index in range(top, trace.lowest, -1):
+            stage = trace[index]
+            problem = CodeProblem(
+                stage=stage,
+                wish=delta,
+                gradient=stage(delta),
+                damping=self.mu if index == top else self.damping,
+                loss=loss if index == top else None,
+                normalize=self.normalize,
+            )
+            below = self.solver(problem)
+            if self.l1:
+                below = _soft_threshold(stage.input, below, self.l1)
+            yield Assignment(index, stage, delta, below, problem.loss)
+            delta = below
+        # The lowest stage's input moves for nobody; it may be the last stage, too, when all others are frozen.
+        yield Assignment(trace.lowest, trace[trace.lowest], delta, None, loss if trace.lowest == top else None)
+
+    def _line_search(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
+        """Yield what `assign` yields with `code_solvers.line_search`, at less cost.
+
+        A step factor multiplies a sample's whole delta, and a stage's pullback is linear in each sample: the factors commute
+        with the sweep, and each depends on the gradient's direction only. So the sweep carries plain gradients, and every
+        delta is its gradient times the product of the factors above it.
+        """
+        top = len(trace.pullbacks) - 1
+        deltas = [loss.cotangent.neg()]
+        curvatures = []
+        for index in range(top, trace.lowest, -1):
+            stage = trace[index]
+            gradient = stage(deltas[-1])
+            image = stage.push(gradient, gated=True)
+            curvatures.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
+            deltas.append(gradient)
+        squared = torch.stack([code_solvers.square_norm(g) for g in deltas[1:]])
+        damping = [self.mu, *[self.damping] * (len(curvatures) - 1)]
+        factors = code_solvers.step_factors(squared, torch.stack(curvatures), damping, normalize=self.normalize)
+        for delta, factor in zip(deltas[1:], factors.cumprod(0), strict=True):
+            delta.mul_(code_solvers.per_sample(factor, delta))
+        for below, index in enumerate(range(top, trace.lowest - 1, -1), start=1):
+            moved = deltas[below] if index > trace.lowest else None
+            yield Assignment(index, trace[index], deltas[below - 1], moved, loss if index == top else None)
+
+    def energy(self, assignments: Sequence[Assignment]) -> Tensor:
+        """Return the relaxed objective at the moved codes: mean over samples of `Loss + mu / 2 * sum |delta - change|^2`.
+
+        `change` is how a stage's output follows its moved input, with the nonlinearity as it is.
+        """
+        total = assignments[0].delta.new_zeros(())
+        for a in assignments:
+            change = a.moved().output - a.pullback.output if a.input_delta is not None else torch.zeros_like(a.delta)
+            if a.loss is not None:
+                total = total + a.loss.again(a.pullback.output + change).value
+            else:
+                mean = code_solvers.square_norm(a.delta - change).mean()
+                total = total + 0.5 * self.mu * mean
+        return total
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the schedule's state: the present mu."""
+        return {"mu": self.mu}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+        self.mu = _checks.positive("mu", float(state["mu"]))  # type: ignore[arg-type]
+
+
+def _soft_threshold(code: Tensor, delta: Tensor, l1: float) -> Tensor:
+    # prox of l1 |c + d|_1 around delta, as a delta: what is shrunk away is at most l1, so nothing cancels.
+    moved = code + delta
+    return delta - torch.clamp(moved, -l1, l1)

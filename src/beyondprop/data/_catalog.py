@@ -1,0 +1,271 @@
+"""The data sets by name: what each one is, its files, and how to load it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beyondprop import _checks
+from beyondprop.data import _cifar
+from beyondprop.data._dataset import Dataset
+from beyondprop.data._files import DataFile, Progress, Source, user_cache
+from beyondprop.data._idx import read_idx
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """What is known of a data set without loading it.
+
+    Attributes:
+        name: The name for `load`.
+        description: One line.
+        train_size: Rows in the training part.
+        test_size: Rows in the test part.
+        input_shape: The shape of one input, `(channels, height, width)`.
+        classes: The label names.
+        home_page: Where it comes from.
+        license: Its license as far as its authors state one.
+        download_bytes: The size of its files; 0 for one that is embedded.
+    """
+
+    name: str
+    description: str
+    train_size: int
+    test_size: int
+    input_shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    home_page: str
+    license: str
+    download_bytes: int
+
+
+_Loader = Callable[[DatasetInfo, Source], Dataset]
+
+
+def names() -> list[str]:
+    """The names that `load` accepts, smallest set first."""
+    return list(_CATALOG)
+
+
+def describe(name: str) -> DatasetInfo:
+    """What is known of a data set, without loading or looking for anything.
+
+    Raises:
+        ValueError: There is no set of this name.
+    """
+    return _CATALOG[_checks.one_of("name", name, _CATALOG)][0]
+
+
+def load(
+    name: str,
+    *,
+    root: Path | str | None = None,
+    download: bool = True,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Load a data set: images `(N, channels, height, width)` in float32, labels `(N,)` in int64, on the CPU.
+
+    Pixels are divided by their largest value; all sets but `digits` are then standardized by the mean and
+    standard deviation of their training pixels, CIFAR-10 channel by channel.
+
+    Args:
+        name: One of `names()`.
+        root: A folder with `<name>/<file>` to look in first, and to download to. After it, `$BEYONDPROP_DATA`
+            and the user's cache are looked in; without it, downloads go to the cache.
+        download: Download what is not found.
+        progress: Called as `progress(done_bytes, total_bytes, file_name)` during downloads.
+
+    Raises:
+        ValueError: There is no set of this name.
+        DataIntegrityError: A file was found with the wrong content.
+        DataUnavailableError: A file was neither found nor downloaded.
+    """
+    info, loader = _CATALOG[_checks.one_of("name", name, _CATALOG)]
+    return loader(info, Source(None if root is None else Path(root).expanduser(), download, progress))
+
+
+def _digits(info: DatasetInfo, source: Source) -> Dataset:
+    del source  # embedded in scikit-learn
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(pixels).float().div_(16).reshape(-1, *info.input_shape)
+    y = torch.from_numpy(labels).long()
+    # The set has no published split; this one is stratified and fixed.
+    train, test = map(
+        torch.from_numpy,
+        train_test_split(np.arange(len(labels)), test_size=info.test_size, stratify=labels, random_state=0),
+    )
+    return Dataset(info.name, x[train], y[train], x[test], y[test], info.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class _MnistFamily:
+    """Loads the four IDX files of MNIST and of the sets that copy its form."""
+
+    mirrors: tuple[str, ...]
+    sha256: tuple[str, str, str, str]  # train images, train labels, test images, test labels
+    mean: float
+    std: float
+
+    def __call__(self, info: DatasetInfo, source: Source) -> Dataset:
+        stems = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        x_train, y_train, x_test, y_test = (
+            read_idx(source.obtain(DataFile(info.name, file, sha256, tuple(m + file for m in self.mirrors))))
+            for file, sha256 in zip((f"{stem}-ubyte.gz" for stem in stems), self.sha256, strict=True)
+        )
+        return Dataset(
+            info.name,
+            _standardized(x_train[:, None], (self.mean,), (self.std,)),
+            torch.from_numpy(y_train).long(),
+            _standardized(x_test[:, None], (self.mean,), (self.std,)),
+            torch.from_numpy(y_test).long(),
+            info.classes,
+        )
+
+
+_CIFAR10_ARCHIVE = DataFile(
+    "cifar10",
+    "cifar-10-python.tar.gz",
+    "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+)
+
+
+def _cifar10(info: DatasetInfo, source: Source) -> Dataset:
+    arrays = _cifar10_arrays(source)
+    mean, std = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
+    return Dataset(
+        info.name,
+        _standardized(arrays["train_images"], mean, std),
+        torch.from_numpy(arrays["train_labels"]).long(),
+        _standardized(arrays["test_images"], mean, std),
+        torch.from_numpy(arrays["test_labels"]).long(),
+        info.classes,
+    )
+
+
+def _cifar10_arrays(source: Source) -> dict[str, NDArray[np.uint8]]:
+    for place in source.places():
+        folder = place / _CIFAR10_ARCHIVE.folder
+        if os.path.isfile(folder / _CIFAR10_ARCHIVE.name):
+            break
+        if os.path.isfile(folder / "labels.npz"):
+            return _cifar.read_strips(folder, user_cache() / _CIFAR10_ARCHIVE.folder)
+    also = "or, in the same folders, labels.npz with train_00.webp, …, test_00.webp, … (lossless strips)"
+    return _cifar.read_archive(source.obtain(_CIFAR10_ARCHIVE, also=also))
+
+
+def _standardized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """`(pixels / 255 - mean) / std` by channel, for pixels `(N, C, H, W)` of any memory layout."""
+    # Contiguous, which a conversion of channels-last pixels would not be, and free of the global defaults.
+    x = torch.empty(pixels.shape, dtype=torch.float32, device="cpu")
+    x.copy_(torch.from_numpy(pixels)).div_(255)
+    for channel, (center, scale) in enumerate(zip(mean, std, strict=True)):
+        x[:, channel].sub_(center).div_(scale)
+    return x
+
+
+_TEN_DIGITS = tuple("0123456789")
+
+_CATALOG: dict[str, tuple[DatasetInfo, _Loader]] = {
+    info.name: (info, loader)
+    for info, loader in (
+        (
+            DatasetInfo(
+                name="digits",
+                description="Handwritten digits, 8x8 grey; embedded in scikit-learn, nothing to download",
+                train_size=1437,
+                test_size=360,
+                input_shape=(1, 8, 8),
+                classes=_TEN_DIGITS,
+                home_page="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+                license="CC BY 4.0",
+                download_bytes=0,
+            ),
+            _digits,
+        ),
+        (
+            DatasetInfo(
+                name="mnist",
+                description="Handwritten digits, 28x28 grey",
+                train_size=60000,
+                test_size=10000,
+                input_shape=(1, 28, 28),
+                classes=_TEN_DIGITS,
+                home_page="http://yann.lecun.com/exdb/mnist/",
+                license="CC BY-SA 3.0",
+                download_bytes=11_594_722,
+            ),
+            _MnistFamily(
+                mirrors=(
+                    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+                    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+                ),
+                sha256=(
+                    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+                    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+                    "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+                    "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+                ),
+                mean=0.1307,
+                std=0.3081,
+            ),
+        ),
+        (
+            DatasetInfo(
+                name="fashion-mnist",
+                description="Pictures of clothes, 28x28 grey, harder than mnist",
+                train_size=60000,
+                test_size=10000,
+                input_shape=(1, 28, 28),
+                classes=(
+                    *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+                    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+                ),
+                home_page="https://github.com/zalandoresearch/fashion-mnist",
+                license="MIT",
+                download_bytes=30_878_645,
+            ),
+            _MnistFamily(
+                mirrors=(
+                    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+                ),
+                sha256=(
+                    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+                ),
+                mean=0.2860,
+                std=0.3530,
+            ),
+        ),
+        (
+            DatasetInfo(
+                name="cifar10",
+                description="Photographs of animals and vehicles, 32x32 color",
+                train_size=50000,
+                test_size=10000,
+                input_shape=(3, 32, 32),
+                classes=(
+                    *("airplane", "automobile", "bird", "cat", "deer"),
+                    *("dog", "frog", "horse", "ship", "truck"),
+                ),
+                home_page="https://www.cs.toronto.edu/~kriz/cifar.html",
+                license="none stated; cite the 2009 report",
+                download_bytes=170_498_071,
+            ),
+            _cifar10,
+        ),
+    )
+}

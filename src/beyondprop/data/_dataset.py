@@ -1,0 +1,183 @@
+"""`Dataset`, a data set as four tensors, and `batches`, one epoch of mini-batches over tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from beyondprop import _checks
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Dataset:
+    """A classification data set in memory.
+
+    Attributes:
+        name: The name that `load` knows it by, for example `"mnist"`.
+        x_train: Inputs `(N, *input_shape)`, floating point, scaled and ready for a network.
+        y_train: Labels `(N,)`, int64, `0 … num_classes - 1`.
+        x_test: Inputs `(M, *input_shape)` that training and tuning never see.
+        y_test: Labels `(M,)`, int64.
+        classes: The label names, in the order of the labels.
+
+    Raises:
+        TypeError: Inputs are not floating point or labels are not int64.
+        ValueError: Rows, shapes or labels do not fit together.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for part, x, y in (("train", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
+            _checks.batch(x, y)
+            if not x.is_floating_point():
+                raise TypeError(f"x_{part} must be floating point, got {x.dtype}.")
+            if y.dtype != torch.int64 or y.ndim != 1:
+                raise TypeError(f"y_{part} must be int64 of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.")
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= len(self.classes):
+                raise ValueError(
+                    f"y_{part} has labels {low} … {high}; {len(self.classes)} classes accept 0 … "
+                    f"{len(self.classes) - 1}."
+                )
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise ValueError(
+                f"x_train has rows of shape {tuple(self.x_train.shape[1:])} and x_test of shape "
+                f"{tuple(self.x_test.shape[1:])}; they must be equal."
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset({self.name!r}, train={len(self.y_train)}, test={len(self.y_test)}, "
+            f"input_shape={self.input_shape}, num_classes={self.num_classes})"
+        )
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input, without the batch dimension."""
+        return tuple(self.x_train.shape[1:])
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dataset:
+        """Return this set with all tensors on `device` and the inputs in `dtype`; labels stay int64.
+
+        Raises:
+            TypeError: `dtype` is not floating point.
+        """
+        return replace(
+            self,
+            x_train=self.x_train.to(device=device, dtype=dtype),
+            y_train=self.y_train.to(device=device),
+            x_test=self.x_test.to(device=device, dtype=dtype),
+            y_test=self.y_test.to(device=device),
+        )
+
+    def split_validation(self, fraction_or_count: float, *, generator: torch.Generator) -> Dataset:
+        """Return a set for tuning: rows held out of the training part take the place of the test rows.
+
+        The test rows are not in the result, so that what is tuned on it has never seen them. Equal generator
+        states give equal splits; both parts keep the order of the training part.
+
+        Args:
+            fraction_or_count: How much of the training part to hold out: a float strictly between 0 and 1 is
+                a fraction, rounded to whole rows; an int is a number of rows. Both sides need a row or more.
+            generator: Where the choice of rows comes from.
+
+        Raises:
+            TypeError: `generator` is not a `torch.Generator`.
+            ValueError: The amount is out of range.
+        """
+        rows = len(self.y_train)
+        count = fraction_or_count
+        if isinstance(count, float) and 0 < count < 1:
+            count = round(count * rows)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < rows:
+            raise ValueError(
+                f"fraction_or_count must be a float in (0, 1) or an int in 1 … {rows - 1}, and leave a row "
+                f"or more on both sides, got {fraction_or_count!r} of {rows} rows."
+            )
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+        order = torch.randperm(rows, generator=generator, device=generator.device)
+        held_out = order[:count].sort().values.to(self.x_train.device)
+        kept = order[count:].sort().values.to(self.x_train.device)
+        return replace(
+            self,
+            x_train=self.x_train.index_select(0, kept),
+            y_train=self.y_train.index_select(0, kept),
+            x_test=self.x_train.index_select(0, held_out),
+            y_test=self.y_train.index_select(0, held_out),
+        )
+
+
+def batches(
+    x: Tensor,
+    y: Tensor,
+    batch_size: int,
+    *,
+    generator: torch.Generator | None,
+    drop_last: bool = False,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch over the rows of `x` and `y`, as copies gathered on the tensors' own device.
+
+    The order is drawn when this is called, exactly once, whatever part of the epoch is then used. To resume
+    in mid-epoch, set the generator to its state before that call and pass the number of batches done as
+    `start`.
+
+    Args:
+        x: Inputs `(N, …)`.
+        y: Targets `(N, …)`.
+        batch_size: Rows in a batch; the last batch has what is left.
+        generator: A CPU generator that shuffles the rows; None keeps their order.
+        drop_last: Leave out a last batch that is short.
+        start: How many batches to skip; nothing is gathered for them.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: No rows, `x` and `y` of different lengths, sizes out of range, a generator of another
+            device, or `drop_last` with fewer rows than one batch.
+    """
+    _checks.batch(x, y)
+    _checks.at_least("batch_size", batch_size, 1)
+    _checks.at_least("start", start, 0)
+    rows = x.shape[0]
+    if drop_last:
+        if rows < batch_size:
+            raise ValueError(f"drop_last leaves no batch: {rows} rows are fewer than batch_size={batch_size}.")
+        used = rows - rows % batch_size
+    else:
+        used = rows
+    count = -(-used // batch_size)
+    if start > count:
+        raise ValueError(f"start must be <= {count}, the number of batches in this epoch, got {start}.")
+    if generator is None:
+        order = torch.arange(rows, device="cpu")  # whatever the default device is
+    elif not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
+    elif generator.device.type != "cpu":
+        raise ValueError(f"generator must be a CPU generator, got one on {generator.device}.")
+    else:
+        order = torch.randperm(rows, generator=generator, device="cpu")
+    return _gather(x, y, order[:used], batch_size, start)
+
+
+def _gather(x: Tensor, y: Tensor, order: Tensor, batch_size: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    # One transfer of the whole order; index_select copies even rows that are in order, so that an in-place
+    # operation of a network can never reach the data.
+    order_x, order_y = order.to(x.device), order.to(y.device)
+    for first in range(start * batch_size, len(order), batch_size):
+        rows = slice(first, first + batch_size)
+        yield x.index_select(0, order_x[rows]), y.index_select(0, order_y[rows])

@@ -1,0 +1,161 @@
+"""Find the files of a data set, download those that are missing, and check every one against its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO
+from urllib.request import Request, urlopen
+
+Progress = Callable[[int, int | None, str], None]
+"""Called as `progress(done_bytes, total_bytes, file_name)`; the total is None where the server tells none."""
+
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0  # seconds without a byte
+
+
+class DataUnavailableError(FileNotFoundError):
+    """A file of a data set is in none of the known places and could not be downloaded."""
+
+
+class DataIntegrityError(ValueError):
+    """A file of a data set is there, but its content is not what it must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file of a data set.
+
+    Attributes:
+        folder: Its folder under a data root, for example `"mnist"`.
+        name: Its file name.
+        sha256: The SHA-256 of its bytes, in hexadecimal.
+        urls: Where it can be downloaded, tried in this order.
+    """
+
+    folder: str
+    name: str
+    sha256: str
+    urls: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a loader may take files from: the arguments of `load` in one piece."""
+
+    root: Path | None = None
+    download: bool = True
+    progress: Progress | None = None
+
+    def places(self) -> list[Path]:
+        """The data roots to look in, in order: `root`, `$BEYONDPROP_DATA`, the user's cache."""
+        environment = os.environ.get("BEYONDPROP_DATA")
+        given = [self.root, Path(environment).expanduser() if environment else None, user_cache()]
+        return list(dict.fromkeys(place for place in given if place is not None))
+
+    def obtain(self, file: DataFile, *, also: str = "") -> Path:
+        """Return the path of a verified copy of `file`; what is missing goes to `root` or the user's cache.
+
+        Args:
+            file: What to look for.
+            also: What else would have served, for the message when nothing is found.
+
+        Raises:
+            DataIntegrityError: The first copy found has the wrong SHA-256.
+            DataUnavailableError: There is no copy and none could be downloaded.
+        """
+        candidates = [place / file.folder / file.name for place in self.places()]
+        for path in candidates:
+            if os.path.isfile(path):  # unlike Path.is_file, no error where a folder may not be read
+                verify(path, file.sha256)
+                return path
+        target = (self.root or user_cache()) / file.folder / file.name
+        failures: list[str] = []
+        if self.download:
+            for url in file.urls:
+                try:
+                    download(url, target, file.sha256, self.progress)
+                except (OSError, HTTPException, DataIntegrityError) as error:
+                    failures.append(f"{url}: {error or type(error).__name__}")
+                else:
+                    return target
+        looked = [str(path) for path in candidates] + ([also] if also else [])
+        tried = "Downloads failed" if self.download else "Downloading is switched off (download=False)"
+        raise DataUnavailableError(
+            f"{file.folder}/{file.name} was not found. Looked for:"
+            + "".join(f"\n  {line}" for line in looked)
+            + f"\n{tried}{':' if failures else '.'}"
+            + "".join(f"\n  {line}" for line in failures)
+            + f"\nGet it from {file.urls[0]} and put it at {target}, or set BEYONDPROP_DATA to a folder that "
+            f"has {file.folder}/{file.name}."
+        )
+
+
+def user_cache() -> Path:
+    """The folder for downloads and decoded copies: `$XDG_CACHE_HOME/beyondprop` or `~/.cache/beyondprop`."""
+    # A relative XDG_CACHE_HOME is invalid by its specification; without a home directory "~" is not expanded.
+    for base in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(base):
+            return Path(base, "beyondprop")
+    return Path(tempfile.gettempdir(), "beyondprop")
+
+
+def verify(path: Path, sha256: str) -> None:
+    """Raise `DataIntegrityError` unless the file at `path` has this SHA-256."""
+    with open(path, "rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
+        raise DataIntegrityError(
+            f"{path} has SHA-256 {found}, expected {sha256}. It is damaged or another file: "
+            "delete it, to have it fetched again, or put the original there."
+        )
+
+
+def download(url: str, target: Path, sha256: str, progress: Progress | None) -> None:
+    """Download `url` to `target`, which appears only when it is complete and has this SHA-256.
+
+    Raises:
+        DataIntegrityError: The download was complete but has another SHA-256; it was deleted.
+        OSError: The server or the disk failed, or the connection ended early; nothing is left behind.
+    """
+    digest = hashlib.sha256()
+    request = Request(url, headers={"User-Agent": "beyondprop"})
+    with urlopen(request, timeout=_TIMEOUT) as response, atomic_file(target) as out:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        done = 0
+        if progress is not None:
+            progress(done, total, target.name)
+        while chunk := response.read(_CHUNK):
+            out.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total, target.name)
+        # Inside the context, so that what is short or wrong is deleted and never gets its name.
+        if total is not None and done < total:
+            raise ConnectionError(f"the connection ended after {done} of {total} bytes")
+        if digest.hexdigest() != sha256:
+            raise DataIntegrityError(
+                f"the download has SHA-256 {digest.hexdigest()}, expected {sha256}; it was deleted"
+            )
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name if the block ends well, and is deleted if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with open(part, "xb") as stream:
+            yield stream
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,193 @@
+"""The task loss as credit rules see it: its value, its gradient at the output, and its curvature there.
+
+Credit rules think per sample, so everything here is per sample: `cotangent` is the gradient of one sample's loss
+(no 1/N inside), and `scale` is what a sum over samples is multiplied with to get the gradient of the loss that the
+user sees: 1/N for a mean over the batch, 1 for a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Evaluated = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+
+
+@dataclass(slots=True)
+class LossPoint:
+    """The loss at one output.
+
+    Attributes:
+        value: the loss, 0-d, detached, as `loss(output, y)` would return it.
+        cotangent: gradient of each sample's loss with respect to its output, shape of the output.
+        scale: factor from a sum over samples to the gradient of `value`.
+        hessian: maps a tangent (shape of the output) to the per-sample Hessian-vector product.
+        again: evaluates the loss of the same targets at another output.
+    """
+
+    value: Tensor
+    cotangent: Tensor
+    scale: float
+    hessian: Callable[[Tensor], Tensor]
+    again: Callable[[Tensor], LossPoint]
+
+    def curvature(self, tangent: Tensor) -> Tensor:
+        """Return `v^T H v` for every sample, shape `(N,)`, never negative."""
+        product = tangent * self.hessian(tangent)
+        return product.flatten(1).sum(1).clamp_min_(0.0)
+
+
+class OutputLoss:
+    """A loss function and, where known, its closed-form gradient and Hessian.
+
+    Closed forms: `nn.CrossEntropyLoss` on `(N, classes)` with class indices and no options, `nn.MSELoss`,
+    `nn.BCEWithLogitsLoss` without weights. Every other callable goes through autograd on the output alone, and its
+    Hessian through a second derivative there.
+
+    Args:
+        loss: `loss(output, y)` returning a scalar that is the mean (or, with `reduction="sum"`, the sum) of
+            independent sample losses.
+
+    Raises:
+        TypeError: if `loss` is not callable.
+        ValueError: if its `reduction` is neither `"mean"` nor `"sum"`.
+    """
+
+    def __init__(self, loss: LossFunction) -> None:
+        if not callable(loss):
+            raise TypeError(f"loss must be callable as loss(output, y), got {type(loss).__name__}.")
+        reduction = getattr(loss, "reduction", "mean")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"loss must have reduction='mean' or 'sum', got reduction={reduction!r}.")
+        self.loss = loss
+        self.is_mean = reduction == "mean"
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return the user's own `loss(output, y)`."""
+        return self.loss(output, y)
+
+    def scale(self, output: Tensor) -> float:
+        """Return the factor from a sum over samples to the gradient of the loss."""
+        return 1.0 / output.shape[0] if self.is_mean else 1.0
+
+    @torch.no_grad()
+    def at(self, output: Tensor, y: Tensor) -> LossPoint:
+        """Evaluate the loss at `output`.
+
+        Raises:
+            ValueError: if `y` does not fit `output` (device, dtype, shape), saying what is accepted.
+        """
+        self.check(output, y)
+        loss = self.loss
+        if isinstance(loss, nn.CrossEntropyLoss) and _plain_cross_entropy(loss, output, y):
+            evaluate = self._cross_entropy
+        elif isinstance(loss, nn.MSELoss) and _is_itself(loss, nn.MSELoss):
+            evaluate = self._mean_squared_error
+        elif isinstance(loss, nn.BCEWithLogitsLoss) and _plain_bce(loss):
+            evaluate = self._binary_cross_entropy
+        else:
+            evaluate = self._generic
+        value, cotangent, hessian = evaluate(output, y)
+        return LossPoint(value, cotangent, self.scale(output), hessian, lambda moved: self.at(moved, y))
+
+    def check(self, output: Tensor, y: Tensor) -> None:
+        """Raise `ValueError` where `y` cannot be the target of `output`."""
+        if y.device != output.device:
+            raise ValueError(f"y is on {y.device}, the model's output on {output.device}; move y there.")
+        if isinstance(self.loss, nn.CrossEntropyLoss):
+            if y.is_floating_point():
+                if y.dtype != output.dtype or y.shape != output.shape:
+                    raise ValueError(
+                        f"y of shape {tuple(y.shape)} and dtype {y.dtype} does not fit the output {tuple(output.shape)} "
+                        f"of {output.dtype}: cross-entropy takes int64 class indices, or probabilities of that shape "
+                        "and dtype."
+                    )
+            elif y.dtype != torch.int64:
+                raise ValueError(f"y has dtype {y.dtype}: cross-entropy takes int64 class indices; use y.long().")
+        elif isinstance(self.loss, nn.MSELoss | nn.BCEWithLogitsLoss | nn.BCELoss):
+            if y.dtype != output.dtype:
+                raise ValueError(
+                    f"y has dtype {y.dtype}, the output {output.dtype}: {_name(self.loss)} takes equal dtypes."
+                )
+            if y.shape != output.shape:
+                raise ValueError(
+                    f"y has shape {tuple(y.shape)}, the output {tuple(output.shape)}: {_name(self.loss)} takes equal shapes."
+                )
+
+    def _cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
+        log_p = torch.log_softmax(output, 1)
+        ignore = self.loss.ignore_index  # type: ignore[attr-defined]
+        value = F.nll_loss(log_p, y, reduction="mean" if self.is_mean else "sum", ignore_index=ignore)
+        p = log_p.exp_()
+        # Ignored rows have no gradient, and the mean is over the others; decided on the device, without reading y.
+        counted = y.ne(ignore).unsqueeze(1)
+        weight = counted * (y.shape[0] / counted.sum()) if self.is_mean else counted
+        classes = torch.arange(output.shape[1], device=y.device)
+        cotangent = (p - classes.eq(y.unsqueeze(1)).to(p.dtype)).mul_(weight)
+
+        def hessian(v: Tensor) -> Tensor:
+            pv = p * v
+            return torch.addcmul(pv, p, pv.sum(1, keepdim=True), value=-1.0).mul_(weight)
+
+        return value, cotangent, hessian
+
+    def _mean_squared_error(self, output: Tensor, y: Tensor) -> Evaluated:
+        residual = output - y
+        value = residual.square().mean() if self.is_mean else residual.square().sum()
+        factor = 2.0 / residual[0].numel() if self.is_mean else 2.0
+        return value, residual * factor, lambda v: v * factor
+
+    def _binary_cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
+        value = F.binary_cross_entropy_with_logits(output, y, reduction="mean" if self.is_mean else "sum")
+        p = torch.sigmoid(output)
+        factor = 1.0 / output[0].numel() if self.is_mean else 1.0
+        return value, (p - y) * factor, lambda v: v * p * (1 - p) * factor
+
+    def _generic(self, output: Tensor, y: Tensor) -> Evaluated:
+        leaf = output.detach().requires_grad_()
+        scale = self.scale(output)
+        with torch.enable_grad():
+            value = self.loss(leaf, y)
+            if value.ndim:
+                raise ValueError(
+                    f"loss must return a scalar (mean or sum over the batch), got shape {tuple(value.shape)}; "
+                    "use reduction='mean' or 'sum'."
+                )
+            (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+
+        def hessian(v: Tensor) -> Tensor:
+            if not gradient.requires_grad:  # linear in the output
+                return torch.zeros_like(v)
+            (product,) = torch.autograd.grad(gradient, leaf, v, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(v) if product is None else product / scale
+
+        return value.detach(), gradient.detach() / scale, hessian
+
+
+def _plain_cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, y: Tensor) -> bool:
+    return (
+        _is_itself(loss, nn.CrossEntropyLoss)
+        and loss.weight is None
+        and loss.label_smoothing == 0.0
+        and output.ndim == 2
+        and y.ndim == 1
+        and not y.is_floating_point()
+    )
+
+
+def _plain_bce(loss: nn.BCEWithLogitsLoss) -> bool:
+    return _is_itself(loss, nn.BCEWithLogitsLoss) and loss.weight is None and loss.pos_weight is None
+
+
+def _is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module computes what its class says: no subclass, no hooks."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _name(loss: object) -> str:
+    return type(loss).__name__

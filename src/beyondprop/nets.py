@@ -1,0 +1,138 @@
+"""Networks by name, as the command line takes them: `mlp:100x2`, `mlp:100x2:tanh:bn`, `lenet5`, `conv:32x4`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+}
+
+FORMS: dict[str, str] = {
+    "mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]": "fully connected, DEPTH hidden layers of WIDTH units",
+    "lenet5": "LeNet-5 with ReLU: 6-16 channels of 5x5, 2x2 max-pooling, 120-84 units",
+    "conv:WIDTHxDEPTH[:ACTIVATION][:bn]": "DEPTH 3x3 convolutions from WIDTH channels, pooling and doubling every second one",
+}
+"""What `build` accepts, for help texts."""
+
+
+def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    """Build the network that `spec` names; weights come from torch's global random state.
+
+    Args:
+        spec: such as `"mlp:100x2"`; see `FORMS`.
+        input_shape: shape of one sample, `(C, H, W)` for images.
+        num_classes: number of outputs.
+
+    Raises:
+        ValueError: if `spec` is none of the accepted forms, or does not fit `input_shape`.
+    """
+    kind, *parts = spec.split(":")
+    if kind == "mlp" and parts:
+        return _mlp(spec, parts, input_shape, num_classes)
+    if kind == "conv" and parts:
+        return _conv(spec, parts, input_shape, num_classes)
+    if spec == "lenet5":
+        return _lenet5(input_shape, num_classes)
+    raise ValueError(f"net must be one of {', '.join(FORMS)}, got {spec!r}.")
+
+
+def _mlp(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    width, depth, activation, norm, dropout = _options(spec, parts)
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = math.prod(input_shape)
+    for _ in range(depth):
+        layers.append(nn.Linear(inputs, width))
+        if norm:
+            layers.append(nn.BatchNorm1d(width))
+        layers.append(activation())
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, num_classes))
+
+
+def _conv(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    width, depth, activation, norm, dropout = _options(spec, parts)
+    channels, height, breadth = _image(spec, input_shape)
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers.append(nn.Conv2d(channels, width, 3, padding=1))
+        if norm:
+            layers.append(nn.BatchNorm2d(width))
+        layers.append(activation())
+        channels = width
+        if i % 2 and min(height, breadth) >= 2:
+            layers.append(nn.MaxPool2d(2))
+            height, breadth, width = height // 2, breadth // 2, width * 2
+    layers.append(nn.Flatten())
+    if dropout:
+        layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers, nn.Linear(channels * height * breadth, num_classes))
+
+
+def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    channels, height, breadth = _image("lenet5", input_shape)
+    if min(height, breadth) < 16:
+        raise ValueError(
+            f"lenet5 needs images of 16x16 or more, got {height}x{breadth}; use 'mlp:100x2' or 'conv:16x2'."
+        )
+    rows, columns = ((((size - 4) // 2) - 4) // 2 for size in (height, breadth))
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * rows * columns, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, num_classes),
+    )
+
+
+def _image(spec: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(input_shape) != 3:
+        raise ValueError(f"{spec!r} takes images (C, H, W), got samples of shape {tuple(input_shape)}; use an mlp.")
+    channels, height, breadth = input_shape
+    return channels, height, breadth
+
+
+def _options(spec: str, parts: list[str]) -> tuple[int, int, Callable[[], nn.Module], bool, float]:
+    size, *options = parts
+    width, _, depth = size.partition("x")
+    if not (width.isdigit() and depth.isdigit() and int(width) > 0 and int(depth) > 0):
+        raise ValueError(f"{spec!r}: {size!r} must be WIDTHxDEPTH with both >= 1, such as 100x2.")
+    activation: Callable[[], nn.Module] = nn.ReLU
+    norm, dropout = False, 0.0
+    for option in options:
+        if option in ACTIVATIONS:
+            activation = ACTIVATIONS[option]
+        elif option == "bn":
+            norm = True
+        elif option.startswith("dropout="):
+            dropout = _probability(spec, option.removeprefix("dropout="))
+        else:
+            raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {', '.join(ACTIVATIONS)}, bn, dropout=P.")
+    return int(width), int(depth), activation, norm, dropout
+
+
+def _probability(spec: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise ValueError(f"{spec!r}: dropout must be in [0, 1), got {text!r}.")
+    return value

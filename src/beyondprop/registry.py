@@ -1,0 +1,200 @@
+"""The one table of learning rules by name: what `beyondprop compare --rule NAME` builds, and where others add theirs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from beyondprop import _checks
+from beyondprop.losses import LossFunction
+from beyondprop.rules.altmin import AltMin
+from beyondprop.rules.backprop import Backprop
+from beyondprop.rules.base import LearningRule
+from beyondprop.solvers.descent import adam
+from beyondprop.solvers.memory import Memory
+
+Build = Callable[[nn.Module, LossFunction, float], LearningRule]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSpec:
+    """A learning rule as the command line knows it.
+
+    Attributes:
+        name: what follows `--rule`.
+        title: name in tables and figures.
+        summary: one line for `beyondprop list`.
+        source: paper, with what part of it.
+        build: `build(model, loss, lr)` returns the rule.
+        lr: learning rate where none is given.
+        grid: learning rates that `--tune` tries, the same number for every rule.
+        schedule: learning-rate schedule where none is given; None: the run's own.
+    """
+
+    name: str
+    title: str
+    summary: str
+    source: str
+    build: Build
+    lr: float
+    grid: tuple[float, ...]
+    schedule: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c.isspace() or c in "/=:," for c in self.name):
+            raise ValueError(f"name must be a word without spaces, '/', '=', ':' and ',', got {self.name!r}.")
+        _checks.positive("lr", self.lr)
+
+
+_RULES: dict[str, RuleSpec] = {}
+
+
+def register(spec: RuleSpec, *, replace: bool = False) -> RuleSpec:
+    """Add a rule to the table and return it.
+
+    Raises:
+        ValueError: if the name is taken and `replace` is false.
+    """
+    if spec.name in _RULES and not replace:
+        raise ValueError(f"A rule named {spec.name!r} is registered already; choose another name or pass replace=True.")
+    _RULES[spec.name] = spec
+    return spec
+
+
+def get(name: str) -> RuleSpec:
+    """Return the rule of that name.
+
+    Raises:
+        ValueError: if there is none; the message lists those that there are.
+    """
+    return _RULES[_checks.one_of("rule", name, names())]
+
+
+def names() -> list[str]:
+    """Return the registered names in the order of registration."""
+    return list(_RULES)
+
+
+def load_plugin(where: str) -> None:
+    """Import a module, by dotted name or as a `.py` file, that registers rules of its own.
+
+    Raises:
+        ImportError: if it cannot be found.
+    """
+    if not where.endswith(".py"):
+        importlib.import_module(where)
+        return
+    path = Path(where)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ImportError(f"No plugin at {where}: a .py file or the dotted name of an installed module is needed.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+
+
+def _sgd(lr: float) -> Callable[..., torch.optim.Optimizer]:
+    return partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True)
+
+
+_AM = "Choromanska et al., ICML 2019, arXiv 1806.09077"
+_ADAM_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+_SGD_GRID = (1e-2, 3e-2, 1e-1, 3e-1)
+
+for _spec in (
+    RuleSpec(
+        "am-adam",
+        "AM-Adam",
+        "alternating minimization, line-search codes, Adam weight steps",
+        f"{_AM}, Algorithm 2.1",
+        lambda model, loss, lr: AltMin(model, loss, adam(lr)),
+        lr=3e-3,
+        grid=_ADAM_GRID,
+    ),
+    RuleSpec(
+        "am-sgd",
+        "AM-SGD",
+        "alternating minimization, line-search codes, Nesterov SGD weight steps",
+        f"{_AM}, Algorithm 2.1",
+        lambda model, loss, lr: AltMin(model, loss, _sgd(lr)),
+        lr=0.1,
+        grid=_SGD_GRID,
+    ),
+    RuleSpec(
+        "am-mem",
+        "AM-mem (RLS)",
+        "alternating minimization with memory, damped recursive least squares",
+        f"{_AM}, Algorithm 2.3, in delta form",
+        lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr)),
+        lr=1.0,
+        grid=(0.1, 0.3, 1.0, 3.0),
+    ),
+    RuleSpec(
+        "am-mem-bcd",
+        "AM-mem (BCD)",
+        "alternating minimization with memory, block coordinate descent as published",
+        f"{_AM}, Algorithm 2.3",
+        lambda model, loss, lr: AltMin(
+            model, loss, Memory("bcd", forgetting=0.1, damping=1e-2, block=32, output_lr=lr)
+        ),
+        lr=0.1,
+        grid=_SGD_GRID,
+    ),
+    RuleSpec(
+        "am-paper-fc",
+        "AM-Adam (published, FC)",
+        "published settings for fully-connected nets: 5 Nesterov code steps, Adam 0.008 halved every 8 epochs",
+        f"{_AM}, authors' release",
+        lambda model, loss, lr: AltMin.paper_fc(model, loss, weight_solver=partial(torch.optim.Adam, lr=lr)),
+        lr=8e-3,
+        grid=(1e-3, 3e-3, 8e-3, 2e-2),
+        schedule="halve:8",
+    ),
+    RuleSpec(
+        "am-paper-lenet",
+        "AM-Adam (published, LeNet)",
+        "published settings for LeNet-5: 1 code step, mu growing by 1.1 an epoch, Adam 0.002",
+        f"{_AM}, authors' experiment code",
+        lambda model, loss, lr: AltMin.paper_lenet(model, loss, weight_solver=partial(torch.optim.Adam, lr=lr)),
+        lr=2e-3,
+        grid=(5e-4, 1e-3, 2e-3, 5e-3),
+        schedule="constant",
+    ),
+    RuleSpec(
+        "am-paper-binary",
+        "AM-Adam (published, binary)",
+        "published settings for binary nets: 10 Nesterov code steps, Adam 0.008 halved every 8 epochs",
+        f"{_AM}, authors' release",
+        lambda model, loss, lr: AltMin.paper_binary(model, loss, weight_solver=partial(torch.optim.Adam, lr=lr)),
+        lr=8e-3,
+        grid=(1e-3, 3e-3, 8e-3, 2e-2),
+        schedule="halve:8",
+    ),
+    RuleSpec(
+        "adam",
+        "Backprop, Adam",
+        "backpropagation with Adam",
+        "Kingma & Ba, ICLR 2015, arXiv 1412.6980",
+        lambda model, loss, lr: Backprop(model, loss, adam(lr)),
+        lr=3e-3,
+        grid=_ADAM_GRID,
+    ),
+    RuleSpec(
+        "sgd",
+        "Backprop, SGD",
+        "backpropagation with Nesterov momentum 0.9",
+        "Sutskever et al., ICML 2013",
+        lambda model, loss, lr: Backprop(model, loss, _sgd(lr)),
+        lr=0.1,
+        grid=_SGD_GRID,
+    ),
+):
+    register(_spec)

@@ -1,0 +1,132 @@
+"""Online alternating minimization: AM-SGD, AM-Adam and AM with memory.
+
+Choromanska et al., "Beyond Backprop: Online Alternating Minimization with Auxiliary Variables", ICML 2019,
+arXiv 1806.09077. Algorithm 2.1 here:
+
+| paper | here |
+|---|---|
+| encodeInput | `Chain.record`: forward pass, every penalty is 0 |
+| updateCodes, Problems (4) and (5) | `credit.Codes`, one sweep, last code first, in delta form |
+| updateWeights, AM-SGD / AM-Adam | `solvers.Descent` |
+| updateMemory, AM-mem | `solvers.Memory` |
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from beyondprop import _checks
+from beyondprop.chain import Cuts
+from beyondprop.credit import code_solvers
+from beyondprop.credit.codes import Codes, CodeSolver
+from beyondprop.losses import LossFunction
+from beyondprop.rules.local import LocalRule
+from beyondprop.solvers.base import OptimizerFactory, Solver
+from beyondprop.solvers.descent import Descent
+
+
+class AltMin(LocalRule):
+    """Online alternating minimization over codes (pre-activations) and weights.
+
+    Args:
+        model: `nn.Sequential`, or any module with `cuts` naming its blocks; it stays yours and is trained in place.
+        loss: `loss(output, y)`, mean or sum over the batch.
+        weight_solver: a solver, or an optimizer factory for `Descent`; default Adam, lr 3e-3, one step.
+        code_solver: `"line_search"`, `"gradient"` (the exact backpropagation limit), `"cg"`, `"exact"` or a function; see
+            `credit.Codes`.
+        damping: r >= 0, weight of a hidden code's own penalty.
+        mu: > 0, weight of the top code's penalty; large mu = small step.
+        mu_growth: factor on mu at each `end_epoch`.
+        mu_limit: where the growth of mu ends.
+        normalize: keep wishes at the gradient's mean size at any depth.
+        code_l1: lambda_C >= 0, sparsity of the codes.
+        weight_inputs: `"old"` (parallel stages) or `"new"` (the published order).
+        cuts: where codes live; see `Chain`.
+        nonfinite: see `LearningRule`.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be cut; the message names the module and the way out.
+        ValueError: if an argument is out of its range; the message has the range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> rule = AltMin(model, nn.CrossEntropyLoss())
+        >>> result = rule.step(torch.randn(16, 4), torch.randint(3, (16,)))
+        >>> result.output.shape
+        torch.Size([16, 3])
+    """
+
+    credit: Codes
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        weight_solver: Solver | OptimizerFactory | None = None,
+        *,
+        code_solver: str | CodeSolver = "line_search",
+        damping: float = 1.0,
+        mu: float = 1.0,
+        mu_growth: float = 1.0,
+        mu_limit: float = float("inf"),
+        normalize: bool = True,
+        code_l1: float = 0.0,
+        weight_inputs: str = "old",
+        cuts: Cuts = "linear",
+        nonfinite: str | None = None,
+    ) -> None:
+        credit = Codes(code_solver, damping=damping, mu=mu, normalize=normalize, l1=code_l1)
+        solver = weight_solver if isinstance(weight_solver, Solver) else Descent(weight_solver)
+        super().__init__(model, loss, credit, solver, cuts=cuts, weight_inputs=weight_inputs, nonfinite=nonfinite)
+        self.mu_growth = _checks.positive("mu_growth", mu_growth)
+        self.mu_limit = mu_limit
+
+    def end_epoch(self) -> None:
+        """Let mu grow toward its limit."""
+        self.credit.mu = max(self.credit.mu, min(self.credit.mu * self.mu_growth, self.mu_limit))
+
+    @classmethod
+    def paper_fc(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> AltMin:
+        """Return the published settings for fully-connected nets (BatchNorm nets, batch 200, 50 epochs).
+
+        Five Nesterov code steps of 0.3, mu 0.003, weights after codes with the new codes as inputs, Adam 0.008 (halved
+        every 8 epochs: attach a scheduler). In delta form, with BatchNorm's statistics updated once a step: where the
+        authors' release leaves the lower layers of deep nets at their initialisation, they train here.
+        """
+        settings: dict[str, Any] = {
+            "code_solver": code_solvers.momentum(5, 0.3),
+            "mu": 0.003,
+            "normalize": False,
+            "weight_inputs": "new",
+            "weight_solver": partial(torch.optim.Adam, lr=0.008),
+        }
+        return cls(model, loss, **{**settings, **changes})
+
+    @classmethod
+    def paper_lenet(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> AltMin:
+        """Return the published settings for LeNet-5 (batch 128, 10 epochs).
+
+        One code step of size 1, mu 0.01 growing by 1.1 an epoch to 1.5, Adam 0.002; in delta form, see `paper_fc`.
+        """
+        settings: dict[str, Any] = {
+            "code_solver": code_solvers.momentum(1, 1.0, momentum=0.0),
+            "mu": 0.01,
+            "mu_growth": 1.1,
+            "mu_limit": 1.5,
+            "normalize": False,
+            "weight_inputs": "new",
+            "weight_solver": partial(torch.optim.Adam, lr=0.002),
+        }
+        return cls(model, loss, **{**settings, **changes})
+
+    @classmethod
+    def paper_binary(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> AltMin:
+        """Return the published settings for nets with binary units: as `paper_fc`, with ten code steps.
+
+        The units' backward (straight-through estimation, in the published release) is the model's own.
+        """
+        return cls.paper_fc(model, loss, **{"code_solver": code_solvers.momentum(10, 0.3), **changes})

@@ -1,0 +1,189 @@
+"""What every learning rule is: it owns the update of a model, one call a batch."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.losses import LossFunction, OutputLoss
+from beyondprop.rules._guard import FiniteGuard, Snapshot
+from beyondprop.watchdog import Watchdog
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step saw. Every tensor is detached and stays on its device; nothing is read to the host.
+
+    Attributes:
+        loss: task loss before the update, 0-d.
+        output: the model's output before the update.
+        energy: relaxed objective after the credit was assigned, 0-d, where the rule has one and diagnostics were asked
+            for; before it, the relaxed objective is `loss`.
+        stages: per stage, named 0-d tensors; filled where diagnostics were asked for.
+    """
+
+    loss: Tensor
+    output: Tensor
+    energy: Tensor | None = None
+    stages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class LearningRule(abc.ABC):
+    """Owns the update of `model`; `step(x, y)` uses one batch.
+
+    A rule implements `backward`, which adds to the parameters' `.grad` as `loss.backward()` would, and lists its
+    optimizers, which `update` steps. Learning-rate schedulers attach to those optimizers; gradient clipping and
+    accumulation go between `backward` and `update`.
+
+    Args:
+        model: the user's module; it is trained in place.
+        loss: `loss(output, y)` returning the mean (or sum) over the batch.
+        nonfinite: `"raise"` reads one flag from the device before the weights are written, and raises there;
+            `"deferred"` never waits for the device: the update is skipped on the device and the error is raised by one of
+            the next calls (needs fused optimizers). Default: `"raise"` on a CPU, else `"deferred"` where possible.
+
+    Raises:
+        TypeError: if `model` is no `nn.Module` or `loss` is not callable.
+        ValueError: if the loss reduces by neither mean nor sum.
+    """
+
+    model: nn.Module
+    loss: OutputLoss
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    defers_update: bool = True
+    """Whether all that `update` changes is inside optimizers, so that these can skip a step on the device."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction, *, nonfinite: str | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        if nonfinite is not None:
+            _checks.one_of("nonfinite", nonfinite, ("raise", "deferred"))
+        self.model = model
+        self.loss = OutputLoss(loss)
+        self.optimizers = ()
+        # Walking the module tree at every step costs more than a small step's products.
+        self._parameters = tuple(model.parameters())
+        self._buffers = tuple(model.buffers())
+        self.watchdog = Watchdog(self)
+        self._guard = FiniteGuard(self, nonfinite)
+
+    @abc.abstractmethod
+    def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
+        """Add this batch's part to the parameters' `.grad`, times `scale`; change no weight.
+
+        Args:
+            x: inputs `(N, ...)`.
+            y: targets `(N, ...)`, as the loss takes them.
+            scale: weight of this batch among those accumulated before one `update`.
+            diagnostics: fill `energy` and `stages` of the result; costs about one more forward pass.
+        """
+
+    def update(self) -> None:
+        """Change the weights by what `backward` gathered, and forget it."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self, x: Tensor, y: Tensor, *, diagnostics: bool = False) -> StepResult:
+        """Train on one batch: `backward`, then `update`.
+
+        The model's own mode decides about dropout and normalisation statistics; it is not changed.
+
+        Raises:
+            ValueError: if the batch is empty, `x` and `y` differ in length, or they do not fit the model.
+            NonFiniteError: if a NaN or Inf appears; weights, optimizer state and running statistics stay as they were.
+        """
+        _checks.batch(x, y)
+        self.check_input(x)
+        snapshot = Snapshot(self._buffers if self.model.training else ())
+        try:
+            result = self.backward(x, y, diagnostics=diagnostics)
+            self._guard.update(x, y, result, snapshot)
+        except BaseException:
+            snapshot.restore()
+            self.discard()
+            raise
+        self.watchdog.tick()
+        return result
+
+    def discard(self) -> None:
+        """Forget what `backward` gathered."""
+        for p in self._parameters:
+            p.grad = None
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise `ValueError` where `x` is on another device, or of another floating dtype, than the weights."""
+        if not self._parameters:
+            return
+        weight = self._parameters[0]
+        if x.device != weight.device:
+            raise ValueError(f"x is on {x.device}, the model on {weight.device}; move one of them.")
+        if x.is_floating_point() and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x has dtype {x.dtype}, the model's weights {weight.dtype}; convert one of them.")
+
+    def stage_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of every stage by the stage's name; by module where the rule has no stages."""
+        groups = {}
+        for name, module in self.model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if own:
+                groups[name or type(module).__name__] = own
+        return groups
+
+    def locate_nonfinite(self, x: Tensor, y: Tensor) -> str | None:
+        """Return the name of what was non-finite first among inputs, weights and gradients, or None."""
+        for name, value in (("x", x), ("y", y)):
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                return name
+        stages = self.stage_parameters()
+        for values in ((lambda p: p), (lambda p: p.grad)):
+            for name, parameters in stages.items():
+                for p in parameters:
+                    value = values(p)
+                    if value is not None and not bool(value.isfinite().all()):
+                        return name
+        return None
+
+    def end_epoch(self) -> None:
+        """Advance the rule's own schedules; the training loop calls it after every epoch."""
+
+    def check_finite(self) -> None:
+        """Wait for the device and raise `NonFiniteError` if a step with deferred checking was skipped."""
+        self._guard.wait()
+
+    def to(self, device: torch.device | str) -> LearningRule:
+        """Move the model and all of the rule's state to `device`; return the rule."""
+        state = self.state_dict()
+        self.model.to(device)
+        self.load_state_dict(state)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that training on needs except the model's own `state_dict`."""
+        self.check_finite()
+        return {
+            "rule": type(self).__name__,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "watchdog": self.watchdog.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if it comes from another kind of rule.
+        """
+        if state.get("rule") != type(self).__name__:
+            raise ValueError(f"This state is of {state.get('rule')!r}, this rule is {type(self).__name__!r}.")
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise ValueError(
+                f"This state holds {len(state['optimizers'])} optimizers, this rule has {len(self.optimizers)}."
+            )
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.watchdog.load_state_dict(state["watchdog"])

@@ -1,0 +1,61 @@
+"""Learning-rate schedules by name: a factor on every optimizer's own learning rate, step by step."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+FORMS: dict[str, str] = {
+    "constant": "the learning rate as it is",
+    "linear": "falls to 0 over the run, a little every step",
+    "cosine": "falls to 0 over the run, along half a cosine",
+    "halve:N": "halved every N epochs",
+}
+"""What `factor` accepts, for help texts."""
+
+
+def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return the function from the number of steps done to the factor on the learning rate.
+
+    Args:
+        schedule: one of `FORMS`, such as `"linear"` or `"halve:8"`.
+        steps: steps of the whole run.
+        steps_per_epoch: steps of one epoch.
+
+    Raises:
+        ValueError: if `schedule` is none of the accepted forms.
+    """
+    kind, _, number = schedule.partition(":")
+    if schedule == "constant":
+        return lambda step: 1.0
+    if schedule == "linear":
+        return lambda step: max(0.0, 1.0 - step / steps)
+    if schedule == "cosine":
+        return lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
+    if kind == "halve" and number.isdecimal() and int(number) > 0:
+        period = int(number) * steps_per_epoch
+        return lambda step: 0.5 ** (step // period)
+    close = difflib.get_close_matches(kind, [form.partition(":")[0] for form in FORMS], n=1)
+    hint = f"; perhaps you meant {close[0]!r}" if close and close[0] != schedule and close[0] != kind else ""
+    raise ValueError(
+        f"schedule must be one of {', '.join(FORMS)} (N a whole number of epochs >= 1), got {schedule!r}{hint}."
+    )
+
+
+def attach(
+    optimizers: Iterable[torch.optim.Optimizer], schedule: str, steps: int, steps_per_epoch: int
+) -> list[LambdaLR]:
+    """Attach a scheduler to every optimizer; `scheduler.step()` belongs after every training step.
+
+    Returns:
+        The schedulers, none for `"constant"`.
+
+    Raises:
+        ValueError: if `schedule` is none of the accepted forms.
+    """
+    function = factor(schedule, steps, steps_per_epoch)
+    return [] if schedule == "constant" else [LambdaLR(optimizer, function) for optimizer in optimizers]

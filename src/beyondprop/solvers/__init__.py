@@ -1,0 +1,1 @@
+"""Solvers: how each stage comes to produce what it should have produced."""

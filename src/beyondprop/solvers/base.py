@@ -1,0 +1,57 @@
+"""Solvers: how each stage comes to produce what it should have produced."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from beyondprop.chain import Chain
+from beyondprop.credit.base import Assignment
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+"""Builds a torch optimizer over parameters, such as `partial(torch.optim.Adam, lr=3e-3)`."""
+
+
+class Solver(abc.ABC):
+    """Moves the weights of every stage toward its wish; one instance serves one rule.
+
+    Attributes:
+        optimizers: the torch optimizers that write the weights; learning-rate schedulers attach to them.
+        defers_update: whether all of its state changes inside optimizers, so that they can skip a step on the device.
+    """
+
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    defers_update: bool = True
+
+    @abc.abstractmethod
+    def bind(self, chain: Chain) -> None:
+        """Take the chain whose stages are solved, when the rule is built; refuse what cannot be, naming the stage."""
+
+    @abc.abstractmethod
+    def collect(self, assignment: Assignment, factor: float) -> None:
+        """Take one stage's assignment; no weight changes yet.
+
+        Args:
+            assignment: from the credit; stages come last first.
+            factor: what a sum over samples of `(d output / d weights)^T delta` is multiplied with to become a gradient:
+                negative, minus one over the batch size where the loss is a mean.
+        """
+
+    @abc.abstractmethod
+    def update(self) -> None:
+        """Change the weights by all that was collected, and forget it."""
+
+    def discard(self) -> None:
+        """Forget what was collected; the rule clears the gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state besides the optimizers'."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        del state

@@ -1,0 +1,100 @@
+"""Gradient steps of any torch optimizer on each stage's squared distance to its wish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from beyondprop import _checks
+from beyondprop.chain import Chain
+from beyondprop.credit.base import Assignment
+from beyondprop.solvers.base import OptimizerFactory, Solver
+
+
+class Descent(Solver):
+    """One or several steps of a torch optimizer on `|wish - (stage(input) - output)|^2 / 2`, mean over the batch.
+
+    With one step, the gradient is `-delta^T input`: the published weight update of AM-SGD and AM-Adam. The last stage
+    descends the task loss itself. Further local steps recompute what is left of the wish under the new weights.
+
+    Args:
+        optimizer: factory over the trainable parameters; default Adam, lr 3e-3, fused where the device has it.
+        output: factory of a second optimizer for the last stage; default: the same one serves all.
+        local_steps: optimizer steps a batch, >= 1.
+
+    Raises:
+        ValueError: if `local_steps` is below 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory | None = None,
+        *,
+        output: OptimizerFactory | None = None,
+        local_steps: int = 1,
+    ) -> None:
+        self._factory = optimizer or adam()
+        self._output_factory = output
+        self.local_steps = _checks.at_least("local_steps", local_steps, 1)
+        self.defers_update = local_steps == 1
+        self._collected: list[tuple[Assignment, float]] = []
+
+    def bind(self, chain: Chain) -> None:
+        """See `Solver.bind`."""
+        self._chain = chain
+        stages = list(chain)
+        below = stages if self._output_factory is None else stages[:-1]
+        groups = [(self._factory, [p for s in below for p in s.parameters if p.requires_grad])]
+        if self._output_factory is not None:
+            groups.append((self._output_factory, [p for p in stages[-1].parameters if p.requires_grad]))
+        self.optimizers = tuple(factory(parameters) for factory, parameters in groups if parameters)
+
+    def collect(self, assignment: Assignment, factor: float) -> None:
+        """See `Solver.collect`."""
+        assignment.pullback.add_gradients(assignment.delta, factor)
+        if self.local_steps > 1:
+            self._collected.append((assignment, factor))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """See `Solver.update`."""
+        collected, self._collected = self._collected, []
+        before = {}
+        if self.local_steps > 1:
+            before = {p: p.detach().clone() for stage in self._chain for p in stage.parameters if p.requires_grad}
+        self._step()
+        for _ in range(self.local_steps - 1):
+            for assignment, factor in collected:
+                pullback, change = assignment.pullback.relinearize(before)
+                pullback.add_gradients(assignment.remaining(change), factor)
+            self._step()
+
+    def discard(self) -> None:
+        """See `Solver.discard`."""
+        self._collected = []
+
+    def _step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for optimizer in self.optimizers:
+            _clear(optimizer)
+
+
+def adam(lr: float = 3e-3) -> OptimizerFactory:
+    """Return a factory of `torch.optim.Adam`, fused where the parameters' device has a fused kernel."""
+
+    def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") and p.is_floating_point() for p in parameters)
+        return torch.optim.Adam(parameters, lr=lr, fused=fused)
+
+    return build
+
+
+def _clear(optimizer: torch.optim.Optimizer) -> None:
+    # zero_grad(set_to_none=True) without its profiler bookkeeping, which costs more than a small step's products.
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None

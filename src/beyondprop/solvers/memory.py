@@ -1,0 +1,257 @@
+"""AM with memory: each stage keeps the second moments of its inputs and solves its weights against them.
+
+Choromanska et al. 2019 (arXiv 1806.09077), Algorithm 2.3, after Mairal et al., "Online dictionary learning for sparse
+coding", ICML 2009:
+
+    A <- A + sum_b a a^T        (in x in)        a: input of the affine map, with a constant 1 where it has a bias
+    B <- B + sum_b c a^T        (out x in)       c: code that the stage should produce
+    W <- argmin_W  Tr(W^T W A) - 2 Tr(W^T B)     by block coordinate descent over columns, warm started
+
+Both solvers here keep B in delta form: R = B - W A = sum_b delta a^T under the present weights, so that no wish is lost in
+the difference of two large sums.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.affine import AffinePullback, AffineStage
+from beyondprop.chain import Chain
+from beyondprop.credit.base import Assignment
+from beyondprop.errors import UnsupportedModelError
+from beyondprop.solvers.base import OptimizerFactory, Solver
+from beyondprop.solvers.descent import adam
+
+METHODS = ("rls", "bcd")
+
+
+class Memory(Solver):
+    """Solves every Linear and Conv stage against the accumulated second moments of its inputs.
+
+    `"rls"`, damped recursive least squares in delta form (the default):
+
+        W <- W + lr * (1/N) delta^T a (A + damping I)^-1,   A a moving average of a^T a / N
+
+    `"bcd"`, block coordinate descent as published: `sweeps` over the columns (in blocks of `block`) of the accumulated
+    least-squares problem, with the unit-step replacement of W by its minimiser.
+
+    Stages of other kinds (blocks, normalised stages, grouped convolutions) have no single weight matrix: their weights take
+    gradient steps of the `rest` optimizer.
+
+    Args:
+        method: `"rls"` or `"bcd"`.
+        lr: step size of `"rls"`; 1 is the full least-squares step. A `torch.optim.SGD` holds it: schedulers attach there.
+        damping: lambda > 0, added to the diagonal of A (for `"bcd"`, of its average over batches).
+        forgetting: e in [0, 1): weight of the newest batch in A (and R); 0 averages over all batches seen.
+        refresh: steps between two Cholesky factorisations of `A + damping I` (`"rls"`).
+        sweeps: sweeps of block coordinate descent a batch (`"bcd"`).
+        block: columns that are solved together (`"bcd"`); 1 as published.
+        limit: input size of a stage above which its n x n memory is announced with a warning.
+        output_lr: step size of the last stage in `"bcd"`, which follows the gradient of the task loss, as published.
+        rest: optimizer factory for weights without a memory; default Adam, lr 3e-3.
+
+    Raises:
+        ValueError: if an argument is out of its range; the message has the range.
+    """
+
+    defers_update = False  # A, R and the weights change outside any torch optimizer
+
+    def __init__(
+        self,
+        method: str = "rls",
+        *,
+        lr: float = 1.0,
+        damping: float = 1.0,
+        forgetting: float = 0.0,
+        refresh: int = 10,
+        sweeps: int = 1,
+        block: int = 1,
+        limit: int = 4096,
+        output_lr: float = 0.1,
+        rest: OptimizerFactory | None = None,
+    ) -> None:
+        self.method = _checks.one_of("method", method, METHODS)
+        self.lr = _checks.positive("lr", lr)
+        self.damping = _checks.positive("damping", damping)
+        if not 0 <= forgetting < 1:
+            raise ValueError(f"forgetting must be in [0, 1), got {forgetting!r}.")
+        self.forgetting = forgetting
+        self.refresh = _checks.at_least("refresh", refresh, 1)
+        self.sweeps = _checks.at_least("sweeps", sweeps, 1)
+        self.block = _checks.at_least("block", block, 1)
+        self.limit = _checks.at_least("limit", limit, 1)
+        self.output_lr = _checks.positive("output_lr", output_lr)
+        self._rest = rest or adam()
+        self._stages: dict[int, StageMemory] = {}
+
+    def bind(self, chain: Chain) -> None:
+        """See `Solver.bind`; warns where a stage's memory is large."""
+        last = len(chain) - 1
+        remembered, output, rest = [], [], []
+        for index, stage in enumerate(chain):
+            trainable = [p for p in stage.parameters if p.requires_grad]
+            if self.method == "bcd" and index == last:
+                output = trainable
+            elif isinstance(stage, AffineStage) and getattr(stage.affine, "groups", 1) == 1 and trainable:
+                memory = StageMemory(stage, self)
+                if memory.size > self.limit:
+                    warnings.warn(
+                        f"Stage {stage.name!r} has {memory.size} inputs: its memory takes {memory.size**2 * 8 / 2**20:.0f} MiB. "
+                        f"Raise Memory(limit={self.limit}) to accept it, or use Descent.",
+                        stacklevel=4,
+                    )
+                self._stages[index] = memory
+                remembered += trainable
+            else:
+                rest += trainable
+        if not remembered:
+            raise UnsupportedModelError(
+                "Memory needs a stage that ends in a plain Linear or Conv (groups=1, no normalisation); this chain has none:\n"
+                f"{chain!r}"
+            )
+        self.optimizers = (torch.optim.SGD(remembered, lr=self.lr if self.method == "rls" else 1.0),)
+        if output:
+            self.optimizers += (torch.optim.SGD(output, lr=self.output_lr, momentum=0.9, nesterov=True),)
+        if rest:
+            self.optimizers += (self._rest(rest),)
+
+    def collect(self, assignment: Assignment, factor: float) -> None:
+        """See `Solver.collect`."""
+        assignment.pullback.add_gradients(assignment.delta, factor)
+        memory = self._stages.get(assignment.index)
+        if memory is not None and isinstance(assignment.pullback, AffinePullback):
+            memory.collect(assignment.pullback, -factor)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """See `Solver.update`."""
+        for memory in self._stages.values():
+            memory.solve()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        """See `Solver.discard`."""
+        for memory in self._stages.values():
+            memory.pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every stage's memory by its index."""
+        return {str(index): memory.state_dict() for index, memory in self._stages.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if set(state) != {str(i) for i in self._stages}:
+            raise ValueError(f"This state has memories of stages {sorted(state)}, this rule of {sorted(self._stages)}.")
+        for index, memory in self._stages.items():
+            memory.load_state_dict(state[str(index)])
+
+
+class StageMemory:
+    """One stage's A, R and factor.
+
+    Attributes:
+        size: n, the inputs of the weight matrix, with the constant where there is a bias.
+        moments: A `(n, n)`, averaged so that its scale does not grow.
+        residual: R `(out, n)`, averaged likewise (`"bcd"` only).
+        steps: batches seen.
+    """
+
+    def __init__(self, stage: AffineStage, settings: Memory) -> None:
+        weight, self.bias = stage.affine.weight, stage.affine.bias
+        self.weight: nn.Parameter = weight
+        self.settings = settings
+        self.inputs = weight[0].numel()
+        self.size = self.inputs + (self.bias is not None)
+        self.moments = weight.new_zeros(self.size, self.size)
+        self.inverse = weight.new_zeros(self.size, self.size)
+        self.residual = weight.new_zeros(weight.shape[0], self.size) if settings.method == "bcd" else None
+        self.steps = 0
+        self.pending: Tensor | None = None
+
+    def collect(self, pullback: AffinePullback, weight: float) -> None:
+        """Add `weight * a^T a` of a batch to what the next `solve` takes in."""
+        rows = pullback.feature_rows()
+        if self.pending is None or self.pending.device != rows.device:
+            self.pending = torch.zeros_like(self.moments, device=rows.device)
+        self.pending.addmm_(rows.t(), rows, alpha=weight)
+
+    def solve(self) -> None:
+        """Take the batch into the memory and turn the weights' `.grad` into the step to be made."""
+        if self.pending is None:
+            return
+        self._to(self.pending.device)
+        self.steps += 1
+        share = max(self.settings.forgetting, 1.0 / self.steps)
+        self.moments.lerp_(self.pending, share)
+        self.pending = None
+        if self.residual is not None:
+            self.residual.lerp_(-self._gradient(), share)
+            self._descend_blocks()
+        else:
+            self._precondition()
+
+    def _precondition(self) -> None:
+        if (self.steps - 1) % self.settings.refresh == 0:
+            damped = self.moments.clone()
+            damped.diagonal().add_(self.settings.damping)
+            self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        self._write(self._gradient() @ self.inverse)
+
+    def _descend_blocks(self) -> None:
+        """Minimise `Tr(dW A dW^T) / 2 - Tr(dW R^T) + damping |dW|^2 / 2` over the step dW, block by block."""
+        assert self.residual is not None
+        step = torch.zeros_like(self.residual)
+        for _ in range(self.settings.sweeps):
+            for start in range(0, self.size, self.settings.block):
+                columns = slice(start, min(start + self.settings.block, self.size))
+                own = self.moments[columns, columns].clone()
+                own.diagonal().add_(self.settings.damping)
+                right = self.residual[:, columns] - self.settings.damping * step[:, columns]
+                change = torch.linalg.solve(own, right, left=False)
+                step[:, columns] += change
+                self.residual.addmm_(change, self.moments[columns], alpha=-1.0)
+        self._write(-step)
+
+    def _gradient(self) -> Tensor:
+        """Return the gradient `(out, n)`, bias folded in, zero where a part is frozen."""
+        parts = [
+            p.grad if p.grad is not None else torch.zeros_like(p) for p in (self.weight, self.bias) if p is not None
+        ]
+        return torch.cat([part.reshape(self.weight.shape[0], -1) for part in parts], 1)
+
+    def _write(self, gradient: Tensor) -> None:
+        if self.weight.grad is not None:
+            self.weight.grad.copy_(gradient[:, : self.inputs].view_as(self.weight))
+        if self.bias is not None and self.bias.grad is not None:
+            self.bias.grad.copy_(gradient[:, -1])
+
+    def _to(self, device: torch.device) -> None:
+        if self.moments.device != device:
+            self.moments, self.inverse = self.moments.to(device), self.inverse.to(device)
+            self.residual = None if self.residual is None else self.residual.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return A, its inverse and R."""
+        state: dict[str, Any] = {
+            "steps": self.steps,
+            "moments": self.moments.clone(),
+            "inverse": self.inverse.clone(),
+        }
+        if self.residual is not None:
+            state["residual"] = self.residual.clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.steps = int(state["steps"])
+        self.moments = state["moments"].to(self.weight.device)
+        self.inverse = state["inverse"].to(self.weight.device)
+        if self.residual is not None:
+            self.residual = state["residual"].to(self.weight.device)

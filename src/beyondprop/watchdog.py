@@ -1,0 +1,88 @@
+"""Warns when a stage with trainable weights stands still while others move."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from beyondprop.errors import FrozenStageWarning
+
+if TYPE_CHECKING:
+    from beyondprop.rules.base import LearningRule
+
+
+class Watchdog:
+    """Compares a sample of every stage's weights once in `interval` steps.
+
+    A stage is frozen if its weights' relative change over the interval is below `threshold` and a thousandth of the most
+    mobile stage's. Wishes that vanish on their way down a deep network show up here whatever rule made them: the
+    published alternating-minimization code leaves all but its top three layers bit-identical to their initialisation.
+    The one host read happens once an interval.
+
+    Args:
+        rule: the rule whose stages are watched.
+        interval: steps between two looks.
+        threshold: relative change, root mean square, below which a stage counts as frozen.
+        sample: weights looked at per parameter, evenly spread.
+    """
+
+    def __init__(self, rule: LearningRule, interval: int = 50, threshold: float = 1e-6, sample: int = 4096) -> None:
+        self.rule = rule
+        self.interval = interval
+        self.threshold = threshold
+        self.sample = sample
+        self.steps = 0
+        self.frozen: set[str] = set()
+        self._before: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def tick(self) -> None:
+        """Count a step; look where an interval is over."""
+        if self.steps % self.interval == 0:
+            now = self._look()
+            if self._before:
+                self._compare(now)
+            self._before = now
+        self.steps += 1
+
+    def _look(self) -> dict[str, Tensor]:
+        stages = {}
+        for name, parameters in self.rule.stage_parameters().items():
+            parts = [p.detach().flatten() for p in parameters if p.requires_grad]
+            if parts:
+                stages[name] = torch.cat([q[:: max(1, q.numel() // self.sample)] for q in parts]).clone()
+        return stages
+
+    def _compare(self, now: dict[str, Tensor]) -> None:
+        names = [n for n in now if n in self._before and now[n].shape == self._before[n].shape]
+        if not names:
+            return
+        moved = torch.stack([
+            (now[n] - self._before[n].to(now[n])).norm() / now[n].norm().clamp_min(1e-30) for n in names
+        ]).tolist()
+        limit = min(self.threshold, max(moved) / 1000)
+        frozen = {n for n, m in zip(names, moved, strict=True) if m < limit}
+        for name in names:
+            if name in frozen - self.frozen:
+                change = moved[names.index(name)]
+                warnings.warn(
+                    f"Stage {name!r} stands still: its weights changed by {change:.1e} of their size in {self.interval} "
+                    f"steps, the most mobile stage by {max(moved):.1e}. Its wish may vanish on the way down: use "
+                    "normalize=True, or another credit solver.",
+                    FrozenStageWarning,
+                    stacklevel=4,
+                )
+        self.frozen = frozen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step count and the sample that the next look compares with."""
+        return {"steps": self.steps, "before": dict(self._before), "frozen": sorted(self.frozen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.steps = int(state["steps"])
+        self._before = dict(state["before"])
+        self.frozen = set(state["frozen"])
