@@ -74,14 +74,16 @@ def _umask() -> int:
     return current
 
 
-# In JSON, every container is a list that starts with its kind, so that integer keys and tuples come back as such.
+# In JSON, every tensor and container is a list that starts with its kind, so that integer keys and tuples come back as such.
 
 
 def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        # The order of the dimensions in memory is kept: products round by it, and a resumed run shall round alike.
+        order = sorted(range(value.ndim), key=lambda d: -value.stride(d))
         # A copy of its own: safetensors refuses memory that two tensors share.
-        tensors[where] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return ["tensor", where]
+        tensors[where] = value.detach().permute(order).to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return ["tensor", [where, order]]
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str | int):
@@ -105,7 +107,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     kind, content = value
     if kind == "tensor":
-        return tensors[content]
+        name, order = content
+        return tensors[name].permute([order.index(d) for d in range(len(order))])
     if kind == "dict":
         return {key: _unpack(v, tensors) for key, v in content}
     items = [_unpack(v, tensors) for v in content]

@@ -11,9 +11,10 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C set a flag, which the function that is yielded reads; a second one interrupts at once.
+    """Make Ctrl-C set a flag, which the function that is yielded reads.
 
-    Outside the main thread, and where somebody else handles the signal, nothing changes.
+    A second Ctrl-C interrupts at once, and one that nobody acted on interrupts at the end. Outside the main thread,
+    and where somebody else handles the signal, nothing changes.
     """
     asked = False
 
@@ -34,3 +35,5 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:  # too late for the one who reads the flag
+        raise KeyboardInterrupt

@@ -53,7 +53,7 @@ def _count(rule: LearningRule, x: Tensor, y: Tensor, steps: int) -> tuple[int, i
         try:
             with counter:
                 rule.step(x, y)
-        except (NonFiniteError, torch.linalg.LinAlgError):
+        except (NonFiniteError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             break  # the same batch again and again may diverge where training does not
         total += counter.total
         done += 1

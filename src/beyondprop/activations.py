@@ -18,17 +18,19 @@ from torch import Tensor, nn
 class Activation(NamedTuple):
     """An elementwise nonlinearity: its value and, from input and value, its slope.
 
-    `is_gate`: the slope is 0 or 1, so that applying it twice is applying it once.
+    `is_gate`: the slope is 0 or 1, so that applying it twice is applying it once. `needs_input`: the slope is not known
+    from the value alone, so that z must be kept.
     """
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
     is_gate: bool = False
+    needs_input: bool = True
 
 
 def _relu(module: nn.ReLU) -> Activation:
     del module
-    return Activation(torch.relu, lambda z, a: a.sign(), is_gate=True)  # a >= 0: its sign is the slope
+    return Activation(torch.relu, lambda z, a: a.sign(), is_gate=True, needs_input=False)  # a >= 0
 
 
 def _leaky_relu(module: nn.LeakyReLU) -> Activation:
@@ -41,12 +43,12 @@ def _leaky_relu(module: nn.LeakyReLU) -> Activation:
 
 def _tanh(module: nn.Tanh) -> Activation:
     del module
-    return Activation(torch.tanh, lambda z, a: 1 - a * a)
+    return Activation(torch.tanh, lambda z, a: 1 - a * a, needs_input=False)
 
 
 def _sigmoid(module: nn.Sigmoid) -> Activation:
     del module
-    return Activation(torch.sigmoid, lambda z, a: a * (1 - a))
+    return Activation(torch.sigmoid, lambda z, a: a * (1 - a), needs_input=False)
 
 
 def _softplus(module: nn.Softplus) -> Activation:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop.activations import Activation, closed_form
-from beyondprop.stage import Pullback, Stage
+from beyondprop.stage import Pullback, Stage, add_to_gradient
 
 _RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _CONVS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -62,8 +62,10 @@ class AffinePullback(Pullback):
     def __init__(self, stage: AffineStage, z: Tensor) -> None:
         self.stage = self.map = stage
         self.input = z
+        self.input_shape = z.shape
         activation = stage.activation
         value = self._value = z if activation is None else activation.value(z)
+        self._z = z if activation is not None and activation.needs_input else None
         for reshape in stage.reshapes:
             value = reshape(value)
         self.features = value
@@ -82,10 +84,14 @@ class AffinePullback(Pullback):
     @property
     def slope(self) -> Tensor:
         """`f'(z)`; asked for only where the stage has a nonlinearity."""
-        if self._slope is None:
-            assert self.map.activation is not None
-            self._slope = self.map.activation.slope(self.input, self._value)
-        return self._slope
+        if self._slope is not None:
+            return self._slope
+        activation = self.map.activation
+        assert activation is not None
+        slope = activation.slope(self._value if self._z is None else self._z, self._value)
+        if not activation.is_gate:  # a gate is cheaper to find again than to keep
+            self._slope = slope
+        return slope
 
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
@@ -95,7 +101,7 @@ class AffinePullback(Pullback):
         else:
             gradient = self._convolution_backward(cotangent, (True, False, False))[0]
         if stage.reshapes:
-            gradient = gradient.view_as(self.input)
+            gradient = gradient.view(self.input_shape)
         return gradient if stage.activation is None else gradient.mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
@@ -118,10 +124,13 @@ class AffinePullback(Pullback):
         if rows.ndim != 2:
             rows, features = rows.reshape(-1, rows.shape[-1]), features.reshape(-1, features.shape[-1])
         if weight.requires_grad:
-            grad, keep = stage.gradient(weight)
-            grad.addmm_(rows.t(), features, beta=keep, alpha=factor)
+            if keep := weight.grad is not None:
+                grad = weight.grad
+            else:
+                grad = weight.grad = torch.empty_like(weight)
+            grad.addmm_(rows.t(), features, beta=float(keep), alpha=factor)
         if bias is not None and bias.requires_grad:
-            self._add_bias_gradient(rows.sum(0), factor)
+            add_to_gradient(bias, rows.sum(0), factor)
 
     def at(self, z: Tensor) -> AffinePullback:
         """See `Pullback.at`."""
@@ -177,15 +186,9 @@ class AffinePullback(Pullback):
         weight, bias = self.map.weight, self.map.bias
         if weight.requires_grad:
             gradient = self._convolution_backward(cotangent, (False, True, False))[1]
-            grad, keep = self.map.gradient(weight)
-            grad.add_(gradient, alpha=factor) if keep else torch.mul(gradient, factor, out=grad)
+            add_to_gradient(weight, gradient, factor)
         if bias is not None and bias.requires_grad:
-            self._add_bias_gradient(cotangent.flatten(2).sum((0, 2)), factor)
-
-    def _add_bias_gradient(self, total: Tensor, factor: float) -> None:
-        assert self.map.bias is not None
-        grad, keep = self.map.gradient(self.map.bias)
-        grad.add_(total, alpha=factor) if keep else torch.mul(total, factor, out=grad)
+            add_to_gradient(bias, cotangent.flatten(2).sum((0, 2)), factor)
 
 
 def patches(features: Tensor, conv: Any) -> Tensor:

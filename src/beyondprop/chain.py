@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from beyondprop.affine import AffinePullback, AffineStage
+from beyondprop.affine import AffineStage
+from beyondprop.block import BlockStage
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.stage import BlockStage, Pullback, Stage
+from beyondprop.stage import Pullback, Stage
 
 Cuts = str | Sequence[str] | Sequence[nn.Module]
 """Where stages end: `"linear"`, `"block"`, the names of the modules that end a stage, or the blocks themselves."""
@@ -46,13 +47,16 @@ class Trace:
     def __getitem__(self, index: int) -> Pullback:
         pullback = self.pullbacks[index]
         if pullback is None:
-            raise IndexError(f"Stage {index} has no trainable stage below it or is frozen itself: it was not recorded.")
+            raise IndexError(
+                f"Stage {index} was taken already, or lies below the lowest stage that trains: {self.lowest}."
+            )
         return pullback
 
-    @property
-    def is_closed_form(self) -> bool:
-        """Whether every recorded stage has closed forms."""
-        return all(isinstance(p, AffinePullback) for p in self.pullbacks[self.lowest :])
+    def take(self, index: int) -> Pullback:
+        """Return a stage's pullback and let go of it, so that its memory is free as soon as its user is done."""
+        pullback = self[index]
+        self.pullbacks[index] = None
+        return pullback
 
 
 class Chain:
@@ -100,12 +104,13 @@ class Chain:
         return f"Chain(\n{lines})"
 
     @torch.no_grad()
-    def record(self, x: Tensor, *, push: bool = False) -> Trace:
+    def record(self, x: Tensor, *, push: bool = False, keep_codes: bool = True) -> Trace:
         """Run all stages on `x` `(N, ...)`, each on the detached output of the one below.
 
         Args:
             x: the batch.
             push: whether tangents will be pushed through the stages.
+            keep_codes: keep every pullback's `input` and `output`; False frees what differentiation does not need.
         """
         lowest = next((i for i, stage in enumerate(self.stages) if stage.is_trainable), len(self.stages))
         if not self._is_composition_of_model:
@@ -118,8 +123,12 @@ class Chain:
                 z = stage.run(z) if isinstance(stage, BlockStage) else stage.forward(z)
             else:
                 pullback = stage.record(z, push=push)
-                pullbacks.append(pullback)
                 z = pullback.output
+                if not keep_codes:
+                    pullback.forget("input")
+                    if index + 1 < len(self.stages):
+                        pullback.forget("output")
+                pullbacks.append(pullback)
         return Trace(pullbacks, lowest, z)
 
     def _check(self) -> None:

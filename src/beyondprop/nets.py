@@ -16,6 +16,15 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
 }
 
+_GAINS: dict[type[nn.Module], float] = {
+    nn.ReLU: math.sqrt(2),
+    nn.LeakyReLU: math.sqrt(2),
+    nn.GELU: math.sqrt(2),
+    nn.Tanh: 5 / 3,
+    nn.Sigmoid: 1.0,
+    nn.Softplus: 1.0,
+}
+
 FORMS: dict[str, str] = {
     "mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]": "fully connected, DEPTH hidden layers of WIDTH units",
     "lenet5": "LeNet-5 with ReLU: 6-16 channels of 5x5, 2x2 max-pooling, 120-84 units",
@@ -57,7 +66,7 @@ def _mlp(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: i
         if dropout:
             layers.append(nn.Dropout(dropout))
         inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, num_classes))
+    return _initialise(nn.Sequential(*layers, nn.Linear(inputs, num_classes)))
 
 
 def _conv(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
@@ -76,7 +85,7 @@ def _conv(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: 
     layers.append(nn.Flatten())
     if dropout:
         layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Linear(channels * height * breadth, num_classes))
+    return _initialise(nn.Sequential(*layers, nn.Linear(channels * height * breadth, num_classes)))
 
 
 def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
@@ -86,7 +95,7 @@ def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
             f"lenet5 needs images of 16x16 or more, got {height}x{breadth}; use 'mlp:100x2' or 'conv:16x2'."
         )
     rows, columns = ((((size - 4) // 2) - 4) // 2 for size in (height, breadth))
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Conv2d(channels, 6, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
@@ -100,6 +109,23 @@ def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(84, num_classes),
     )
+    return _initialise(model)
+
+
+def _initialise(model: nn.Sequential) -> nn.Sequential:
+    """Draw weights so that signals keep their size at any depth (He et al. 2015); biases are 0.
+
+    torch's own default shrinks them by 2.4 a ReLU layer: at depth 16, nothing learns in an epoch, whatever the rule.
+    """
+    carriers = [m for m in model if isinstance(m, nn.Linear | nn.Conv2d)]
+    activations = [m for m in model if type(m) in _GAINS]
+    gain = _GAINS[type(activations[0])] if activations else 1.0
+    for layer in carriers:
+        fan_in = layer.weight[0].numel()
+        nn.init.normal_(layer.weight, std=(1.0 if layer is carriers[-1] else gain) / math.sqrt(fan_in))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return model
 
 
 def _image(spec: str, input_shape: Sequence[int]) -> tuple[int, int, int]:

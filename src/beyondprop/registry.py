@@ -134,8 +134,8 @@ for _spec in (
         "alternating minimization with memory, damped recursive least squares",
         f"{_AM}, Algorithm 2.3, in delta form",
         lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr)),
-        lr=1.0,
-        grid=(0.1, 0.3, 1.0, 3.0),
+        lr=2.0,
+        grid=(0.5, 1.0, 2.0, 4.0),
     ),
     RuleSpec(
         "am-mem-bcd",

@@ -94,7 +94,9 @@ class Settings:
             ValueError: if there is something wrong with them.
         """
         known = {f.name for f in dataclasses.fields(cls)} - {"rules"}
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known
+        }
         try:
             return cls(**values, rules=tuple(rule["name"] for rule in config["rules"]))
         except (KeyError, TypeError) as error:

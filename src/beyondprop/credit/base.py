@@ -50,9 +50,11 @@ class Credit(abc.ABC):
 
     Attributes:
         pushes: whether `assign` pushes tangents forward through stages.
+        needs_codes: whether it looks at the stages' inputs and outputs; False saves their memory.
     """
 
     pushes: bool = False
+    needs_codes: bool = True
 
     def bind(self, chain: Chain) -> None:
         """Look at the chain once, when the rule is built; refuse what cannot be served, naming the stage."""
@@ -63,7 +65,7 @@ class Credit(abc.ABC):
         """Yield an assignment for every stage from the last down to `trace.lowest`.
 
         `loss.cotangent` is the gradient of each sample's loss at `trace.output`; `trace[i](delta)` pulls a delta through
-        stage i, `trace[i].push(tangent)` sends a tangent up.
+        stage i, `trace[i].push(tangent)` sends a tangent up, `trace.take(i)` is `trace[i]` used for the last time.
         """
 
     def energy(self, assignments: Sequence[Assignment]) -> Tensor | None:

@@ -1,13 +1,14 @@
 """Ways to solve one code's problem; each maps a `CodeProblem` to a delta, sample by sample.
 
 A solver with the attribute `pushes = False` never pushes tangents through a stage, which lets stages without closed
-forms keep no second-order graph. Where `problem.normalize` asks for it, a solver keeps the mean length of the gradient
+forms keep no second-order graph; with `needs_codes = False` it never looks at a stage's input or output, whose memory
+is then free. Where `problem.normalize` asks for it, a solver keeps the mean length of the gradient
 (`problem.keep_norm`), so that wishes have the same size at any depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,35 +26,22 @@ def gradient(problem: CodeProblem) -> Tensor:
 
 
 gradient.pushes = False  # type: ignore[attr-defined]
+gradient.needs_codes = False  # type: ignore[attr-defined]
 
 
 def line_search(problem: CodeProblem) -> Tensor:
     """Return the exact minimiser along the gradient, per sample: `g |g|^2 / (damping |g|^2 + (J g)^T H (J g))`."""
     g = problem.gradient
     curvature = problem.curvature(problem.stage.push(g, gated=True))
-    factor = step_factors(square_norm(g), curvature, [problem.damping], normalize=problem.normalize)
-    return g.mul_(per_sample(factor.squeeze(0), g))
+    factor = square_norm(g).add_(tiny(g))  # a sample without gradient gets a finite factor, and keeps its zero delta
+    curvature.add_(factor, alpha=problem.damping) if problem.damping else curvature.add_(tiny(g))
+    factor.div_(curvature)
+    if problem.normalize:
+        factor.div_(factor.mean())
+    return g.mul_(per_sample(factor, g))
 
 
-def step_factors(squared: Tensor, curvature: Tensor, damping: Sequence[float], *, normalize: bool) -> Tensor:
-    """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, one row of `(codes, N)` for each code.
-
-    Args:
-        squared: `|g|^2`, `(codes, N)` or `(N,)`.
-        curvature: `(J g)^T H (J g)`, likewise.
-        damping: one number for each code.
-        normalize: divide every row by its mean.
-    """
-    least = tiny(squared)
-    squared = squared + least  # a sample without gradient gets a finite factor, and keeps its zero delta
-    if len(set(damping)) == 1 and damping[0] > 0:
-        system = torch.add(curvature, squared, alpha=damping[0])
-    else:
-        system = torch.addcmul(curvature + least, squared, squared.new_tensor(damping).unsqueeze(1))
-    factors = (squared / system).view(len(damping), -1)
-    if normalize:
-        factors *= factors.shape[1] / factors.sum(1, keepdim=True)
-    return factors
+line_search.needs_codes = False  # type: ignore[attr-defined]
 
 
 def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:

@@ -113,16 +113,14 @@ class Codes(Credit):
         self.normalize = normalize
         self.l1 = _checks.non_negative("l1", l1)
         self.pushes = getattr(solver, "pushes", True)
+        self.needs_codes = self.l1 > 0 or getattr(solver, "needs_codes", True)
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
         top = len(trace.pullbacks) - 1
-        if self.solver is code_solvers.line_search and not self.l1 and trace.lowest < top and trace.is_closed_form:
-            yield from self._line_search(trace, loss)
-            return
         delta = loss.cotangent.neg()
         for index in range(top, trace.lowest, -1):
-            stage = trace[index]
+            stage = trace.take(index)
             problem = CodeProblem(
                 stage=stage,
                 wish=delta,
@@ -137,32 +135,7 @@ class Codes(Credit):
             yield Assignment(index, stage, delta, below, problem.loss)
             delta = below
         # The lowest stage's input moves for nobody; it may be the last stage, too, when all others are frozen.
-        yield Assignment(trace.lowest, trace[trace.lowest], delta, None, loss if trace.lowest == top else None)
-
-    def _line_search(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
-        """Yield what `assign` yields with `code_solvers.line_search`, at less cost.
-
-        A step factor multiplies a sample's whole delta, and a stage's pullback is linear in each sample: the factors commute
-        with the sweep, and each depends on the gradient's direction only. So the sweep carries plain gradients, and every
-        delta is its gradient times the product of the factors above it.
-        """
-        top = len(trace.pullbacks) - 1
-        deltas = [loss.cotangent.neg()]
-        curvatures = []
-        for index in range(top, trace.lowest, -1):
-            stage = trace[index]
-            gradient = stage(deltas[-1])
-            image = stage.push(gradient, gated=True)
-            curvatures.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
-            deltas.append(gradient)
-        squared = torch.stack([code_solvers.square_norm(g) for g in deltas[1:]])
-        damping = [self.mu, *[self.damping] * (len(curvatures) - 1)]
-        factors = code_solvers.step_factors(squared, torch.stack(curvatures), damping, normalize=self.normalize)
-        for delta, factor in zip(deltas[1:], factors.cumprod(0), strict=True):
-            delta.mul_(code_solvers.per_sample(factor, delta))
-        for below, index in enumerate(range(top, trace.lowest - 1, -1), start=1):
-            moved = deltas[below] if index > trace.lowest else None
-            yield Assignment(index, trace[index], deltas[below - 1], moved, loss if index == top else None)
+        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
 
     def energy(self, assignments: Sequence[Assignment]) -> Tensor:
         """Return the relaxed objective at the moved codes: mean over samples of `Loss + mu / 2 * sum |delta - change|^2`.

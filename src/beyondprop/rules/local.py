@@ -60,8 +60,10 @@ class LocalRule(LearningRule):
     @torch.no_grad()
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
         """See `LearningRule.backward`."""
-        trace = self.chain.record(x, push=self.credit.pushes)
-        loss = self.loss.at(trace.output, y)
+        keep_codes = diagnostics or self.credit.needs_codes or self.solver.needs_codes or self.weight_inputs == "new"
+        trace = self.chain.record(x, push=self.credit.pushes, keep_codes=keep_codes)
+        output = trace.output
+        loss = self.loss.at(output, y)
         factor = -loss.scale * scale
         kept: list[Assignment] = []
         for assignment in self.credit.assign(trace, loss):
@@ -70,10 +72,11 @@ class LocalRule(LearningRule):
             if self.weight_inputs == "new" and assignment.input_delta is not None:
                 assignment = _at_moved_input(assignment)
             self.solver.collect(assignment, factor)
+            del assignment  # its stage's memory is free for the next
         if not diagnostics:
-            return StepResult(loss.value, trace.output)
+            return StepResult(loss.value, output)
         stages = {self.chain[a.index].name: _measure(a) for a in reversed(kept)}
-        return StepResult(loss.value, trace.output, self.credit.energy(kept), stages)
+        return StepResult(loss.value, output, self.credit.energy(kept), stages)
 
     def update(self) -> None:
         """See `LearningRule.update`."""

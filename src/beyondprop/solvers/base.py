@@ -22,10 +22,12 @@ class Solver(abc.ABC):
     Attributes:
         optimizers: the torch optimizers that write the weights; learning-rate schedulers attach to them.
         defers_update: whether all of its state changes inside optimizers, so that they can skip a step on the device.
+        needs_codes: whether it looks at the stages' inputs and outputs; False saves their memory.
     """
 
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     defers_update: bool = True
+    needs_codes: bool = True
 
     @abc.abstractmethod
     def bind(self, chain: Chain) -> None:

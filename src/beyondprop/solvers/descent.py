@@ -39,6 +39,7 @@ class Descent(Solver):
         self._output_factory = output
         self.local_steps = _checks.at_least("local_steps", local_steps, 1)
         self.defers_update = local_steps == 1
+        self.needs_codes = local_steps > 1
         self._collected: list[tuple[Assignment, float]] = []
 
     def bind(self, chain: Chain) -> None:

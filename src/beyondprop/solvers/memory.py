@@ -60,13 +60,14 @@ class Memory(Solver):
     """
 
     defers_update = False  # A, R and the weights change outside any torch optimizer
+    needs_codes = False
 
     def __init__(
         self,
         method: str = "rls",
         *,
         lr: float = 1.0,
-        damping: float = 1.0,
+        damping: float = 0.5,
         forgetting: float = 0.0,
         refresh: int = 10,
         sweeps: int = 1,

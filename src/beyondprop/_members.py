@@ -1,0 +1,92 @@
+"""One training of a comparison, and who watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from beyondprop import nets
+from beyondprop.data import Dataset
+from beyondprop.registry import RuleSpec
+from beyondprop.rules.base import LearningRule
+from beyondprop.runs import Row
+from beyondprop.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One training of a comparison.
+
+    Attributes:
+        spec: the rule.
+        seed: the seed.
+        lr: the learning rate.
+        epochs: how long it trains.
+        tuning: whether it is one of the trainings that a learning rate is chosen by.
+    """
+
+    spec: RuleSpec
+    seed: int
+    lr: float
+    epochs: float
+    tuning: bool = False
+
+
+class Observer(Protocol):
+    """Who watches a comparison, such as the command line's progress display."""
+
+    def start(self, path: Path, members: Sequence[Member]) -> None:
+        """The run directory is there; these trainings are to be done, first of all the tuning ones."""
+
+    def begin(self, member: Member) -> None:
+        """A training begins, or goes on from its checkpoint."""
+
+    def progress(self, member: Member, step: int, steps: int) -> None:
+        """So many of its steps are done; some times a second."""
+
+    def row(self, member: Member, row: Row) -> None:
+        """It recorded something."""
+
+    def end(self, member: Member) -> None:
+        """It finished or failed."""
+
+
+class Silent:
+    """The observer that does nothing."""
+
+    def start(self, path: Path, members: Sequence[Member]) -> None:
+        """See `Observer`."""
+
+    def begin(self, member: Member) -> None:
+        """See `Observer`."""
+
+    def progress(self, member: Member, step: int, steps: int) -> None:
+        """See `Observer`."""
+
+    def row(self, member: Member, row: Row) -> None:
+        """See `Observer`."""
+
+    def end(self, member: Member) -> None:
+        """See `Observer`."""
+
+
+def build(member: Member, dataset: Dataset, settings: Settings) -> LearningRule:
+    """Build a training's network and rule, from the global random state."""
+    # The weights come first from the seed, on the CPU: the same for every rule and device.
+    model = nets.build(settings.net, dataset.input_shape, dataset.num_classes).to(settings.device)
+    return member.spec.build(model, nn.CrossEntropyLoss(), member.lr)
+
+
+@contextmanager
+def seeded(seed: int, device: str) -> Iterator[None]:
+    """Seed the global random state, and give it back at the end."""
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,310 @@
+"""The command line: `beyondprop compare`, `beyondprop report`, `beyondprop list`.
+
+Whatever imports torch is imported when a command runs: help is there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+
+from beyondprop.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from beyondprop._progress import Lines
+    from beyondprop.comparison import Plan
+
+Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
+Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Amount = Annotated[float | None, arg(metavar="N", help_behavior_hint="")]
+Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says what can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train a network by several rules on the same batches, and report how they do."""
+
+    data: Annotated[str, arg(metavar="NAME")] = Settings.data
+    """Data set; `beyondprop list` shows them."""
+    net: Annotated[str, arg(metavar="NET")] = Settings.net
+    """Network, such as mlp:100x2 or mlp:256x3:tanh:bn; `beyondprop list` shows the forms."""
+    rule: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help_behavior_hint="(repeatable)")] = ()
+    """Learning rule. Default: am-adam, am-mem, sgd and adam."""
+    epochs: Annotated[float, arg(metavar="N")] = Settings.epochs
+    """Passes over the training rows; 0.5 is half a pass."""
+    seeds: Annotated[int, arg(metavar="N")] = len(Settings.seeds)
+    """How many seeds, counted from 0."""
+    batch_size: Annotated[int, arg(metavar="N")] = Settings.batch_size
+    """Rows in a batch."""
+    schedule: Annotated[str, arg(metavar="NAME")] = Settings.schedule
+    """Of the learning rates: constant, linear, cosine or halve:N (epochs). A rule may bring its own."""
+    lr: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="RULE=LR", help_behavior_hint="(repeatable)")] = ()
+    """Learning rate of a rule, such as adam=0.001."""
+    tune: Flag = Settings.tune
+    """Choose each rule's learning rate from its grid, on rows held out of the training rows."""
+    tune_epochs: Amount = Settings.tune_epochs
+    """Epochs of a training in tuning. Default: those of the run."""
+    validation: Flag = Settings.validation
+    """Evaluate on rows held out of the training rows; the test rows stay unseen."""
+    evaluate_every: Count = Settings.evaluate_every
+    """Steps between two evaluations. Default: an epoch."""
+    early_stop: Count = Settings.early_stop
+    """Stop a training after so many evaluations without improvement."""
+    alignment: bool = Settings.alignment
+    """Record how every stage's update agrees with the gradient."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes cuda where there is one."""
+    threads: Count = Settings.threads
+    """CPU threads. Default: torch's own choice."""
+    out: Folder = None
+    """Run directory, new or empty. Default: one in runs/, named by time, data and net."""
+    resume: Folder = None
+    """Go on with a run that was stopped, with the settings recorded there."""
+    plugin: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="(repeatable)")] = ()
+    """Python file or module that registers rules of your own."""
+    json: Flag = False
+    """Print the results as JSON; progress goes to the error stream."""
+    quiet: Flag = False
+    """No progress."""
+    debug: Flag = False
+    """Show where an error comes from."""
+
+    def run(self) -> int:
+        """Do it; return the exit code."""
+        settings = self._settings()
+        from rich.console import Console
+
+        from beyondprop._progress import Bars, Lines
+
+        console = Console(stderr=self.json)
+        live = console.is_terminal and not self.quiet
+        observer = Bars(console) if live else Lines(console, quiet=self.quiet)
+        with _warnings_to(observer):
+            path: Path | None = None
+            try:
+                path = self._train(settings, observer)
+                observer.stop()
+                return _show([path], None, as_json=self.json, console=console)
+            except KeyboardInterrupt:
+                observer.stop()
+                if path is not None:
+                    command = shlex.join(["beyondprop", "report", str(path)])
+                    observer.command("Stopped; all is trained, the report is missing. Make it by:", command)
+                elif observer.path is not None:
+                    command = shlex.join(["beyondprop", "compare", "--resume", str(observer.path)])
+                    observer.command("Stopped; the state is saved. Go on with:", command)
+                raise
+            finally:
+                observer.stop()
+
+    def _train(self, settings: Settings, observer: Lines) -> Path:
+        from beyondprop import comparison
+        from beyondprop.runs import check_free
+
+        if self.resume is not None:
+            plan = self._plan(settings, observer)
+            return comparison.go_on(plan, self.resume, observer)
+        with _usage():
+            if self.out is not None:
+                check_free(self.out)
+        return comparison.run(self._plan(settings, observer), self.out, observer)
+
+    def _plan(self, settings: Settings, observer: Lines) -> Plan:
+        from beyondprop import comparison
+
+        said: set[str] = set()
+
+        def progress(done: int, total: int | None, name: str) -> None:
+            if name not in said and not observer.quiet:
+                said.add(name)
+                observer.note(f"Downloading {name}" + (f" ({total / 1e6:.0f} MB)" if total else ""), style="dim")
+
+        with _usage():
+            return comparison.prepare(settings, progress=progress)
+
+    def _settings(self) -> Settings:
+        with _usage():
+            if self.resume is not None:
+                return self._recorded(self.resume)
+            if self.seeds < 1:
+                raise ValueError(f"seeds must be >= 1, got {self.seeds}.")
+            given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if hasattr(self, f.name)}
+            given["seeds"] = tuple(range(self.seeds))
+            given["lr"] = dict(map(_rule_and_rate, self.lr))
+            return Settings(**given, rules=self.rule or Settings.rules, plugins=self.plugin)
+
+    def _recorded(self, path: Path) -> Settings:
+        from beyondprop.runs import read_config
+
+        free = ("resume", "plugin", "json", "quiet", "debug")
+        changed = [
+            f.name for f in dataclasses.fields(self) if f.name not in free and getattr(self, f.name) != f.default
+        ]
+        if changed:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise ValueError(f"--resume goes on with the recorded settings; leave out {flags}.")
+        settings = Settings.from_config(read_config(path))
+        return dataclasses.replace(settings, plugins=self.plugin) if self.plugin else settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Make the figures and the report of recorded runs again, several runs side by side."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run directories."""
+    output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The HTML file. Default: report.html in the first run directory."""
+    json: Flag = False
+    """Print the results as JSON."""
+    debug: Flag = False
+    """Show where an error comes from."""
+
+    def run(self) -> int:
+        """Do it; return the exit code."""
+        from rich.console import Console
+
+        if not self.runs:
+            raise UsageError(
+                "report needs a run directory, such as: beyondprop report runs/20260131-174502-digits-mlp-100x2"
+            )
+        _show(self.runs, self.output, as_json=self.json, console=Console(stderr=self.json))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """Show the rules, networks and data sets that there are."""
+
+    plugin: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="(repeatable)")] = ()
+    """Python file or module that registers rules of your own."""
+    json: Flag = False
+    """Print it as JSON."""
+    debug: Flag = False
+    """Show where an error comes from."""
+
+    def run(self) -> int:
+        """Do it; return the exit code."""
+        from rich.console import Console
+
+        from beyondprop import _listing
+
+        with _usage():
+            found = _listing.inventory(self.plugin)
+        if self.json:
+            _write_json(found)
+        else:
+            _listing.show(found, Console())
+        return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    commands = (
+        Annotated[Compare, subcommand("compare")]
+        | Annotated[Report, subcommand("report")]
+        | Annotated[List, subcommand("list")]
+    )
+    try:
+        command: Any = tyro.cli(
+            commands,
+            prog="beyondprop",
+            args=argv,
+            description="Train networks by what comes after plain backpropagation, side by side with it.",
+        )
+    except SystemExit as done:  # help, or what tyro has explained
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    try:
+        return command.run()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone, as in `beyondprop list | head`; nothing is left to say.
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except Exception as error:
+        if command.debug:
+            raise
+        known = isinstance(error, UsageError | OSError | ValueError | RuntimeError)
+        text = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
+        hint = "" if known else "\n--debug shows where it comes from."
+        sys.stderr.write(f"beyondprop: {text}{hint}\n")
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _show(paths: Sequence[Path], output: Path | None, *, as_json: bool, console: Console) -> int:
+    """Write the report, show the results; return 1 where every training failed."""
+    from beyondprop import report
+
+    with _usage():
+        runs = [report.read_run(path) for path in paths]
+    page = report.write_report(*paths, output=output)
+    if as_json:
+        found = [
+            {**report.to_json(run), "path": str(path), "report": str(page)}
+            for run, path in zip(runs, paths, strict=True)
+        ]
+        _write_json(found[0] if len(found) == 1 else found)
+    else:
+        for run in runs:
+            console.print(report.table(run))
+        figures = page.parent / "figures"
+        curves = [figures / f"{run.metric.removeprefix('test_')}.png" for run in runs if output is None]
+        for file in [*(curve for curve in curves[:1] if curve.is_file()), page]:
+            console.print(str(file), soft_wrap=True, markup=False, highlight=False)
+    seeds = [run.seeds(rule.name) for run in runs for rule in run.rules]
+    return int(all(not s["done"] and not s["unfinished"] for s in seeds))
+
+
+def _write_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rule_and_rate(text: str) -> tuple[str, float]:
+    name, equals, number = text.partition("=")
+    try:
+        rate = float(number)
+    except ValueError:
+        rate = None
+    if not name or not equals or rate is None:
+        raise ValueError(f"--lr takes RULE=LR, such as adam=0.001, got {text!r}.")
+    return name, rate
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """Turn what is wrong with the arguments into a `UsageError`; damaged data is not the user's mistake."""
+    try:
+        yield
+    except (ValueError, ImportError, FileExistsError, FileNotFoundError) as error:
+        if type(error).__name__ in ("DataIntegrityError", "DataUnavailableError"):  # whose module imports torch
+            raise
+        raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _warnings_to(observer: Lines) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_rest: observer.note(f"Warning: {message}")
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""From settings to a plan: everything that can be wrong is found before anything is trained or written."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from beyondprop import data, nets, registry, schedules
+from beyondprop.data import Dataset
+from beyondprop.errors import UnsupportedModelError
+from beyondprop.registry import RuleSpec
+from beyondprop.settings import Settings
+
+VALIDATION = 1 / 6
+"""Share of the training rows that a validation split holds out: as many as MNIST has test rows."""
+
+_loaded_plugins: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A comparison whose settings were found good and whose data is loaded.
+
+    Attributes:
+        settings: with the device and the threads that they come down to.
+        specs: the rules, in the settings' order.
+        data: the training rows, and those that are evaluated on.
+        tuning_data: the same without the test rows; None where nothing is tuned.
+    """
+
+    settings: Settings
+    specs: tuple[RuleSpec, ...]
+    data: Dataset
+    tuning_data: Dataset | None
+
+
+def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Plan:
+    """Check the settings against what there is, and load the data.
+
+    Args:
+        settings: what to compare.
+        progress: called during downloads, see `data.load`.
+
+    Raises:
+        ValueError: if a setting is wrong; the message says what is accepted.
+        ImportError: if a plugin cannot be loaded.
+        UnsupportedModelError: if one of the rules cannot train the net.
+        DataUnavailableError: if the data is not at hand and cannot be downloaded.
+    """
+    load_plugins(settings.plugins)
+    specs = tuple(registry.get(_known("rule", name, registry.names())) for name in settings.rules)
+    info = data.describe(_known("data", settings.data, data.names()))
+    _known("net", settings.net, nets.FORMS, [form.partition(":")[0] for form in nets.FORMS])
+    for schedule in {settings.schedule, *(spec.schedule for spec in specs)} - {None}:
+        schedules.factor(schedule, 1, 1)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA device; use 'cpu' or 'auto'.")
+    settings = replace(settings, device=device, threads=settings.threads or torch.get_num_threads())
+    for spec in specs:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again, and are recorded, when the rule trains
+            model = nets.build(settings.net, info.input_shape, len(info.classes))
+            try:
+                spec.build(model, nn.CrossEntropyLoss(), spec.lr)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{spec.name} cannot train {settings.net}: {error}") from error
+    full = data.load(settings.data, progress=progress)
+    split = None
+    if settings.validation or settings.tune:
+        split = full.split_validation(VALIDATION, generator=torch.Generator().manual_seed(0))
+    evaluated = split if settings.validation and split is not None else full
+    return Plan(settings, specs, evaluated, split if settings.tune else None)
+
+
+def load_plugins(plugins: Sequence[str]) -> None:
+    """Load the modules or files that register rules of their own, each once.
+
+    Raises:
+        ImportError: if one cannot be loaded; the message names it and says why.
+    """
+    for where in plugins:
+        key = str(Path(where).resolve()) if where.endswith(".py") else where
+        if key in _loaded_plugins:
+            continue
+        try:
+            registry.load_plugin(where)
+        except Exception as error:
+            raise ImportError(f"The plugin {where!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        _loaded_plugins.add(key)
+
+
+def _known(what: str, given: str, shown: Iterable[str], accepted: Sequence[str] | None = None) -> str:
+    """Return `given`, or raise naming what there is; of a form such as `mlp:100x2` the word before the colon counts."""
+    accepted = list(shown) if accepted is None else accepted
+    word = given.partition(":")[0]
+    if word not in accepted:
+        close = difflib.get_close_matches(word, accepted, n=1)
+        hint = f"; perhaps you meant {close[0]!r}" if close else ""
+        raise ValueError(f"{what} must be one of {', '.join(shown)}, got {given!r}{hint}.")
+    return given

@@ -1,0 +1,81 @@
+"""Learning rates chosen on held-out training rows: the same number of tries for every rule, the test rows unseen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from beyondprop._interrupt import deferred_interrupt
+from beyondprop._members import Member, Observer, build, seeded
+from beyondprop.data import Dataset
+from beyondprop.planning import Plan
+from beyondprop.runs import Row, RunDirectory
+from beyondprop.training import Failed, fit
+
+_NEVER = 2**62  # steps: the evaluation at the end is the only one that counts
+
+
+def tune(member: Member, held: Dataset, plan: Plan, directory: RunDirectory, observer: Observer) -> None:
+    """Train with one learning rate on what the test rows are not in, and record how well it does."""
+    settings = plan.settings
+    observer.begin(member)
+    row: Row = {
+        "kind": "tuning",
+        "rule": member.spec.name,
+        "seed": member.seed,
+        "lr": member.lr,
+        "epochs": member.epochs,
+    }
+    with seeded(member.seed, settings.device), deferred_interrupt() as interrupted:
+        try:
+            history = fit(
+                build(member, held, settings),
+                held,
+                epochs=member.epochs,
+                batch_size=settings.batch_size,
+                seed=member.seed,
+                schedule=member.spec.schedule or settings.schedule,
+                evaluate_every=_NEVER,
+                progress=lambda step, steps: observer.progress(member, step, steps),
+                interrupted=interrupted,
+            )
+        except Failed as error:
+            row |= {"validation_loss": None, "validation_accuracy": None, "message": " ".join(str(error).split())}
+        else:
+            last = history.evaluations[-1]
+            row |= {"validation_loss": last["test_loss"], "validation_accuracy": last.get("test_accuracy")}
+            row |= {"seconds": last["seconds"]}
+    directory.append(row)
+    observer.row(member, row)
+    observer.end(member)
+
+
+def candidates(plan: Plan) -> Iterator[Member]:
+    """Yield the trainings that tuning takes: every rule's grid, with the first seed."""
+    settings = plan.settings
+    for spec in plan.specs if settings.tune else ():
+        if spec.name not in settings.lr:
+            for lr in spec.grid:
+                yield Member(spec, settings.seeds[0], lr, settings.tune_epochs or settings.epochs, tuning=True)
+
+
+def chosen(plan: Plan, directory: RunDirectory) -> dict[str, float]:
+    """Return the learning rates that tuning chose: highest validation accuracy, then lowest loss."""
+    best: dict[str, tuple[float, float, float]] = {}
+    for row in directory.rows:
+        if row.get("kind") == "tuning" and row["validation_loss"] is not None:
+            score = (row["validation_accuracy"] or 0.0, -row["validation_loss"], row["lr"])
+            best[row["rule"]] = max(score, best.get(row["rule"], score))
+    said = {row["rule"] for row in directory.rows if row.get("kind") == "warning" and "seed" not in row}
+    for spec in plan.specs if plan.settings.tune else ():
+        if spec.name in plan.settings.lr or spec.name in said:
+            continue
+        grid, message = ", ".join(f"{lr:g}" for lr in spec.grid), ""
+        if spec.name not in best:
+            message = f"Tuning failed at every learning rate of {grid}; {spec.lr:g} is used."
+        elif best[spec.name][2] in (min(spec.grid), max(spec.grid)):
+            message = f"Tuning chose {best[spec.name][2]:g}, at the edge of {grid}; a better one may lie beyond."
+        if message:
+            directory.append({"kind": "warning", "rule": spec.name, "message": message})
+            warnings.warn(f"{spec.name}: {message}", stacklevel=2)
+    return {name: lr for name, (_, _, lr) in best.items()}

@@ -1,0 +1,163 @@
+"""Small nets, toy data and comparisons that several tests use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import Assignment, Credit, LearningRule
+from beyondprop.chain import Chain, Trace
+from beyondprop.losses import LossFunction, OutputLoss
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.01),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": lambda: nn.Softplus(beta=2.0, threshold=3.0),
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}
+
+
+class Residual(nn.Module):
+    """`x + tanh(Linear(x))`: cannot be cut, so it is a stage."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Attention(nn.Module):
+    """Self-attention with a skip. Without weights it runs fused, where there is no second derivative."""
+
+    def __init__(self, width: int, *, fused: bool, batch_first: bool = True) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(width, 2, batch_first=batch_first)
+        self.norm = nn.LayerNorm(width)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.attend(y, y, y, need_weights=not self.fused)[0]
+
+
+class Recorder(Credit):
+    """Any credit, whose assignments are kept."""
+
+    def __init__(self, inner: Credit) -> None:
+        self.inner = inner
+        self.pushes = inner.pushes
+        self.kept: list[Assignment] = []
+
+    def assign(self, trace: Trace, loss: Any) -> Any:
+        for assignment in self.inner.assign(trace, loss):
+            self.kept.append(assignment)
+            yield assignment
+
+
+def mlp(*widths: int, activation: str = "relu", norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
+    """`Linear (BatchNorm) activation (Dropout) ... Linear`."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(inputs, outputs)]
+        layers += [nn.BatchNorm1d(outputs)] if norm else []
+        layers += [ACTIVATIONS[activation]()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def convnet(channels: int = 1, *, norm: bool = False) -> nn.Sequential:
+    """Two convolutions with pooling on 8x8 images, three classes."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 3, 3, padding=1),
+        *([nn.BatchNorm2d(3)] if norm else []),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+def blobs(rows: int, features: int = 6, classes: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Classes that a line separates: one center each."""
+    generator = torch.Generator().manual_seed(5)
+    centers = 2 * torch.randn(classes, features, generator=generator)
+    y = torch.arange(rows) % classes
+    return (centers[y] + 0.3 * torch.randn(rows, features, generator=generator)).to(dtype), y
+
+
+def images(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """8x8 images of the same kind."""
+    x, y = blobs(rows, 64)
+    return x.view(rows, 1, 8, 8).to(dtype), y
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of weights and buffers."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nests of dicts, lists and tensors are equal to the last bit; NaN equals NaN."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(p, q) for p, q in zip(a, b, strict=True))
+    return a == b
+
+
+def rule_state(rule: LearningRule) -> Any:
+    """A deep copy of all that a step may change."""
+    return copy.deepcopy((rule.model.state_dict(), rule.state_dict() | {"watchdog": None}))
+
+
+def difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
+    """Largest absolute difference between two lists of tensors."""
+    return max(float((p.detach() - q.detach()).abs().max()) for p, q in zip(a, b, strict=True))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """`|a - b| / |b|`."""
+    a, b = a.detach(), b.detach()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def assignments(
+    model: nn.Module, loss: LossFunction, credit: Credit, x: Tensor, y: Tensor, **settings: Any
+) -> list[Assignment]:
+    """What a credit gives the stages of a model, last stage first."""
+    chain = Chain(model, **settings)
+    credit.bind(chain)
+    with torch.no_grad():
+        trace = chain.record(x, push=credit.pushes)
+        return list(credit.assign(trace, OutputLoss(loss).at(trace.output, y)))
+
+
+def jacobian(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Every sample's Jacobian `(N, out, in)`, one sample at a time, by autograd."""
+    rows = []
+    for sample in z:
+        full = torch.autograd.functional.jacobian(lambda s: function(s.unsqueeze(0)).squeeze(0), sample)
+        rows.append(full.reshape(-1, sample.numel()))  # type: ignore[union-attr]
+    return torch.stack(rows)
+
+
+def train(rule: LearningRule, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """One step a batch; return the losses."""
+    return [float(rule.step(x, y).loss) for x, y in batches]
