@@ -13,6 +13,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def peak(step: Callable[[], object]) -> int:
     """Return the most bytes that stood allocated at once during `step`, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as profiler:
         step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     events.sort(key=lambda e: e.start_ns())
     standing = highest = 0
     for event in events:
@@ -52,7 +53,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = nets.build(net, (1, 28, 28), 10)
         x, y = torch.randn(arguments.batch, 1, 28, 28), torch.randint(10, (arguments.batch,))
-        rules = {"Backprop": Backprop(copy.deepcopy(model), nn.CrossEntropyLoss(), adam)}
+        rules: dict[str, LearningRule] = {"Backprop": Backprop(copy.deepcopy(model), nn.CrossEntropyLoss(), adam)}
         for solver in ("gradient", "line_search", "cg"):
             rules[f"AltMin {solver}"] = AltMin(copy.deepcopy(model), nn.CrossEntropyLoss(), adam, code_solver=solver)
         print(f"\n{net}, batch {arguments.batch}")
@@ -60,7 +61,7 @@ def main() -> None:
         for name, rule in rules.items():
             for _ in range(3):
                 rule.step(x, y)
-            step = peak(lambda rule=rule: rule.step(x, y))
+            step = peak(partial(rule.step, x, y))
             whole = step + resident(rule)
             base = base or (step, whole)
             print(

@@ -4,7 +4,7 @@
 
 Prints the median process CPU time of a step, and ratios of medians. `autograd` is what a user writes by hand:
 `zero_grad`, `loss.backward()`, foreach Adam, no finite check; `autograd, fused` is the same with the fused kernel that
-`AltMin` takes by default, so that both effects can be told apart. `floor` is the ratio of floating-point operations alone.
+`AltMin` takes by default, so that both effects can be told apart. `work` is the ratio of floating-point operations alone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from beyondprop import AltMin, Backprop, data, nets
+from beyondprop import AltMin, Backprop, LearningRule, data, nets
+from beyondprop.training import work_per_step
 
 Step = Callable[[torch.Tensor, torch.Tensor], object]
 
@@ -42,18 +42,22 @@ def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def contenders(model: nn.Module) -> dict[str, Step]:
-    """Return the steps to compare, each on its own copy of the model."""
+def contenders(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[dict[str, Step], dict[str, float]]:
+    """Return the steps to compare, each on its own copy of the model, and the work of each in gradient-equivalents."""
     steps: dict[str, Step] = {}
+    work = {}
     for kind, options in ADAM.items():
         adam = partial(torch.optim.Adam, lr=1e-3, **options)
         own = copy.deepcopy(model)
         steps[f"autograd, {kind}"] = by_hand(own, adam(own.parameters()))
-        steps[f"Backprop, {kind}"] = Backprop(copy.deepcopy(model), nn.CrossEntropyLoss(), adam).step
+        work[f"autograd, {kind}"] = 1.0
+        rules: dict[str, LearningRule] = {"Backprop": Backprop(copy.deepcopy(model), nn.CrossEntropyLoss(), adam)}
         for solver in ("gradient", "line_search", "cg"):
-            rule = AltMin(copy.deepcopy(model), nn.CrossEntropyLoss(), adam, code_solver=solver)
-            steps[f"AltMin {solver}, {kind}"] = rule.step
-    return steps
+            rules[f"AltMin {solver}"] = AltMin(copy.deepcopy(model), nn.CrossEntropyLoss(), adam, code_solver=solver)
+        for name, rule in rules.items():
+            steps[f"{name}, {kind}"] = rule.step
+            work[f"{name}, {kind}"] = work_per_step(rule, x, y, steps=1)
+    return steps, work
 
 
 def measure(steps: dict[str, Step], batches: list[tuple[torch.Tensor, torch.Tensor]], rounds: int) -> dict[str, float]:
@@ -67,13 +71,6 @@ def measure(steps: dict[str, Step], batches: list[tuple[torch.Tensor, torch.Tens
                 if turn >= 0:
                     times[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def operations(step: Step, x: torch.Tensor, y: torch.Tensor) -> int:
-    """Return the floating-point operations of one step's products."""
-    with FlopCounterMode(display=False) as counter:
-        step(x, y)
-    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -91,16 +88,14 @@ def main() -> None:
         batches = list(
             itertools.islice(data.batches(mnist.x_train, mnist.y_train, arguments.batch, generator=None), 10)
         )
-        steps = contenders(model)
+        steps, work = contenders(model, *batches[0])
         seconds = measure(steps, batches, arguments.rounds)
         base = seconds["autograd, foreach"]
-        work = {name: operations(step, *batches[0]) for name, step in steps.items()}
         print(f"\n{net}, batch {arguments.batch}, {arguments.threads} thread(s): {base * 1e3:.2f} ms")
-        print(f"  {'':32} {'/ autograd foreach':>20} {'/ autograd, same Adam':>22} {'floor':>7}")
+        print(f"  {'':32} {'/ autograd foreach':>20} {'/ autograd, same Adam':>22} {'work':>7}")
         for name, value in seconds.items():
             same = seconds["autograd, " + name.rsplit(", ", 1)[1]]
-            floor = work[name] / work["autograd, foreach"]
-            print(f"  {name:32} {value / base:>20.3f} {value / same:>22.3f} {floor:>7.3f}")
+            print(f"  {name:32} {value / base:>20.3f} {value / same:>22.3f} {work[name]:>7.3f}")
 
 
 if __name__ == "__main__":

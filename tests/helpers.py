@@ -78,8 +78,21 @@ def mlp(*widths: int, activation: str = "relu", norm: bool = False, dropout: flo
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
+def mixed(dropout: float = 0.3) -> nn.Sequential:
+    """A stage with BatchNorm, a plain one, which a memory can serve, and one with dropout."""
+    return nn.Sequential(
+        nn.Linear(6, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(16, 3),
+    )
+
+
 def convnet(channels: int = 1, *, norm: bool = False) -> nn.Sequential:
-    """Two convolutions with pooling on 8x8 images, three classes."""
+    """Two convolutions with pooling and two linear layers, for 8x8 images of three classes."""
     return nn.Sequential(
         nn.Conv2d(channels, 3, 3, padding=1),
         *([nn.BatchNorm2d(3)] if norm else []),
@@ -88,7 +101,9 @@ def convnet(channels: int = 1, *, norm: bool = False) -> nn.Sequential:
         nn.Conv2d(3, 4, 3),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(16, 3),
+        nn.Linear(16, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
     )
 
 

@@ -13,7 +13,7 @@ from helpers import SGD, Attention, Residual, blobs, relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Descent, Memory, UnsupportedModelError
-from beyondprop.stage import BlockStage
+from beyondprop.block import BlockStage
 
 BLOCKS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "conv_norm": ((4, 2, 5, 5), lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))),
@@ -221,3 +221,14 @@ def test_blocks_leave_no_warning_and_no_graph() -> None:
         pullback = stage.record(z, push=True)
         assert not pullback(torch.ones_like(pullback.output)).requires_grad
         assert not pullback.push(torch.ones_like(z)).requires_grad
+
+
+def test_local_steps_see_new_weights_under_autocast() -> None:
+    """Autocast keeps its casts of weights until its context ends; a second local step must not see the old ones."""
+    stage = BlockStage("s", [("0", nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        pullback = stage.record(torch.randn(5, 4))
+        before = {p: p.clone() for p in stage.parameters}
+        stage.parameters[0].add_(torch.randn(3, 4))
+        _, change = pullback.relinearize(before)
+    assert float(change.norm()) > 0.1

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from beyondprop.chain import Chain
-from beyondprop.credit.base import Assignment, Credit
-from beyondprop.credit.codes import CodeProblem, Codes
-from beyondprop.diagnostics import Alignment, alignment
-from beyondprop.errors import FrozenStageWarning, NonFiniteError, UnsupportedModelError
-from beyondprop.registry import RuleSpec, register
-from beyondprop.rules.altmin import AltMin
-from beyondprop.rules.backprop import Backprop
-from beyondprop.rules.base import LearningRule, StepResult
-from beyondprop.rules.local import LocalRule
-from beyondprop.solvers.base import Solver
-from beyondprop.solvers.descent import Descent
-from beyondprop.solvers.memory import Memory
-from beyondprop.stage import Pullback, Stage
+if TYPE_CHECKING:
+    from beyondprop.chain import Chain
+    from beyondprop.credit.base import Assignment, Credit
+    from beyondprop.credit.codes import CodeProblem, Codes
+    from beyondprop.diagnostics import Alignment, alignment
+    from beyondprop.errors import FrozenStageWarning, NonFiniteError, UnsupportedModelError
+    from beyondprop.registry import RuleSpec, register
+    from beyondprop.rules.altmin import AltMin
+    from beyondprop.rules.backprop import Backprop
+    from beyondprop.rules.base import LearningRule, StepResult
+    from beyondprop.rules.local import LocalRule
+    from beyondprop.solvers.base import Solver
+    from beyondprop.solvers.descent import Descent
+    from beyondprop.solvers.memory import Memory
+    from beyondprop.stage import Pullback, Stage
+    from beyondprop.training import evaluate, fit
 
 try:
     __version__ = version("beyondprop")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
+
+# Loaded when asked for: `beyondprop --help` shall not wait for torch.
+_HOMES = {
+    "beyondprop.chain": ("Chain",),
+    "beyondprop.credit.base": ("Assignment", "Credit"),
+    "beyondprop.credit.codes": ("CodeProblem", "Codes"),
+    "beyondprop.diagnostics": ("Alignment", "alignment"),
+    "beyondprop.errors": ("FrozenStageWarning", "NonFiniteError", "UnsupportedModelError"),
+    "beyondprop.registry": ("RuleSpec", "register"),
+    "beyondprop.rules.altmin": ("AltMin",),
+    "beyondprop.rules.backprop": ("Backprop",),
+    "beyondprop.rules.base": ("LearningRule", "StepResult"),
+    "beyondprop.rules.local": ("LocalRule",),
+    "beyondprop.solvers.base": ("Solver",),
+    "beyondprop.solvers.descent": ("Descent",),
+    "beyondprop.solvers.memory": ("Memory",),
+    "beyondprop.stage": ("Pullback", "Stage"),
+    "beyondprop.training": ("evaluate", "fit"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Alignment",
@@ -46,5 +70,18 @@ __all__ = [
     "StepResult",
     "UnsupportedModelError",
     "alignment",
+    "evaluate",
+    "fit",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

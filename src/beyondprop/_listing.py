@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from beyondprop import data, nets, registry, schedules
 from beyondprop.comparison import load_plugins
-from beyondprop.data._files import Source
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,15 +78,8 @@ def _about(info: data.DatasetInfo) -> dict[str, Any]:
         "test_size": info.test_size,
         "input_shape": list(info.input_shape),
         "num_classes": len(info.classes),
-        "at_hand": _at_hand(info),
+        "at_hand": data.at_hand(info.name),
         "download_bytes": info.download_bytes,
         "home_page": info.home_page,
         "license": info.license,
     }
-
-
-def _at_hand(info: data.DatasetInfo) -> bool:
-    if not info.download_bytes:
-        return True
-    folders = [place / info.name for place in Source().places()]
-    return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)

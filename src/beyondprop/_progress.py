@@ -93,15 +93,15 @@ class Bars(Lines):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
+        # Room is left at the right: the ^C that a terminal echoes there would move the bars by a line.
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=max(8, min(40, console.width - 62))),
             TaskProgressColumn(),
             TextColumn("{task.fields[result]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
-            expand=True,
         )
         self._epochs = 0.0
 

@@ -157,11 +157,8 @@ class AffinePullback(Pullback):
 
         A convolution's rows are its patches, one for each output position.
         """
-        affine = self.map.affine
-        if self.map.is_linear:
-            rows = self.features.reshape(-1, affine.in_features)
-        else:
-            rows = patches(self.features, affine)
+        affine, features = self.map.affine, self.features
+        rows = features.reshape(-1, affine.in_features) if self.map.is_linear else patches(features, affine)
         if affine.bias is not None:
             rows = F.pad(rows, (0, 1), value=1.0)
         return rows

@@ -18,7 +18,7 @@ Cuts = str | Sequence[str] | Sequence[nn.Module]
 
 _AFFINE = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _NORMS = (
-    nn.modules.batchnorm._BatchNorm,  # InstanceNorm among them
+    nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,

@@ -38,7 +38,8 @@ class Pullback(abc.ABC):
 
     def forget(self, name: str) -> None:
         """Drop `input` or `output`, so that the code's memory is free before the step ends."""
-        self.__dict__.pop(name, None)
+        if name in vars(self):
+            delattr(self, name)
 
     @abc.abstractmethod
     def __call__(self, cotangent: Tensor) -> Tensor:

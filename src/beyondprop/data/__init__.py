@@ -6,7 +6,7 @@ from the set's public home otherwise. Every byte that is used is checked against
 
 from __future__ import annotations
 
-from beyondprop.data._catalog import DatasetInfo, describe, load, names
+from beyondprop.data._catalog import DatasetInfo, at_hand, describe, load, names
 from beyondprop.data._dataset import Dataset, batches
 from beyondprop.data._files import DataIntegrityError, DataUnavailableError, Progress
 
@@ -16,6 +16,7 @@ __all__ = [
     "Dataset",
     "DatasetInfo",
     "Progress",
+    "at_hand",
     "batches",
     "describe",
     "load",

@@ -91,6 +91,15 @@ def load(
     return loader(info, Source(None if root is None else Path(root).expanduser(), download, progress))
 
 
+def at_hand(name: str) -> bool:
+    """Return whether `load` would find the set's files without downloading; their content is not looked at."""
+    info = describe(name)
+    if not info.download_bytes:
+        return True
+    folders = [place / info.name for place in Source().places()]
+    return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+
+
 def _digits(info: DatasetInfo, source: Source) -> Dataset:
     del source  # embedded in scikit-learn
     from sklearn.datasets import load_digits

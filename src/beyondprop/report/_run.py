@@ -115,17 +115,20 @@ class Run:
     def seeds(self, rule: str) -> dict[str, tuple[int, ...]]:
         """Return the rule's seeds by how they ended: `"done"`, `"failed"` and `"unfinished"`.
 
-        A seed is done when nothing stopped it and its last evaluation is at the configured epochs or at
-        most one step short of them; a seed that was never started is unfinished.
+        A seed is done when it is recorded as finished, which an early stop is, too, or when nothing stopped it and
+        its last evaluation is at the configured epochs or at most one step short of them; a seed that was never started
+        is unfinished.
         """
         failed = {row["seed"] for row in self.failures if row["rule"] == rule}
+        finished = {row["seed"] for row in self.rows if row.get("kind") == "finished" and row.get("rule") == rule}
         seen = {seed for kind, name, seed in self._index if name == rule and kind == "eval"}
         ended: dict[str, list[int]] = {"done": [], "failed": [], "unfinished": []}
         for seed in sorted(failed | seen | set(self.config.get("seeds", []))):
             if seed in failed:
                 ended["failed"].append(seed)
             else:
-                ended["done" if self._at_end(self.of("eval", rule, seed)) else "unfinished"].append(seed)
+                done = seed in finished or self._at_end(self.of("eval", rule, seed))
+                ended["done" if done else "unfinished"].append(seed)
         return {how: tuple(seeds) for how, seeds in ended.items()}
 
     def counted(self, rule: str) -> tuple[int, ...]:

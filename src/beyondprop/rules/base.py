@@ -170,6 +170,7 @@ class LearningRule(abc.ABC):
             "rule": type(self).__name__,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "watchdog": self.watchdog.state_dict(),
+            "steps": self._guard.steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,3 +188,4 @@ class LearningRule(abc.ABC):
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.watchdog.load_state_dict(state["watchdog"])
+        self._guard.steps = int(state["steps"])

@@ -102,7 +102,8 @@ class Memory(Solver):
                 memory = StageMemory(stage, self)
                 if memory.size > self.limit:
                     warnings.warn(
-                        f"Stage {stage.name!r} has {memory.size} inputs: its memory takes {memory.size**2 * 8 / 2**20:.0f} MiB. "
+                        f"Stage {stage.name!r} has {memory.size} inputs: its memory takes "
+                        f"{memory.size**2 * 8 / 2**20:.0f} MiB. "
                         f"Raise Memory(limit={self.limit}) to accept it, or use Descent.",
                         stacklevel=4,
                     )
