@@ -232,3 +232,21 @@ def test_local_steps_see_new_weights_under_autocast() -> None:
         stage.parameters[0].add_(torch.randn(3, 4))
         _, change = pullback.relinearize(before)
     assert float(change.norm()) > 0.1
+
+
+def test_tangents_need_a_pullback_recorded_for_them() -> None:
+    stage, z = _block("residual")
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=r"'s'.*push"):
+        stage.record(z, push=False).push(torch.ones_like(z))
+
+
+def test_a_block_may_run_fused_in_one_mode_only() -> None:
+    """With dropout, attention has a second derivative in training and none in evaluation."""
+    block = Attention(8, fused=True)
+    block.attend.dropout = 0.1
+    model = nn.Sequential(nn.Linear(6, 8), block, nn.Flatten(), nn.Linear(32, 3))
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD)
+    x, y = torch.randn(5, 4, 6), torch.arange(5) % 3
+    for mode in (True, False, True, False):
+        model.train(mode)
+        rule.step(x, y)
