@@ -1,6 +1,6 @@
 """Alternating minimization on MNIST beside backpropagation: accuracy, depth, first batches, and whether every stage trains.
 
-    BEYONDPROP_DATA=... python benchmarks/altmin_mnist.py [--rows accuracy depth8 depth16 stages memory] [--json FILE]
+    BEYONDPROP_DATA=... python benchmarks/altmin_mnist.py [--rows accuracy depth8 ...] [--json FILE]
 
 Every contender gets the same grid of learning rates, tuned with one seed on 10,000 of the training rows that are held out;
 then three seeds train on all 60,000 with the chosen rate, decayed linearly to 0. Test rows decide nothing.
@@ -37,9 +37,15 @@ CONTENDERS: dict[str, tuple[Make, tuple[float, ...]]] = {
 
 
 def build(net: str, make: Make, lr: float, seed: int) -> LearningRule:
-    """Return a rule on a freshly drawn network."""
+    """Return a rule on a freshly drawn network; a name with `@torch` keeps torch's own default initialisation."""
     torch.manual_seed(seed)
-    return make(nets.build(net, (1, 28, 28), 10), lr)
+    name, _, initialisation = net.partition("@")
+    model = nets.build(name, (1, 28, 28), 10)
+    if initialisation:
+        for module in model:
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return make(model, lr)
 
 
 def train(dataset: data.Dataset, rule: LearningRule, epochs: float, seed: int, every: int | None = None) -> list[dict]:
@@ -114,6 +120,8 @@ ROWS: dict[str, Callable[[data.Dataset], dict]] = {
     "depth8": partial(accuracy, net="mlp:100x8", epochs=1.0, names=["AM-Adam", "Adam"]),  # 300 steps
     "depth16": partial(accuracy, net="mlp:100x16", epochs=1.0, names=["AM-Adam", "Adam"]),
     "stages": stages,
+    "depth8@torch": partial(accuracy, net="mlp:100x8@torch", epochs=1.0, names=["AM-Adam", "Adam"]),
+    "depth16@torch": partial(accuracy, net="mlp:100x16@torch", epochs=1.0, names=["AM-Adam", "Adam"]),
     "memory": first_batches,
 }
 

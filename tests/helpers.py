@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Recorder(Credit):
 def mlp(*widths: int, activation: str = "relu", norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
     """`Linear (BatchNorm) activation (Dropout) ... Linear`."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-2], widths[1:-1], strict=True):
+    for inputs, outputs in pairwise(widths[:-1]):
         layers += [nn.Linear(inputs, outputs)]
         layers += [nn.BatchNorm1d(outputs)] if norm else []
         layers += [ACTIVATIONS[activation]()]
@@ -138,8 +139,8 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def rule_state(rule: LearningRule) -> Any:
-    """A deep copy of all that a step may change."""
-    return copy.deepcopy((rule.model.state_dict(), rule.state_dict() | {"watchdog": None}))
+    """A deep copy of all that a step may change; the count of steps goes on where one is refused."""
+    return copy.deepcopy((rule.model.state_dict(), rule.state_dict() | {"watchdog": None, "steps": None}))
 
 
 def difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SGD, assignments, blobs, difference, jacobian, mlp, relative
+from helpers import SGD, assignments, blobs, jacobian, mlp, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from beyondprop.credit import code_solvers
 from beyondprop.losses import OutputLoss
 
 
-def _literal_sweep(model: nn.Sequential, x: Tensor, y: Tensor, damping: float, mu: float, normalize: bool) -> list[Tensor]:
+def _literal_sweep(
+    model: nn.Sequential, x: Tensor, y: Tensor, damping: float, mu: float, normalize: bool
+) -> list[Tensor]:
     """Line search, last code first, with every sample's Jacobian and Hessian written out."""
     codes, stages = [x], [model[:1], *[model[i : i + 2] for i in range(1, len(model), 2)]]
     for stage in stages:
@@ -60,7 +63,7 @@ def test_the_sweep_is_the_literal_one(
     assert [a.index for a in found] == list(range(len(expected) - 1, -1, -1))
     for a, delta in zip(found, expected, strict=True):
         torch.testing.assert_close(a.delta, delta.detach(), rtol=1e-9, atol=1e-12)
-    for above, below in zip(found[:-1], found[1:], strict=True):
+    for above, below in pairwise(found):
         assert above.input_delta is not None
         assert torch.equal(above.input_delta, below.delta)
     assert found[-1].input_delta is None
@@ -70,7 +73,9 @@ def test_the_sweep_is_the_literal_one(
 
 def test_stages_with_and_without_closed_forms_agree() -> None:
     model = mlp(6, 8, 7, 3, activation="tanh").double()
-    blocks = nn.Sequential(model[0], nn.Sequential(nn.Identity(), model[1], model[2]), nn.Sequential(model[3], model[4]))
+    blocks = nn.Sequential(
+        model[0], nn.Sequential(nn.Identity(), model[1], model[2]), nn.Sequential(model[3], model[4])
+    )
     x, y = blobs(9, dtype=torch.float64)
     for solver in ("line_search", "gradient", "cg", "exact", code_solvers.momentum(3, 0.1)):
         for l1 in (0.0, 0.01):
@@ -109,10 +114,11 @@ def test_top_code_gets_mu_and_hidden_codes_damping() -> None:
 
 def test_energy_by_hand() -> None:
     """Two samples, two units, identity: c = x W0^T, o = c W1^T; MSE mean over 2 outputs; mu 2."""
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+    layers = [nn.Linear(2, 2, bias=False, dtype=torch.float64) for _ in range(2)]
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-        model[1].weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+        layers[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        layers[1].weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    model = nn.Sequential(*layers)
     x = torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
     y = torch.zeros(2, 2, dtype=torch.float64)
     # Codes (1, 2), (2, 0); outputs (3, 2), (2, 0). Gradients of a sample's mean: themselves. g = -(o W1) = -(3, 5), -(2, 2).
@@ -170,81 +176,6 @@ def test_l1_shrinks_moved_codes_toward_zero(l1: float, seed: int) -> None:
     wanted = code + plain.input_delta
     expected = wanted.sign() * (wanted.abs() - l1).clamp_min(0)  # the proximal map of l1 |c|_1
     torch.testing.assert_close(code + sparse.input_delta, expected, rtol=0, atol=1e-12)
-
-
-class _Absolute:
-    """The authors' release, literally, in float64: codes stored whole, means over batch and features, autograd."""
-
-    def __init__(self, model: nn.Sequential, mu: float, steps: int, lr: float) -> None:
-        self.stages = [model[:1], *[model[i : i + 2] for i in range(1, len(model), 2)]]
-        self.mu, self.steps, self.lr = mu, steps, lr
-
-    def codes(self, x: Tensor, y: Tensor, loss: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        initial = [x]
-        for stage in self.stages:
-            initial.append(stage(initial[-1]).detach())
-        moved = [c.clone() for c in initial]
-        for level in range(len(self.stages) - 1, 0, -1):
-            code = nn.Parameter(initial[level].clone())
-            optimizer = torch.optim.SGD([code], lr=self.lr, momentum=0.9, nesterov=True)
-            for _ in range(self.steps):
-                output = self.stages[level](code)
-                above = loss(output, y) / self.mu if level == len(self.stages) - 1 else F.mse_loss(output, moved[level + 1])
-                code.grad = torch.autograd.grad(above + F.mse_loss(code, initial[level]), code)[0]
-                optimizer.step()
-            moved[level] = code.detach()
-        return initial, moved
-
-
-@pytest.mark.parametrize("steps", [1, 5])
-def test_momentum_is_the_published_optimizer_where_the_net_is_linear_between_cuts(steps: int) -> None:
-    model = mlp(6, 5, 7, 4, 3, activation="identity").double()
-    x, y = blobs(8, dtype=torch.float64)
-    target = F.one_hot(y, 3).double()
-    initial, moved = _Absolute(model, 0.3, steps, 0.3).codes(x, target, nn.MSELoss())
-    credit = Codes(code_solvers.momentum(steps, 0.3), mu=0.3, normalize=False)
-    found = assignments(model, nn.MSELoss(), credit, x, target)[1:]
-    for a, level in zip(found, (3, 2, 1), strict=True):
-        assert relative(a.delta, moved[level] - initial[level]) < 1e-9  # the literal code loses digits, ours does not
-
-
-def test_the_published_order_fits_weights_to_new_codes() -> None:
-    """Weights after codes: the output layer on the new top code, the others on the updated codes below."""
-    model = mlp(6, 5, 4, 3, activation="identity").double()
-    x, y = blobs(8, dtype=torch.float64)
-    target = F.one_hot(y, 3).double()
-    literal = _Absolute(model, 0.3, 5, 0.3)
-    _, moved = literal.codes(x, target, nn.MSELoss())
-    expected = []
-    for level, stage in enumerate(literal.stages):
-        output = stage(moved[level])
-        if level + 1 < len(literal.stages):  # the release's MSE, times a half, as a sum over features
-            local = 0.5 * (output - moved[level + 1]).square().sum(1).mean()
-        else:
-            local = F.mse_loss(output, target)
-        expected += torch.autograd.grad(local, list(stage.parameters()))
-    rule = AltMin(
-        model,
-        nn.MSELoss(),
-        SGD,
-        code_solver=code_solvers.momentum(5, 0.3),
-        mu=0.3,
-        normalize=False,
-        weight_inputs="new",
-    )
-    rule.backward(x, target)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert difference(gradients, expected) < 1e-10
-
-
-def test_features_mean_only_rescales_the_problem() -> None:
-    model = mlp(6, 5, 3).double()
-    x, y = blobs(1, dtype=torch.float64)
-    summed = assignments(
-        model, nn.CrossEntropyLoss(), Codes(code_solvers.momentum(1, 1.0, features_mean=False), normalize=False), x, y
-    )
-    published = assignments(model, nn.CrossEntropyLoss(), Codes(code_solvers.momentum(1, 1.0), normalize=False), x, y)
-    torch.testing.assert_close(summed[1].delta, published[1].delta)  # one sample, one step: the loss' gradient over mu
 
 
 @pytest.mark.parametrize(

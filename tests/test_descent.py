@@ -93,5 +93,5 @@ def test_local_steps_out_of_range(steps: int) -> None:
 
 def test_an_optimizer_instance_is_refused_with_what_is_accepted() -> None:
     model = mlp(6, 5, 3)
-    with pytest.raises(TypeError, match="SGD.*factory|factory.*SGD"):
+    with pytest.raises(TypeError, match=r"SGD.*factory|factory.*SGD"):
         AltMin(model, nn.CrossEntropyLoss(), SGD(model.parameters()))  # type: ignore[arg-type]

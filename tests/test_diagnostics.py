@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, Recorder, assignments, blobs, equal, mixed, mlp, relative, rule_state
+from helpers import SGD, Recorder, assignments, blobs, equal, mixed, mlp, relative, rule_state, train
 from torch import Tensor, nn
 
 from beyondprop import (
@@ -108,8 +108,7 @@ def test_the_watchdog_names_stages_that_stand_still() -> None:
     rule.watchdog.interval = 10
     x, y = blobs(12)
     with pytest.warns(FrozenStageWarning) as caught:
-        for _ in range(31):
-            rule.step(x, y)
+        train(rule, [(x, y)] * 31)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2  # once each, not at every look
     assert all(any(m.startswith(f"Stage '{name}' stands still") for m in messages) for name in ("0", "2"))
@@ -149,8 +148,7 @@ def test_the_watchdog_continues_from_its_state() -> None:
     rules[1].model.load_state_dict(rules[0].model.state_dict())
     rules[1].load_state_dict(rules[0].state_dict())
     with pytest.warns(FrozenStageWarning):
-        for _ in range(2):
-            rules[1].step(x, y)
+        train(rules[1], [(x, y)] * 2)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -222,16 +220,17 @@ def test_diagnostics_cost_nothing_unless_asked_and_change_nothing() -> None:
         model = mixed()
         twin = copy.deepcopy(model)
         rules = [AltMin(m, nn.CrossEntropyLoss(), solver()) for m in (model, twin)]
-        for _ in range(2):
-            torch.manual_seed(4)
-            plain = rules[0].step(x, y)
-            torch.manual_seed(4)
-            asked = rules[1].step(x, y, diagnostics=True)
+        torch.manual_seed(4)
+        plain = [rules[0].step(x, y) for _ in range(2)][-1]
+        torch.manual_seed(4)
+        asked = [rules[1].step(x, y, diagnostics=True) for _ in range(2)][-1]
         assert plain.energy is None
         assert plain.stages == {}
         assert list(asked.stages) == ["0", "3", "6"]
         assert set(asked.stages["0"]) == {"output_norm", "delta_norm", "relative_delta"}
-        assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(p, q) for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
+        )
 
 
 def test_recorded_deltas_of_a_converged_batch_stay_finite() -> None:

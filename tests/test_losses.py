@@ -57,6 +57,11 @@ def test_value_gradient_and_curvature_are_autograds(name: str, reduction: str) -
         torch.testing.assert_close(point.again(moved).value, loss(moved, y))
 
 
+def _triple(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    del module, inputs
+    return 3 * output
+
+
 def test_closed_forms_are_used_only_where_they_hold() -> None:
     output = torch.randn(5, 4, 2, dtype=torch.float64, requires_grad=True)
     for reduction in ("mean", "sum"):
@@ -72,7 +77,7 @@ def test_closed_forms_are_used_only_where_they_hold() -> None:
     flat, y = torch.randn(3, 2), torch.randn(3, 2)
     assert torch.equal(OutputLoss(Doubled()).at(flat, y).value, Doubled()(flat, y))
     hooked = nn.MSELoss()
-    hooked.register_forward_hook(lambda m, args, out: 3 * out)
+    hooked.register_forward_hook(_triple)
     assert torch.equal(OutputLoss(hooked).at(flat, y).value, hooked(flat, y))
 
 
@@ -101,7 +106,12 @@ def test_all_rows_ignored_is_what_torch_says() -> None:
 @pytest.mark.parametrize(
     ("loss", "output", "y", "message"),
     [
-        (nn.CrossEntropyLoss(), torch.ones(3, 2), torch.zeros(3, dtype=torch.int32), "int32: cross-entropy takes int64"),
+        (
+            nn.CrossEntropyLoss(),
+            torch.ones(3, 2),
+            torch.zeros(3, dtype=torch.int32),
+            "int32: cross-entropy takes int64",
+        ),
         (nn.CrossEntropyLoss(), torch.ones(3, 2), torch.zeros(3), "does not fit.*class indices, or probabilities"),
         (nn.CrossEntropyLoss(), torch.ones(3, 2), torch.ones(3, 2).double(), "float64 does not fit"),
         (nn.MSELoss(), torch.ones(3, 1), torch.ones(3), r"shape \(3,\), the output \(3, 1\)"),

@@ -26,16 +26,31 @@ def _refuses(rule: Any, x: Any, y: Any, message: str, kind: type[Exception] = Va
 
 
 BATCHES: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "empty": (torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64), ValueError, r"batch is empty: x has shape \(0, 6\)"),
+    "empty": (
+        torch.zeros(0, 6),
+        torch.zeros(0, dtype=torch.int64),
+        ValueError,
+        r"batch is empty: x has shape \(0, 6\)",
+    ),
     "lengths": (torch.zeros(4, 6), torch.zeros(3, dtype=torch.int64), ValueError, "x has 4 rows and y has 3"),
     "x_list": ([[0.0] * 6], torch.zeros(1), TypeError, "x must be a torch.Tensor, got list"),
     "y_int": (torch.zeros(1, 6), 3, TypeError, "y must be a torch.Tensor, got int"),
     "scalar": (torch.tensor(1.0), torch.zeros(1), ValueError, "x must have the batch as its first dimension"),
-    "x_dtype": (torch.zeros(4, 6).double(), torch.zeros(4).long(), ValueError, "x has dtype torch.float64.*torch.float32"),
+    "x_dtype": (
+        torch.zeros(4, 6).double(),
+        torch.zeros(4).long(),
+        ValueError,
+        "x has dtype torch.float64.*torch.float32",
+    ),
     "x_device": (torch.zeros(4, 6, device="meta"), torch.zeros(4).long(), ValueError, "x is on meta, the model on cpu"),
     "y_device": (torch.zeros(4, 6), torch.zeros(4, device="meta").long(), ValueError, "y is on meta.*cpu; move y"),
     "y_dtype": (torch.zeros(4, 6), torch.zeros(4).int(), ValueError, "y has dtype torch.int32.*int64 class indices"),
-    "y_float": (torch.zeros(4, 6), torch.zeros(4), ValueError, "does not fit the output.*class indices, or probabilities"),
+    "y_float": (
+        torch.zeros(4, 6),
+        torch.zeros(4),
+        ValueError,
+        "does not fit the output.*class indices, or probabilities",
+    ),
 }
 
 

@@ -95,8 +95,8 @@ def _restored_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _digits() -> tuple[torch.Tensor, torch.Tensor]:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    return torch.tensor(digits.data / 16 - 0.3, dtype=torch.float32), torch.tensor(digits.target)
+    images, classes = load_digits(return_X_y=True)
+    return torch.tensor(images / 16 - 0.3, dtype=torch.float32), torch.tensor(classes)
 
 
 def test_a_credit_rule_from_outside_learns_digits(tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_plugins_that_are_not_there(tmp_path: Path) -> None:
 
 def test_names_are_unique_and_known() -> None:
     spec = registry.get("adam")
-    with pytest.raises(ValueError, match="A rule named 'adam' is registered already.*replace=True"):
+    with pytest.raises(ValueError, match=r"A rule named 'adam' is registered already.*replace=True"):
         register(spec)
     other = replace(spec, title="Mine")
     assert register(other, replace=True) is other
     assert registry.get("adam").title == "Mine"
-    with pytest.raises(ValueError, match="rule must be one of 'am-adam', .*got 'adma'"):
+    with pytest.raises(ValueError, match=r"rule must be one of 'am-adam', .*got 'adma'"):
         registry.get("adma")
 
 

@@ -59,7 +59,7 @@ def test_a_step_leaves_nothing_behind(name: str) -> None:
     assert flags == [p.requires_grad for p in model.parameters()]
     assert parameters == [id(p) for p in model.parameters()]
     for module in model.modules():
-        assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        assert not {**module._forward_hooks, **module._forward_pre_hooks, **module._backward_hooks}
     tensors = [result.loss, result.output, *([] if result.energy is None else [result.energy])]
     tensors += [t for stage in result.stages.values() for t in stage.values()]
     assert not any(t.requires_grad for t in tensors)
@@ -107,9 +107,7 @@ def test_schedulers_change_the_update(name: str) -> None:
     moved = []
     for factor in (1.0, 0.5):
         rule = _rule(name)
-        schedulers = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda step, f=factor: f) for o in rule.optimizers
-        ]
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step, f=factor: f) for o in rule.optimizers]
         before = state(rule.model)
         torch.manual_seed(3)
         rule.step(*batch)
@@ -148,7 +146,7 @@ def test_float32_agrees_with_float64(name: str, net: str) -> None:
         assert p.grad is not None
         assert q.grad is not None
         scale = float(q.grad.abs().max())
-        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-3 * scale + 1e-7)
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-3 * scale + 1e-6)
 
 
 @every_rule

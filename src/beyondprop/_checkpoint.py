@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from beyondprop._files import write_atomically
 
 FORMAT = "beyondprop-checkpoint-1"
 
@@ -50,28 +50,6 @@ def load_checkpoint(path: Path) -> Any:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; {FORMAT!r} is needed.")
     return _unpack(json.loads(metadata["tree"]), tensors)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` by `content`; a reader, or a crash, meets the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    # Temporary files are private; a run directory is as open as the user's other files.
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 # In JSON, every tensor and container is a list that starts with its kind, so that integer keys and tuples come back as such.

@@ -71,8 +71,8 @@ class Compare:
     """Record how every stage's update agrees with the gradient."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes cuda where there is one."""
-    threads: Count = Settings.threads
-    """CPU threads. Default: torch's own choice."""
+    threads: Annotated[int, arg(metavar="N")] = Settings.threads
+    """CPU threads; more pay for wide nets on an idle machine."""
     out: Folder = None
     """Run directory, new or empty. Default: one in runs/, named by time, data and net."""
     resume: Folder = None

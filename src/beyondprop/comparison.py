@@ -165,10 +165,9 @@ def _config(plan: Plan, chosen: dict[str, float] | None = None) -> dict[str, Any
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -64,7 +64,7 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no CUDA device; use 'cpu' or 'auto'.")
-    settings = replace(settings, device=device, threads=settings.threads or torch.get_num_threads())
+    settings = replace(settings, device=device)
     for spec in specs:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, and are recorded, when the rule trains

@@ -21,8 +21,9 @@ from typing import Any
 
 import tomli_w
 
-from beyondprop._checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from beyondprop._checkpoint import load_checkpoint, save_checkpoint
 from beyondprop._environment import now
+from beyondprop._files import write_atomically
 
 Row = dict[str, Any]
 _ENDS = ("finished", "failed")

@@ -30,7 +30,8 @@ class Settings:
         alignment: record how the stages' updates agree with the gradient.
         early_stop: evaluations without improvement after which a training ends.
         device: `"cpu"`, `"cuda"`, or `"auto"`: cuda where there is one.
-        threads: CPU threads; default: torch's.
+        threads: CPU threads. More than 1 pays for wide nets on an idle machine; steps of small nets are over sooner than
+            threads can be woken, and take many times longer where another program has the cores.
         plugins: modules or files that register rules of their own.
 
     Raises:
@@ -52,7 +53,7 @@ class Settings:
     alignment: bool = True
     early_stop: int | None = None
     device: str = "auto"
-    threads: int | None = None
+    threads: int = 1
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

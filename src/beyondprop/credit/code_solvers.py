@@ -129,7 +129,8 @@ def momentum(
     """Return the published code optimizer: `steps` of gradient descent with (Nesterov) momentum on the code's objective.
 
     The authors' release minimises, for the top code, `Loss / mu + MSE(c, c0)` and, for the others, `MSE(above) + MSE(c, c0)`,
-    every mean over batch and features; here in delta form, on the problem linearised at the forward pass.
+    every mean over batch and features. So does this, in delta form; its steps are large, so that each goes through the
+    stage and the loss as they are at the moved code, not through their model at the forward pass.
 
     Args:
         steps: >= 1.
@@ -143,7 +144,7 @@ def momentum(
     _checks.non_negative("momentum", momentum)
 
     def solve(problem: CodeProblem) -> Tensor:
-        d = torch.zeros_like(problem.gradient)
+        stage, d = problem.stage, torch.zeros_like(problem.gradient)
         own = above = 1.0
         if features_mean:
             batch = d.shape[0]
@@ -155,13 +156,16 @@ def momentum(
         for i in range(steps):
             pull = problem.gradient
             if i:
-                pull = pull - problem.stage(problem.curve(problem.stage.push(d)))
+                moved = stage.at(stage.input + d)
+                change = moved.output - stage.output
+                loss = problem.loss
+                pull = moved(problem.wish - change if loss is None else -loss.again(stage.output + change).cotangent)
             downhill = above * pull - own * d
             velocity = momentum * velocity + downhill
             d = d + lr * (downhill + momentum * velocity if nesterov else velocity)
         return problem.keep_norm(d)
 
-    solve.pushes = steps > 1  # type: ignore[attr-defined]
+    solve.pushes = False  # type: ignore[attr-defined]
     return solve
 
 

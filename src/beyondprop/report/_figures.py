@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from beyondprop._files import write_atomically
 from beyondprop.report import _words as words
 from beyondprop.report._alignment import draw_alignment
 from beyondprop.report._curves import Band, band, curve, end_limits
-from beyondprop.report._files import write_atomically
 from beyondprop.report._run import Run, number
 from beyondprop.report._style import Entry, drawing, entries, plain
 

@@ -10,11 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from beyondprop._files import write_atomically
 from beyondprop.report import _words as words
 from beyondprop.report._alignment import final_alignment
 from beyondprop.report._css import CSS
 from beyondprop.report._figures import Drawing, draw, split_of
-from beyondprop.report._files import write_atomically
 from beyondprop.report._run import Row, Run, read_run
 from beyondprop.report._style import Entry, entries, run_labels
 from beyondprop.report._summary import RuleSummary, best_of, summary
