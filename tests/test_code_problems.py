@@ -203,3 +203,17 @@ def test_a_concave_loss_gives_finite_wishes() -> None:
         for solver in (code_solvers.line_search, code_solvers.cg(3)):
             d = solver(CodeProblem(stage, wish, stage(wish), 1e-3, point))
             assert float(d.norm()) < 1e6 * float(wish.norm())
+
+
+@pytest.mark.parametrize("mu_below", [False, True])
+def test_the_lenet_code_divides_the_upper_term_of_every_code_by_mu(mu_below: bool) -> None:
+    torch.manual_seed(0)
+    model = mlp(4, 8, 3).double()
+    with torch.no_grad():
+        stage = Chain(model).record(torch.randn(6, 4, dtype=torch.float64))[1]
+        wish = torch.randn_like(stage.output)
+        solver = code_solvers.momentum(1, 0.5, momentum=0.0, mu_below=mu_below)
+        d = solver(CodeProblem(stage, wish, stage(wish), 1.0, None, mu=0.01))
+        # One step of 0.5 on mean((wish - J d)^2) [/ mu] + mean(d^2), from d = 0.
+        expected = 0.5 * (2 / wish.numel()) * stage(wish) / (0.01 if mu_below else 1.0)
+    torch.testing.assert_close(d, expected, rtol=1e-12, atol=0)

@@ -37,7 +37,7 @@ def _leaky_relu(module: nn.LeakyReLU) -> Activation:
     negative = module.negative_slope
     return Activation(
         lambda z: F.leaky_relu(z, negative),
-        lambda z, a: torch.where(z > 0, 1.0, negative).to(z.dtype),
+        lambda z, a: torch.where(z > 0, torch.ones_like(z), negative),
     )
 
 

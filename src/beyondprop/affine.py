@@ -43,6 +43,8 @@ class AffineStage(Stage):
             return False
         if any(_is_modified(m) for m in modules):
             return False
+        if any(_moves_batch(m) for m in inner):
+            return False
         rest = [m for m in inner if type(m) not in _RESHAPES]
         return len(rest) <= 1 and all(closed_form(m) is not None for m in rest)
 
@@ -101,7 +103,7 @@ class AffinePullback(Pullback):
         else:
             gradient = self._convolution_backward(cotangent, (True, False, False))[0]
         if stage.reshapes:
-            gradient = gradient.view(self.input_shape)
+            gradient = gradient.reshape(self.input_shape)
         return gradient if stage.activation is None else gradient.mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
@@ -219,3 +221,8 @@ def _is_modified(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or nn.utils.parametrize.is_parametrized(module)
     )
+
+
+def _moves_batch(module: nn.Module) -> bool:
+    """Whether a reshape touches the first dimension, which is the batch."""
+    return (type(module) is nn.Flatten and module.start_dim == 0) or (type(module) is nn.Unflatten and module.dim == 0)

@@ -20,15 +20,24 @@ class BlockStage(Stage):
         super().__init__(name, modules)
         leaves = [m for module in self.modules for m in module.modules()]
         self.norms = [m for m in leaves if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.buffers = [b for module in self.modules for b in module.buffers()]
         self.is_stochastic = any(not _is_deterministic(m) for m in leaves)
-        self.has_second_derivative: bool | None = None  # None: not tried yet
+        self._leaves = leaves
+        self._has_second_derivative: dict[tuple[bool, ...], bool] = {}
         self._is_checked = False
 
     @property
     def couples_batch(self) -> bool:
         """See `Stage.couples_batch`."""
         return any(m.training or not m.track_running_stats for m in self.norms)
+
+    @property
+    def has_second_derivative(self) -> bool | None:
+        """Whether its pullback can be differentiated; None until it was tried. Fused kernels may serve one mode only."""
+        return self._has_second_derivative.get(tuple(m.training for m in self._leaves))
+
+    @has_second_derivative.setter
+    def has_second_derivative(self, value: bool) -> None:
+        self._has_second_derivative[tuple(m.training for m in self._leaves)] = value
 
     def record(self, z: Tensor, *, push: bool = False) -> Pullback:
         """See `Stage.record`.
@@ -55,7 +64,7 @@ class BlockStage(Stage):
         try:
             output = self.forward(z)
         except RuntimeError as error:
-            if "in-place operation" in str(error):
+            if "in-place operation" in str(error) or "modified inplace" in str(error):
                 raise _in_place(self.name) from error
             raise
         if z._version != version:
@@ -71,9 +80,12 @@ class BlockStage(Stage):
     @torch.no_grad()
     def replayed(self, state: Tensor | None, device: torch.device) -> _Replay:
         """Return a context in which the stage draws the masks of `state` and leaves its statistics alone."""
-        return _Replay(self.buffers, state, device)
+        # Looked up now: moving a model to another device or dtype replaces its buffers.
+        return _Replay([b for module in self.modules for b in module.buffers()], state, device)
 
     def _check_samples_are_apart(self, pullback: BlockPullback) -> None:
+        if any(not m.track_running_stats for m in self.norms):
+            return  # these mix samples in either mode
         modes = [m.training for m in self.norms]
         for m in self.norms:  # batch statistics mix samples by right; anything else must not
             m.training = False
@@ -89,7 +101,8 @@ class BlockStage(Stage):
         finally:
             for m, mode in zip(self.norms, modes, strict=True):
                 m.training = mode
-        if gradient is not None and bool((gradient[1:] != 0).any()):
+        # NaN is no sign of mixing: 0 * NaN. The step refuses it by itself.
+        if gradient is not None and bool((gradient[1:].nan_to_num(0.0) != 0).any()):
             raise UnsupportedModelError(
                 f"Stage {self.name!r} mixes the samples of a batch: the first sample's output depends on other samples' "
                 "input. Only BatchNorm may do that; is the batch the first dimension everywhere (batch_first=True)?"
@@ -107,7 +120,9 @@ class BlockPullback(Pullback):
         self.stage = self.block = stage
         self.random_state = random_state
         self.weights = [p for p in stage.parameters if p.requires_grad]
-        self._makes_dual = push and stage.has_second_derivative is not False
+        known = stage.has_second_derivative if push else None
+        self._pushes = push
+        self._makes_dual = push and known is not False
         with torch.enable_grad():
             start = _Start.apply(z, z.new_zeros(0).requires_grad_()) if z.is_floating_point() else z
             end = stage.run(start)
@@ -118,7 +133,7 @@ class BlockPullback(Pullback):
         self.input = z
         self.output = end.detach().to(z.dtype) if z.is_floating_point() else end.detach()
         # Without a second derivative, tangents are pushed by a difference of two runs, which start from the input.
-        self._kept = z if push and not stage.has_second_derivative else None
+        self._kept = z if push and not known else None
         self._last: tuple[Tensor, list[Tensor | None]] | None = None
         self._dual: tuple[Tensor, Tensor] | None = None
 
@@ -146,6 +161,7 @@ class BlockPullback(Pullback):
         if self._makes_dual:
             self._dual = dual, gradient
             gradient = gradient.detach().clone()
+        self._version = cotangent._version
         self._last = cotangent, [None if g is None else g.detach() for g in found[len(ends) :]]
         return gradient
 
@@ -154,7 +170,11 @@ class BlockPullback(Pullback):
         del gated
         stage = self.block
         nothing = tangent.new_zeros(self._shapes[1])
-        if stage.has_second_derivative is False:
+        if not self._pushes:
+            raise RuntimeError(
+                f"Stage {stage.name!r} was recorded without tangents to push: set pushes = True on the credit."
+            )
+        if not self._makes_dual:
             return self._difference(tangent)
         if self._dual is None:
             self(nothing)
@@ -168,25 +188,29 @@ class BlockPullback(Pullback):
                 raise
             stage.has_second_derivative = False
             return self._difference(tangent)
-        stage.has_second_derivative = True
-        return nothing if image is None else image.to(tangent.dtype)
+        # A backward that differentiates once is cut off without an error: the image is None.
+        stage.has_second_derivative = image is not None
+        return self._difference(tangent) if image is None else image.to(tangent.dtype)
 
     @torch.no_grad()
     def _difference(self, tangent: Tensor) -> Tensor:
         """`J tangent` by two more forward passes, where an operation has no second derivative (fused attention)."""
         assert self._kept is not None
         z = self._kept
-        norm = tangent.norm().clamp_min(torch.finfo(tangent.dtype).tiny)
-        step = torch.finfo(tangent.dtype).eps ** (1 / 3) * (1 + z.norm()) / norm
+        norm, size = (t.flatten(1).norm(dim=1).view(-1, *([1] * (z.ndim - 1))) for t in (tangent, z))
+        # Sample by sample: wishes differ by magnitudes.
+        unit = tangent / norm.clamp_min(torch.finfo(tangent.dtype).tiny)
+        step = torch.finfo(tangent.dtype).eps ** (1 / 3) * (1 + size)
         with self.block.replayed(self.random_state, z.device):
-            above = self.block.run(z + step * tangent)
+            above = self.block.run(z + step * unit)
         with self.block.replayed(self.random_state, z.device):
-            below = self.block.run(z - step * tangent)
-        return (above - below).to(tangent.dtype) / (2 * step)
+            below = self.block.run(z - step * unit)
+        factor = (norm / (2 * step)).view(-1, *([1] * (above.ndim - 1)))
+        return (above - below).to(tangent.dtype) * factor
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
         """See `Pullback.add_gradients`."""
-        if self._last is not None and self._last[0] is cotangent:
+        if self._last is not None and self._last[0] is cotangent and self._version == cotangent._version:
             found = self._last[1]
         else:
             found = self._gradients(cotangent.to(self._like[1].dtype), self.weights)
@@ -202,6 +226,7 @@ class BlockPullback(Pullback):
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
         """See `Pullback.relinearize`."""
         del before
+        torch.clear_autocast_cache()  # it holds casts of the old weights
         fresh = self.at(self.input)
         return fresh, fresh.output - self.output
 
@@ -259,7 +284,14 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         getattr(torch, device.type).set_rng_state(state, device)
 
 
-_DRAWING = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
+_DRAWING = (
+    nn.modules.dropout._DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
 
 
 def _is_deterministic(module: nn.Module) -> bool:

@@ -55,14 +55,16 @@ def alignment(rule: LearningRule, x: Tensor, y: Tensor, *, of: str = "gradient")
     every = [p for parameters in groups.values() for p in parameters]
     buffers = [b.clone() for b in twin.model.buffers()]
     with torch.random.fork_rng(devices=devices):
-        random_state = torch.get_rng_state()
+        random_state = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
         loss = twin.loss(twin.model(x), y)
         true = dict(zip(every, torch.autograd.grad(loss, every, allow_unused=True), strict=True))
         with torch.no_grad():
             for buffer, saved in zip(twin.model.buffers(), buffers, strict=True):
                 buffer.copy_(saved)
         before = {p: p.detach().clone() for p in every}
-        torch.set_rng_state(random_state)  # the same dropout masks
+        torch.set_rng_state(random_state[0])  # the same dropout masks
+        for device, state in zip(devices, random_state[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
         if of == "gradient":
             twin.backward(x, y)
             moved = {p: None if p.grad is None else -p.grad for p in every}

@@ -126,7 +126,7 @@ class OutputLoss:
         p = log_p.exp_()
         # Ignored rows have no gradient, and the mean is over the others; decided on the device, without reading y.
         counted = y.ne(ignore).unsqueeze(1)
-        weight = counted * (y.shape[0] / counted.sum()) if self.is_mean else counted
+        weight = counted * (y.shape[0] / counted.sum().to(p.dtype)) if self.is_mean else counted
         classes = torch.arange(output.shape[1], device=y.device)
         cotangent = (p - classes.eq(y.unsqueeze(1)).to(p.dtype)).mul_(weight)
 

@@ -93,11 +93,11 @@ def load_plugin(where: str) -> None:
         importlib.import_module(where)
         return
     path = Path(where)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"beyondprop_plugin_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ImportError(f"No plugin at {where}: a .py file or the dotted name of an installed module is needed.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
 
 

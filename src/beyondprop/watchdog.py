@@ -63,6 +63,8 @@ class Watchdog:
         moved = torch.stack([
             (now[n] - self._before[n].to(now[n])).norm() / now[n].norm().clamp_min(1e-30) for n in names
         ]).tolist()
+        if max(moved) < self.threshold:
+            return  # nothing moves: a learning rate at the end of its schedule
         limit = min(self.threshold, max(moved) / 1000)
         frozen = {n for n, m in zip(names, moved, strict=True) if m < limit}
         for name in names:

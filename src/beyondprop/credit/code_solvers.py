@@ -33,11 +33,11 @@ def line_search(problem: CodeProblem) -> Tensor:
     """Return the exact minimiser along the gradient, per sample: `g |g|^2 / (damping |g|^2 + (J g)^T H (J g))`."""
     g = problem.gradient
     curvature = problem.curvature(problem.stage.push(g, gated=True))
-    factor = square_norm(g).add_(tiny(g))  # a sample without gradient gets a finite factor, and keeps its zero delta
-    curvature.add_(factor, alpha=problem.damping) if problem.damping else curvature.add_(tiny(g))
-    factor.div_(curvature)
+    factor = square_norm(g)
+    curvature.add_(factor, alpha=problem.damping).add_(tiny(g))
+    factor.div_(curvature)  # 0 for a sample without gradient, which has no part in the mean
     if problem.normalize:
-        factor.div_(factor.mean())
+        factor.mul_(factor.count_nonzero() / factor.sum().clamp_min(tiny(g)))
     return g.mul_(per_sample(factor, g))
 
 
@@ -64,7 +64,10 @@ def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
             image = problem.stage.push(direction)
             curved = problem.stage(problem.curve(image))
             product = torch.add(curved, direction, alpha=problem.damping)
-            step = squared / dot(direction, product).clamp_min(floor)
+            bend = dot(direction, product)
+            # Where the loss bends downwards, damping alone bounds the step.
+            bend = torch.where(bend > 0, bend, problem.damping * dot(direction, direction))
+            step = squared / bend.clamp_min(floor)
             d = torch.addcmul(d, per_sample(step, d), direction)
             if i + 1 == iterations:
                 break
@@ -124,7 +127,13 @@ def exact(limit: int = 4096) -> Callable[[CodeProblem], Tensor]:
 
 
 def momentum(
-    steps: int, lr: float, *, momentum: float = 0.9, nesterov: bool = True, features_mean: bool = True
+    steps: int,
+    lr: float,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    features_mean: bool = True,
+    mu_below: bool = False,
 ) -> Callable[[CodeProblem], Tensor]:
     """Return the published code optimizer: `steps` of gradient descent with (Nesterov) momentum on the code's objective.
 
@@ -138,10 +147,12 @@ def momentum(
         momentum: in [0, 1).
         nesterov: look ahead, as `torch.optim.SGD(nesterov=True)`.
         features_mean: divide by batch and features as published; False sums over features, per sample.
+        mu_below: divide the upper term of the other codes by mu, too, as the authors' LeNet code does.
     """
     _checks.at_least("steps", steps, 1)
     _checks.positive("lr", lr)
-    _checks.non_negative("momentum", momentum)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
 
     def solve(problem: CodeProblem) -> Tensor:
         stage, d = problem.stage, torch.zeros_like(problem.gradient)
@@ -152,6 +163,8 @@ def momentum(
             above = 2.0 / problem.wish.numel() if problem.loss is None else 1.0 / batch
         if problem.loss is not None:
             above /= problem.damping  # Loss / mu
+        elif mu_below:
+            above /= problem.mu
         velocity = torch.zeros_like(d)
         for i in range(steps):
             pull = problem.gradient

@@ -50,6 +50,7 @@ class CodeProblem:
         damping: weight of the code's distance from what the stage below produced: r, or mu for the top code.
         loss: the loss, whose Hessian is H, for the top code; None (H = I) for the others.
         normalize: whether the delta shall be, averaged over the batch, as long as the gradient.
+        mu: weight of the top code's penalty, told to all codes.
     """
 
     stage: Pullback
@@ -58,6 +59,7 @@ class CodeProblem:
     damping: float
     loss: LossPoint | None
     normalize: bool = False
+    mu: float = 1.0
 
     def curve(self, image: Tensor) -> Tensor:
         """Return `H image` for an output tangent."""
@@ -127,6 +129,7 @@ class Codes(Credit):
                 gradient=stage(delta),
                 damping=self.mu if index == top else self.damping,
                 loss=loss if index == top else None,
+                mu=self.mu,
                 normalize=self.normalize,
             )
             below = self.solver(problem)
@@ -148,8 +151,8 @@ class Codes(Credit):
             if a.loss is not None:
                 total = total + a.loss.again(a.pullback.output + change).value
             else:
-                mean = code_solvers.square_norm(a.delta - change).mean()
-                total = total + 0.5 * self.mu * mean
+                scale = assignments[0].loss.scale if assignments[0].loss is not None else 1 / len(a.delta)
+                total = total + 0.5 * self.mu * scale * code_solvers.square_norm(a.delta - change).sum()
         return total
 
     def state_dict(self) -> dict[str, object]:

@@ -32,6 +32,7 @@ class Snapshot:
         """Put the buffers back where `flag` (0-d bool) is true, without reading it."""
         for buffer, saved in zip(self.buffers, self.saved, strict=True):
             buffer.copy_(torch.where(flag, saved, buffer))
+        self.buffers, self.saved = (), []  # settled: an earlier step's error must not undo this one
 
 
 class FiniteGuard:
@@ -90,6 +91,8 @@ class FiniteGuard:
         for optimizer in self.rule.optimizers:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        for optimizer in self.rule.optimizers:
+            _start_momentum(optimizer)
         try:
             self.rule.update()
         finally:
@@ -130,3 +133,12 @@ def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    # Fused SGD allocates its momentum uninitialised at its first step, and a skipped step leaves it so.
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                if optimizer.state[p].get("momentum_buffer") is None:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -38,6 +38,8 @@ class Backprop(LearningRule):
         nonfinite: str | None = None,
     ) -> None:
         super().__init__(model, loss, nonfinite=nonfinite)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         self.optimizers = (optimizer,)

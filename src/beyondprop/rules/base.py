@@ -68,7 +68,8 @@ class LearningRule(abc.ABC):
         self.optimizers = ()
         # Walking the module tree at every step costs more than a small step's products.
         self._parameters = tuple(model.parameters())
-        self._buffers = tuple(model.buffers())
+        # Places, not tensors: moving a model to another device or dtype replaces its buffers.
+        self._buffers = tuple((m._buffers, name) for m in model.modules() for name in m._buffers)
         self.watchdog = Watchdog(self)
         self._guard = FiniteGuard(self, nonfinite)
 
@@ -84,7 +85,10 @@ class LearningRule(abc.ABC):
         """
 
     def update(self) -> None:
-        """Change the weights by what `backward` gathered, and forget it."""
+        """Change the weights by what `backward` gathered, and forget it.
+
+        Called by itself it trusts the gradients; the check for NaN and Inf is `step`'s.
+        """
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -100,7 +104,7 @@ class LearningRule(abc.ABC):
         """
         _checks.batch(x, y)
         self.check_input(x)
-        snapshot = Snapshot(self._buffers if self.model.training else ())
+        snapshot = Snapshot([b for place, name in self._buffers if (b := place[name]) is not None])
         try:
             result = self.backward(x, y, diagnostics=diagnostics)
             self._guard.update(x, y, result, snapshot)
@@ -108,6 +112,7 @@ class LearningRule(abc.ABC):
             snapshot.restore()
             self.discard()
             raise
+        LearningRule.discard(self)  # also of parameters that no optimizer has
         self.watchdog.tick()
         return result
 

@@ -10,6 +10,7 @@ from torch import nn
 from beyondprop import _checks
 from beyondprop.chain import Chain
 from beyondprop.credit.base import Assignment
+from beyondprop.errors import NonFiniteError
 from beyondprop.solvers.base import OptimizerFactory, Solver
 
 
@@ -22,7 +23,8 @@ class Descent(Solver):
     Args:
         optimizer: factory over the trainable parameters; default Adam, lr 3e-3, fused where the device has it.
         output: factory of a second optimizer for the last stage; default: the same one serves all.
-        local_steps: optimizer steps a batch, >= 1.
+        local_steps: optimizer steps a batch, >= 1. Where a later one is not finite, all weights go back to those before the
+            batch; the optimizer keeps what it saw in the steps before.
 
     Raises:
         ValueError: if `local_steps` is below 1.
@@ -35,6 +37,12 @@ class Descent(Solver):
         output: OptimizerFactory | None = None,
         local_steps: int = 1,
     ) -> None:
+        for name, factory in (("optimizer", optimizer), ("output", output)):
+            if factory is not None and not callable(factory):
+                raise TypeError(
+                    f"{name} must be an optimizer factory such as partial(torch.optim.Adam, lr=3e-3), got "
+                    f"{type(factory).__name__}."
+                )
         self._factory = optimizer or adam()
         self._output_factory = output
         self.local_steps = _checks.at_least("local_steps", local_steps, 1)
@@ -44,6 +52,8 @@ class Descent(Solver):
 
     def bind(self, chain: Chain) -> None:
         """See `Solver.bind`."""
+        if hasattr(self, "_chain"):
+            raise ValueError("This Descent serves another rule already; one instance serves one rule.")
         self._chain = chain
         stages = list(chain)
         below = stages if self._output_factory is None else stages[:-1]
@@ -70,6 +80,13 @@ class Descent(Solver):
             for assignment, factor in collected:
                 pullback, change = assignment.pullback.relinearize(before)
                 pullback.add_gradients(assignment.remaining(change), factor)
+            if not all(bool(p.grad.sum().isfinite()) for p in before if p.grad is not None):
+                for p, value in before.items():
+                    p.copy_(value)
+                raise NonFiniteError(
+                    "A local step after the first is not finite; no weight was changed. Lower the learning rate.",
+                    where="loss",
+                )
             self._step()
 
     def discard(self) -> None:

@@ -23,7 +23,7 @@ from beyondprop import _checks
 from beyondprop.affine import AffinePullback, AffineStage
 from beyondprop.chain import Chain
 from beyondprop.credit.base import Assignment
-from beyondprop.errors import UnsupportedModelError
+from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.solvers.base import OptimizerFactory, Solver
 from beyondprop.solvers.descent import adam
 
@@ -92,6 +92,8 @@ class Memory(Solver):
 
     def bind(self, chain: Chain) -> None:
         """See `Solver.bind`; warns where a stage's memory is large."""
+        if self._stages:
+            raise ValueError("This Memory serves another rule already; one instance serves one rule.")
         last = len(chain) - 1
         remembered, output, rest = [], [], []
         for index, stage in enumerate(chain):
@@ -133,7 +135,15 @@ class Memory(Solver):
     def update(self) -> None:
         """See `Solver.update`."""
         for memory in self._stages.values():
-            memory.solve()
+            if memory.pending is not None and not bool(memory.pending.sum().isfinite()):
+                raise NonFiniteError(
+                    f"Stage {memory.name!r}: the second moments of its inputs are not finite. No weight was changed. "
+                    "Check the inputs.",
+                    where=memory.name,
+                )
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        for memory in self._stages.values():
+            memory.solve(lr)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -168,9 +178,15 @@ class StageMemory:
     def __init__(self, stage: AffineStage, settings: Memory) -> None:
         weight, self.bias = stage.affine.weight, stage.affine.bias
         self.weight: nn.Parameter = weight
+        self.name = stage.name
         self.settings = settings
         self.inputs = weight[0].numel()
-        self.size = self.inputs + (self.bias is not None)
+        # A frozen part has no column: the other's problem is its own.
+        self.columns = slice(
+            0 if weight.requires_grad else self.inputs,
+            self.inputs + 1 if self.bias is not None and self.bias.requires_grad else self.inputs,
+        )
+        self.size = self.columns.stop - self.columns.start
         self.moments = weight.new_zeros(self.size, self.size)
         self.inverse = weight.new_zeros(self.size, self.size)
         self.residual = weight.new_zeros(weight.shape[0], self.size) if settings.method == "bcd" else None
@@ -179,12 +195,12 @@ class StageMemory:
 
     def collect(self, pullback: AffinePullback, weight: float) -> None:
         """Add `weight * a^T a` of a batch to what the next `solve` takes in."""
-        rows = pullback.feature_rows()
+        rows = pullback.feature_rows()[:, self.columns]
         if self.pending is None or self.pending.device != rows.device:
             self.pending = torch.zeros_like(self.moments, device=rows.device)
         self.pending.addmm_(rows.t(), rows, alpha=weight)
 
-    def solve(self) -> None:
+    def solve(self, lr: float) -> None:
         """Take the batch into the memory and turn the weights' `.grad` into the step to be made."""
         if self.pending is None:
             return
@@ -195,7 +211,7 @@ class StageMemory:
         self.pending = None
         if self.residual is not None:
             self.residual.lerp_(-self._gradient(), share)
-            self._descend_blocks()
+            self._descend_blocks(lr)
         else:
             self._precondition()
 
@@ -206,19 +222,20 @@ class StageMemory:
             self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         self._write(self._gradient() @ self.inverse)
 
-    def _descend_blocks(self) -> None:
+    def _descend_blocks(self, lr: float) -> None:
         """Minimise `Tr(dW A dW^T) / 2 - Tr(dW R^T) + damping |dW|^2 / 2` over the step dW, block by block."""
         assert self.residual is not None
-        step = torch.zeros_like(self.residual)
+        step, left = torch.zeros_like(self.residual), self.residual.clone()
         for _ in range(self.settings.sweeps):
             for start in range(0, self.size, self.settings.block):
                 columns = slice(start, min(start + self.settings.block, self.size))
                 own = self.moments[columns, columns].clone()
                 own.diagonal().add_(self.settings.damping)
-                right = self.residual[:, columns] - self.settings.damping * step[:, columns]
+                right = left[:, columns] - self.settings.damping * step[:, columns]
                 change = torch.linalg.solve(own, right, left=False)
                 step[:, columns] += change
-                self.residual.addmm_(change, self.moments[columns], alpha=-1.0)
+                left.addmm_(change, self.moments[columns], alpha=-1.0)
+        self.residual.lerp_(left, lr)  # the optimizer makes lr of the step
         self._write(-step)
 
     def _gradient(self) -> Tensor:
@@ -226,10 +243,10 @@ class StageMemory:
         parts = [
             p.grad if p.grad is not None else torch.zeros_like(p) for p in (self.weight, self.bias) if p is not None
         ]
-        return torch.cat([part.reshape(self.weight.shape[0], -1) for part in parts], 1)
+        return torch.cat([part.reshape(self.weight.shape[0], -1) for part in parts], 1)[:, self.columns]
 
     def _write(self, gradient: Tensor) -> None:
-        if self.weight.grad is not None:
+        if self.weight.grad is not None and self.columns.start == 0:
             self.weight.grad.copy_(gradient[:, : self.inputs].view_as(self.weight))
         if self.bias is not None and self.bias.grad is not None:
             self.bias.grad.copy_(gradient[:, -1])
@@ -253,7 +270,7 @@ class StageMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.steps = int(state["steps"])
-        self.moments = state["moments"].to(self.weight.device)
-        self.inverse = state["inverse"].to(self.weight.device)
+        self.moments = state["moments"].to(self.weight.device, copy=True)
+        self.inverse = state["inverse"].to(self.weight.device, copy=True)
         if self.residual is not None:
-            self.residual = state["residual"].to(self.weight.device)
+            self.residual = state["residual"].to(self.weight.device, copy=True)
