@@ -159,8 +159,9 @@ class BlockPullback(Pullback):
         found = self._gradients(dual, [*ends, *self.weights], create_graph=self._makes_dual)
         gradient = self._at_input(found[0] if ends else None)
         if self._makes_dual:
+            # Not copied: where a push would need what the caller has overwritten, autograd says so.
             self._dual = dual, gradient
-            gradient = gradient.detach().clone()
+            gradient = gradient.detach()
         self._version = cotangent._version
         self._last = cotangent, [None if g is None else g.detach() for g in found[len(ends) :]]
         return gradient

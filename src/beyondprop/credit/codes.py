@@ -122,7 +122,7 @@ class Codes(Credit):
         top = len(trace.pullbacks) - 1
         delta = loss.cotangent.neg()
         for index in range(top, trace.lowest, -1):
-            stage = trace.take(index)
+            stage = trace[index]
             problem = CodeProblem(
                 stage=stage,
                 wish=delta,
@@ -135,8 +135,9 @@ class Codes(Credit):
             below = self.solver(problem)
             if self.l1:
                 below = _soft_threshold(stage.input, below, self.l1)
-            yield Assignment(index, stage, delta, below, problem.loss)
-            delta = below
+            wish, delta = delta, below
+            del stage, problem, below  # nothing here holds the stage once the caller is done with it
+            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
         # The lowest stage's input moves for nobody; it may be the last stage, too, when all others are frozen.
         yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
 
