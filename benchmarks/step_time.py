@@ -1,8 +1,8 @@
 """Step time of a rule against autograd with foreach Adam, on the same network, interleaved in one process.
 
-    python benchmarks/step_time.py [--threads 1] [--rounds 20] [--net mlp:100x2 ...]
+    python benchmarks/step_time.py [--threads 1] [--rounds 40] [--net mlp:100x2 ...]
 
-Prints the median process CPU time of a step, and ratios of medians. `autograd` is what a user writes by hand:
+Prints the median process CPU time of a step, and ratios: medians over rounds of the ratio within a round. `autograd` is what a user writes by hand:
 `zero_grad`, `loss.backward()`, foreach Adam, no finite check; `autograd, fused` is the same with the fused kernel that
 `AltMin` takes by default, so that both effects can be told apart. `work` is the ratio of floating-point operations alone.
 """
@@ -60,24 +60,36 @@ def contenders(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[dict
     return steps, work
 
 
-def measure(steps: dict[str, Step], batches: list[tuple[torch.Tensor, torch.Tensor]], rounds: int) -> dict[str, float]:
-    """Return the median CPU seconds of every step; contenders take turns, a block of steps each, so that caches are warm."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def measure(
+    steps: dict[str, Step], batches: list[tuple[torch.Tensor, torch.Tensor]], rounds: int
+) -> dict[str, list[float]]:
+    """Return every contender's median CPU seconds of a step in each round.
+
+    Contenders take turns, a block of steps each, so that their caches are warm.
+    """
+    medians: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-1, rounds):  # the first round warms up
         for name, step in steps.items():
+            times = []
             for x, y in batches:
                 start = time.process_time()
                 step(x, y)
-                if turn >= 0:
-                    times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times.append(time.process_time() - start)
+            if turn >= 0:
+                medians[name].append(statistics.median(times))
+    return medians
+
+
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """Return the median over rounds of the ratio within a round: the machine's own ups and downs are in both."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", nargs="+", default=["mlp:100x2", "mlp:500x2", "mlp:100x8"])
     parser.add_argument("--batch", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -90,12 +102,12 @@ def main() -> None:
         )
         steps, work = contenders(model, *batches[0])
         seconds = measure(steps, batches, arguments.rounds)
-        base = seconds["autograd, foreach"]
-        print(f"\n{net}, batch {arguments.batch}, {arguments.threads} thread(s): {base * 1e3:.2f} ms")
+        milliseconds = statistics.median(seconds["autograd, foreach"]) * 1e3
+        print(f"\n{net}, batch {arguments.batch}, {arguments.threads} thread(s): {milliseconds:.2f} ms")
         print(f"  {'':32} {'/ autograd foreach':>20} {'/ autograd, same Adam':>22} {'work':>7}")
-        for name, value in seconds.items():
-            same = seconds["autograd, " + name.rsplit(", ", 1)[1]]
-            print(f"  {name:32} {value / base:>20.3f} {value / same:>22.3f} {work[name]:>7.3f}")
+        for name in seconds:
+            same = ratio(seconds, name, "autograd, " + name.rsplit(", ", 1)[1])
+            print(f"  {name:32} {ratio(seconds, name, 'autograd, foreach'):>20.3f} {same:>22.3f} {work[name]:>7.3f}")
 
 
 if __name__ == "__main__":

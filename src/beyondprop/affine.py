@@ -13,6 +13,7 @@ from beyondprop.activations import Activation, closed_form
 from beyondprop.stage import Pullback, Stage, add_to_gradient
 
 _RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
+_GATE = torch.ops.aten.threshold_backward.grad_input  # zero where the value is not positive, in one pass
 _CONVS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
@@ -104,7 +105,11 @@ class AffinePullback(Pullback):
             gradient = self._convolution_backward(cotangent, (True, False, False))[0]
         if stage.reshapes:
             gradient = gradient.reshape(self.input_shape)
-        return gradient if stage.activation is None else gradient.mul_(self.slope)
+        if stage.activation is None:
+            return gradient
+        if stage.activation.is_gate:
+            return _GATE(gradient, self._value, 0, grad_input=gradient)
+        return gradient.mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""

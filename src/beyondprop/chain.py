@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from beyondprop.affine import AffineStage
+from beyondprop.affine import AffinePullback, AffineStage
 from beyondprop.block import BlockStage
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.stage import Pullback, Stage
@@ -57,6 +57,11 @@ class Trace:
         pullback = self[index]
         self.pullbacks[index] = None
         return pullback
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether every recorded stage has closed forms."""
+        return all(isinstance(p, AffinePullback) for p in self.pullbacks[self.lowest :])
 
 
 class Chain:

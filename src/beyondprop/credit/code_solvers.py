@@ -8,7 +8,7 @@ is then free. Where `problem.normalize` asks for it, a solver keeps the mean len
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,12 +33,29 @@ def line_search(problem: CodeProblem) -> Tensor:
     """Return the exact minimiser along the gradient, per sample: `g |g|^2 / (damping |g|^2 + (J g)^T H (J g))`."""
     g = problem.gradient
     curvature = problem.curvature(problem.stage.push(g, gated=True))
-    factor = square_norm(g)
-    curvature.add_(factor, alpha=problem.damping).add_(tiny(g))
-    factor.div_(curvature)  # 0 for a sample without gradient, which has no part in the mean
-    if problem.normalize:
-        factor.mul_(factor.count_nonzero() / factor.sum().clamp_min(tiny(g)))
-    return g.mul_(per_sample(factor, g))
+    factors = step_factors(square_norm(g)[None], curvature[None], [problem.damping], normalize=problem.normalize)
+    return g.mul_(per_sample(factors[0], g))
+
+
+def step_factors(squared: Tensor, curvature: Tensor, damping: Sequence[float], *, normalize: bool) -> Tensor:
+    """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, `(codes, N)`.
+
+    Args:
+        squared: `|g|^2`, `(codes, N)`.
+        curvature: `(J g)^T H (J g)`, `(codes, N)`.
+        damping: one number a code.
+        normalize: divide every code's factors by their mean over the samples that have a gradient.
+    """
+    least = tiny(squared)
+    if len(set(damping)) == 1:
+        system = torch.add(curvature, squared, alpha=damping[0])
+    else:
+        system = torch.addcmul(curvature, squared, squared.new_tensor(damping)[:, None])
+    factors = squared / system.add_(least)  # 0 for a sample without gradient
+    if normalize:
+        live = squared.count_nonzero(1)
+        factors.mul_((live / factors.sum(1).clamp_min_(least))[:, None])
+    return factors
 
 
 line_search.needs_codes = False  # type: ignore[attr-defined]
@@ -193,7 +210,7 @@ BY_NAME: dict[str, Callable[[], Any]] = {
 def square_norm(values: Tensor) -> Tensor:
     """Return the squared norm of every sample, `(N,)`."""
     flat = values if values.ndim == 2 else values.flatten(1)
-    return torch.linalg.vecdot(flat, flat)
+    return torch.linalg.vector_norm(flat, dim=1).square_()
 
 
 def per_sample(factors: Tensor, values: Tensor) -> Tensor:

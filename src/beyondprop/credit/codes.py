@@ -120,6 +120,9 @@ class Codes(Credit):
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
         top = len(trace.pullbacks) - 1
+        if self.solver is code_solvers.line_search and not self.l1 and trace.lowest < top and trace.is_closed_form:
+            yield from self._line_search(trace, loss)
+            return
         delta = loss.cotangent.neg()
         for index in range(top, trace.lowest, -1):
             stage = trace[index]
@@ -140,6 +143,37 @@ class Codes(Credit):
             yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
         # The lowest stage's input moves for nobody; it may be the last stage, too, when all others are frozen.
         yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+
+    def _line_search(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
+        """Yield what `assign` yields with `code_solvers.line_search`, in fewer operations.
+
+        A step factor multiplies a sample's whole delta, and a stage's pullback is linear in each sample: the factors commute
+        with the sweep, and each depends on the gradient's direction only. So the sweep carries plain gradients, all factors
+        are found at once, and every delta is its gradient times the product of the factors above it.
+        """
+        top = len(trace.pullbacks) - 1
+        deltas = [loss.cotangent.neg()]
+        squared, curvature = [], []
+        for index in range(top, trace.lowest, -1):
+            stage = trace[index]
+            gradient = stage(deltas[-1])
+            image = stage.push(gradient, gated=True)
+            curvature.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
+            squared.append(code_solvers.square_norm(gradient))
+            deltas.append(gradient)
+        del stage, gradient, image
+        damping = [self.mu, *[self.damping] * (len(squared) - 1)]
+        factors = code_solvers.step_factors(
+            torch.stack(squared), torch.stack(curvature), damping, normalize=self.normalize
+        )
+        for delta, factor in zip(deltas[1:], factors.cumprod(0).unbind(), strict=True):
+            delta.mul_(code_solvers.per_sample(factor, delta))
+        deltas.reverse()  # the next one is popped from the end
+        for index in range(top, trace.lowest - 1, -1):
+            wish = deltas.pop()
+            yield Assignment(
+                index, trace.take(index), wish, deltas[-1] if deltas else None, loss if index == top else None
+            )
 
     def energy(self, assignments: Sequence[Assignment]) -> Tensor:
         """Return the relaxed objective at the moved codes: mean over samples of `Loss + mu / 2 * sum |delta - change|^2`.
