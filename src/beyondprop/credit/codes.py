@@ -156,12 +156,11 @@ class Codes(Credit):
         squared, curvature = [], []
         for index in range(top, trace.lowest, -1):
             stage = trace[index]
-            gradient = stage(deltas[-1])
-            image = stage.push(gradient, gated=True)
+            deltas.append(stage(deltas[-1]))
+            squared.append(code_solvers.square_norm(deltas[-1]))
+            image = stage.push(deltas[-1], gated=True)
             curvature.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
-            squared.append(code_solvers.square_norm(gradient))
-            deltas.append(gradient)
-        del stage, gradient, image
+            del stage, image
         damping = [self.mu, *[self.damping] * (len(squared) - 1)]
         factors = code_solvers.step_factors(
             torch.stack(squared), torch.stack(curvature), damping, normalize=self.normalize
