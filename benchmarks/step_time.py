@@ -2,9 +2,10 @@
 
     python benchmarks/step_time.py [--threads 1] [--rounds 40] [--net mlp:100x2 ...]
 
-Prints the median process CPU time of a step, and ratios: medians over rounds of the ratio within a round. `autograd` is what
-a user writes by hand: `zero_grad`, `loss.backward()`, foreach Adam, no finite check; `autograd, fused` is the same with the fused kernel that
-`AltMin` takes by default, so that both effects can be told apart. `work` is the ratio of floating-point operations alone.
+Prints the median process CPU time of a step, and ratios: medians over rounds of the ratio within a round. `autograd` is
+what a user writes by hand: `zero_grad`, `loss.backward()`, foreach Adam, no finite check; `autograd, fused` is the same
+with the fused kernel that `AltMin` takes by default, so that both effects can be told apart. `work` is the ratio of
+floating-point operations alone.
 """
 
 from __future__ import annotations
