@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from beyondprop import AltMin, Backprop, LearningRule, Memory, data, nets
+from beyondprop import AltMin, Backprop, LearningRule, Memory, NonFiniteError, data, nets
 from beyondprop.solvers.descent import adam
 from beyondprop.training import fit
 
@@ -62,8 +62,12 @@ def tuned(dataset: data.Dataset, net: str, epochs: float, names: list[str]) -> d
         make, grid = CONTENDERS[name]
         scores = {}
         for lr in grid:
-            rows = train(held_out, build(net, make, lr, seed=100), epochs, seed=100, every=10**9)
-            scores[lr] = rows[-1]["test_accuracy"]
+            try:
+                rows = train(held_out, build(net, make, lr, seed=100), epochs, seed=100, every=10**9)
+            except NonFiniteError:
+                scores[lr] = 0.0  # diverged
+            else:
+                scores[lr] = rows[-1]["test_accuracy"]
         best[name] = max(scores, key=lambda lr: scores[lr])
         print(f"  tuned {name}: " + ", ".join(f"{lr:g}: {100 * v:.2f}" for lr, v in scores.items()), flush=True)
     return best
@@ -133,9 +137,11 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = data.load("mnist")
     assert math.ceil(len(dataset.x_train) / BATCH) == 300
-    results = {row: ROWS[row](dataset) for row in arguments.rows}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    results = {}
+    for row in arguments.rows:
+        results[row] = ROWS[row](dataset)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Step time of a rule against autograd with foreach Adam, on the same network, interleaved in one process.
 
-    python benchmarks/step_time.py [--threads 1] [--rounds 40] [--net mlp:100x2 ...]
+    python benchmarks/step_time.py [--threads 1] [--clock cpu] [--rounds 40] [--net mlp:100x2 ...]
 
-Prints the median process CPU time of a step, and ratios: medians over rounds of the ratio within a round. `autograd` is
-what a user writes by hand: `zero_grad`, `loss.backward()`, foreach Adam, no finite check; `autograd, fused` is the same
-with the fused kernel that `AltMin` takes by default, so that both effects can be told apart. `work` is the ratio of
-floating-point operations alone.
+Prints the median time of a step (CPU time of the process, or by the wall), and ratios: medians over rounds of the ratio
+within a round. `autograd` is what a user writes by hand: `zero_grad`, `loss.backward()`, foreach Adam, no finite check;
+`autograd, fused` is the same with the fused kernel that `AltMin` takes by default, so that both effects can be told apart.
+`work` is the ratio of floating-point operations alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from beyondprop.training import work_per_step
 
 Step = Callable[[torch.Tensor, torch.Tensor], object]
 
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 ADAM = {"foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
@@ -62,9 +63,9 @@ def contenders(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[dict
 
 
 def measure(
-    steps: dict[str, Step], batches: list[tuple[torch.Tensor, torch.Tensor]], rounds: int
+    steps: dict[str, Step], batches: list[tuple[torch.Tensor, torch.Tensor]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return every contender's median CPU seconds of a step in each round.
+    """Return every contender's median seconds of a step in each round.
 
     Contenders take turns, a block of steps each, so that their caches are warm.
     """
@@ -73,9 +74,9 @@ def measure(
         for name, step in steps.items():
             times = []
             for x, y in batches:
-                start = time.process_time()
+                start = clock()
                 step(x, y)
-                times.append(time.process_time() - start)
+                times.append(clock() - start)
             if turn >= 0:
                 medians[name].append(statistics.median(times))
     return medians
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--net", nargs="+", default=["mlp:100x2", "mlp:500x2", "mlp:100x8"])
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -102,9 +104,11 @@ def main() -> None:
             itertools.islice(data.batches(mnist.x_train, mnist.y_train, arguments.batch, generator=None), 10)
         )
         steps, work = contenders(model, *batches[0])
-        seconds = measure(steps, batches, arguments.rounds)
+        seconds = measure(steps, batches, arguments.rounds, CLOCKS[arguments.clock])
         milliseconds = statistics.median(seconds["autograd, foreach"]) * 1e3
-        print(f"\n{net}, batch {arguments.batch}, {arguments.threads} thread(s): {milliseconds:.2f} ms")
+        print(
+            f"\n{net}, batch {arguments.batch}, {arguments.threads} thread(s), {arguments.clock}: {milliseconds:.2f} ms"
+        )
         print(f"  {'':32} {'/ autograd foreach':>20} {'/ autograd, same Adam':>22} {'work':>7}")
         for name in seconds:
             same = ratio(seconds, name, "autograd, " + name.rsplit(", ", 1)[1])

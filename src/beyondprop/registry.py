@@ -135,7 +135,7 @@ for _spec in (
         f"{_AM}, Algorithm 2.3, in delta form",
         lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr)),
         lr=2.0,
-        grid=(0.5, 1.0, 2.0, 4.0),
+        grid=(0.3, 1.0, 2.0, 4.0),
     ),
     RuleSpec(
         "am-mem-bcd",
