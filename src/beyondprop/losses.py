@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+_aten = torch.ops.aten
 Evaluated = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
@@ -120,18 +121,18 @@ class OutputLoss:
                 )
 
     def _cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
+        # Autograd's own kernels, called directly: rows with ignore_index have no part in value, mean and gradient.
+        reduction, ignore = (1 if self.is_mean else 2), self.loss.ignore_index  # type: ignore[attr-defined]
+        rows = y.shape[0] if self.is_mean else 1
         log_p = torch.log_softmax(output, 1)
-        ignore = self.loss.ignore_index  # type: ignore[attr-defined]
-        value = F.nll_loss(log_p, y, reduction="mean" if self.is_mean else "sum", ignore_index=ignore)
-        p = log_p.exp_()
-        # Ignored rows have no gradient, and the mean is over the others; decided on the device, without reading y.
-        counted = y.ne(ignore).unsqueeze(1)
-        weight = counted * (y.shape[0] / counted.sum().to(p.dtype)) if self.is_mean else counted
-        classes = torch.arange(output.shape[1], device=y.device)
-        cotangent = (p - classes.eq(y.unsqueeze(1)).to(p.dtype)).mul_(weight)
+        value, total = _aten.nll_loss_forward(log_p, y, None, reduction, ignore)
+        picked = _aten.nll_loss_backward(torch.ones_like(value), log_p, y, None, reduction, ignore, total)
+        cotangent = _aten._log_softmax_backward_data(picked, log_p, 1, log_p.dtype).mul_(rows)
 
         def hessian(v: Tensor) -> Tensor:
+            p = log_p.exp()
             pv = p * v
+            weight = picked.sum(1, keepdim=True).mul_(-rows)  # 0 for ignored rows
             return torch.addcmul(pv, p, pv.sum(1, keepdim=True), value=-1.0).mul_(weight)
 
         return value, cotangent, hessian

@@ -71,10 +71,13 @@ class FiniteGuard:
     def _is_finite(self, result: StepResult) -> bool:
         if result.loss.device.type != "cpu":
             return bool(self._total(result).isfinite())
+        gradients = [p.grad for p in self.rule._parameters if p.grad is not None]
+        vectors = [g for g in gradients if g.ndim == 1]  # biases, together
+        sums = [g.sum() for g in gradients if g.ndim != 1]
+        if vectors:
+            sums.append(torch.cat(vectors).sum())
         # Floats are added faster in Python than 0-d tensors by torch, and reading them waits for nobody.
-        return math.isfinite(
-            sum([float(p.grad.sum()) for p in self.rule._parameters if p.grad is not None], float(result.loss))
-        )
+        return math.isfinite(sum(map(float, sums), float(result.loss)))
 
     def _total(self, result: StepResult) -> Tensor:
         # A sum is finite if its terms are: one pass over each gradient, cheaper than isfinite().all() by 30 times.
