@@ -126,8 +126,9 @@ def test_rows_times_weights_are_the_output(case: str, bias: bool) -> None:
         weight = stage.weight.reshape(stage.weight.shape[0], -1)
         if stage.bias is not None:
             weight = torch.cat([weight, stage.bias[:, None]], 1)
-        rows = pullback.feature_rows()
-        torch.testing.assert_close(rows @ weight.t(), pullback.rows(pullback.output), rtol=0, atol=1e-12)
+        rows, output = pullback.feature_rows(), pullback.output
+        expected = output if stage.is_linear else output.flatten(2).transpose(1, 2)  # one row an output position
+        torch.testing.assert_close(rows @ weight.t(), expected.reshape(len(rows), -1), rtol=0, atol=1e-12)
 
 
 def test_frozen_weight_or_bias_gets_no_gradient() -> None:

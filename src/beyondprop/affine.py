@@ -153,12 +153,6 @@ class AffinePullback(Pullback):
         )
         return self, change
 
-    def rows(self, values: Tensor) -> Tensor:
-        """Return output-shaped `values` as rows `(M, out)`: one row for each application of the weight matrix."""
-        if self.map.is_linear:
-            return values.reshape(-1, values.shape[-1])
-        return values.flatten(2).transpose(1, 2).reshape(-1, values.shape[1])
-
     def feature_rows(self) -> Tensor:
         """Return the affine map's inputs as rows `(M, in)`, with a last column of ones where it has a bias.
 
