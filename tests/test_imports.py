@@ -19,7 +19,7 @@ FLOORS = (
     {"_checks", "errors"},
     {"activations", "stage", "affine", "block", "chain", "losses"},
     {"credit", "solvers", "watchdog"},
-    {"rules", "diagnostics"},
+    {"rules", "optim", "diagnostics"},
     {"registry", "__init__"},
 )
 LABORATORY = len(FLOORS)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from beyondprop.credit.codes import CodeProblem, Codes
     from beyondprop.diagnostics import Alignment, alignment
     from beyondprop.errors import FrozenStageWarning, NonFiniteError, UnsupportedModelError
+    from beyondprop.optim.affine_projection import AffineProjection
+    from beyondprop.optim.locoprop import LocoProp
     from beyondprop.registry import RuleSpec, register
     from beyondprop.rules.altmin import AltMin
     from beyondprop.rules.backprop import Backprop
@@ -35,6 +37,8 @@ _HOMES = {
     "beyondprop.credit.codes": ("CodeProblem", "Codes"),
     "beyondprop.diagnostics": ("Alignment", "alignment"),
     "beyondprop.errors": ("FrozenStageWarning", "NonFiniteError", "UnsupportedModelError"),
+    "beyondprop.optim.affine_projection": ("AffineProjection",),
+    "beyondprop.optim.locoprop": ("LocoProp",),
     "beyondprop.registry": ("RuleSpec", "register"),
     "beyondprop.rules.altmin": ("AltMin",),
     "beyondprop.rules.backprop": ("Backprop",),
@@ -49,6 +53,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AffineProjection",
     "Alignment",
     "AltMin",
     "Assignment",
@@ -61,6 +66,7 @@ __all__ = [
     "FrozenStageWarning",
     "LearningRule",
     "LocalRule",
+    "LocoProp",
     "Memory",
     "NonFiniteError",
     "Pullback",

@@ -15,6 +15,8 @@ from torch import nn
 
 from beyondprop import _checks
 from beyondprop.losses import LossFunction
+from beyondprop.optim.affine_projection import AffineProjection
+from beyondprop.optim.locoprop import LocoProp
 from beyondprop.rules.altmin import AltMin
 from beyondprop.rules.backprop import Backprop
 from beyondprop.rules.base import LearningRule
@@ -105,8 +107,22 @@ def _sgd(lr: float) -> Callable[..., torch.optim.Optimizer]:
     return partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True)
 
 
+def _projected(model: nn.Module, loss: LossFunction, lr: float) -> LearningRule:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9)
+    return Backprop(model, loss, optimizer, preconditioner=AffineProjection(model))
+
+
+def _locoprop(kind: str, steps: int, rows: float | None = None) -> Build:
+    def build(model: nn.Module, loss: LossFunction, lr: float) -> LearningRule:
+        return Backprop(model, loss, LocoProp(model, lr=lr, loss=kind, local_steps=steps, rows=rows))
+
+    return build
+
+
 _AM = "Choromanska et al., ICML 2019, arXiv 1806.09077"
 _ADAM_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+_LOCOPROP = "Amid, Anil & Warmuth, AISTATS 2022, arXiv 2106.06199"
+_LOCOPROP_GRID = (1e-5, 3e-5, 1e-4, 3e-4)
 _SGD_GRID = (1e-2, 3e-2, 1e-1, 3e-1)
 
 for _spec in (
@@ -177,6 +193,42 @@ for _spec in (
         lr=8e-3,
         grid=(1e-3, 3e-3, 8e-3, 2e-2),
         schedule="halve:8",
+    ),
+    RuleSpec(
+        "locoprop-m",
+        "LocoProp-M",
+        "5 local steps on the matching loss of each layer",
+        _LOCOPROP,
+        _locoprop("matching", 5),
+        lr=3e-5,
+        grid=_LOCOPROP_GRID,
+    ),
+    RuleSpec(
+        "locoprop-m-rows",
+        "LocoProp-M (rows)",
+        "9 local steps on the matching loss, each after the first on an eighth of the batch",
+        _LOCOPROP,
+        _locoprop("matching", 9, 0.125),
+        lr=3e-5,
+        grid=_LOCOPROP_GRID,
+    ),
+    RuleSpec(
+        "locoprop-s",
+        "LocoProp-S",
+        "10 local steps on the squared loss of each layer",
+        _LOCOPROP,
+        _locoprop("squared", 10),
+        lr=3e-5,
+        grid=_LOCOPROP_GRID,
+    ),
+    RuleSpec(
+        "consequentialism",
+        "Consequentialism",
+        "gradients projected over the batch, SGD with momentum 0.9",
+        "Paeedeh & Ghiasi-Shirazi, Neurocomputing 2021, arXiv 2003.05164",
+        _projected,
+        lr=0.1,
+        grid=(0.01, 0.03, 0.1, 0.3),
     ),
     RuleSpec(
         "adam",

@@ -46,7 +46,7 @@ class DatasetInfo:
     download_bytes: int
 
 
-_Loader = Callable[[DatasetInfo, Source], Dataset]
+_Loader = Callable[[DatasetInfo, Source, bool], Dataset]
 
 
 def names() -> list[str]:
@@ -69,6 +69,7 @@ def load(
     root: Path | str | None = None,
     download: bool = True,
     progress: Progress | None = None,
+    standardize: bool = True,
 ) -> Dataset:
     """Load a data set: images `(N, channels, height, width)` in float32, labels `(N,)` in int64, on the CPU.
 
@@ -81,6 +82,8 @@ def load(
             and the user's cache are looked in; without it, downloads go to the cache.
         download: Download what is not found.
         progress: Called as `progress(done_bytes, total_bytes, file_name)` during downloads.
+        standardize: Subtract the mean and divide by the standard deviation; False keeps pixels in [0, 1], which
+            networks that reconstruct their input need.
 
     Raises:
         ValueError: There is no set of this name.
@@ -88,7 +91,7 @@ def load(
         DataUnavailableError: A file was neither found nor downloaded.
     """
     info, loader = _CATALOG[_checks.one_of("name", name, _CATALOG)]
-    return loader(info, Source(None if root is None else Path(root).expanduser(), download, progress))
+    return loader(info, Source(None if root is None else Path(root).expanduser(), download, progress), standardize)
 
 
 def at_hand(name: str) -> bool:
@@ -100,8 +103,8 @@ def at_hand(name: str) -> bool:
     return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
 
-def _digits(info: DatasetInfo, source: Source) -> Dataset:
-    del source  # embedded in scikit-learn
+def _digits(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
+    del source, standardize  # embedded in scikit-learn, in [0, 1]
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -125,17 +128,18 @@ class _MnistFamily:
     mean: float
     std: float
 
-    def __call__(self, info: DatasetInfo, source: Source) -> Dataset:
+    def __call__(self, info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
         stems = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
         x_train, y_train, x_test, y_test = (
             read_idx(source.obtain(DataFile(info.name, file, sha256, tuple(m + file for m in self.mirrors))))
             for file, sha256 in zip((f"{stem}-ubyte.gz" for stem in stems), self.sha256, strict=True)
         )
+        mean, std = ((self.mean,), (self.std,)) if standardize else ((0.0,), (1.0,))
         return Dataset(
             info.name,
-            _standardized(x_train[:, None], (self.mean,), (self.std,)),
+            _standardized(x_train[:, None], mean, std),
             torch.from_numpy(y_train).long(),
-            _standardized(x_test[:, None], (self.mean,), (self.std,)),
+            _standardized(x_test[:, None], mean, std),
             torch.from_numpy(y_test).long(),
             info.classes,
         )
@@ -149,9 +153,11 @@ _CIFAR10_ARCHIVE = DataFile(
 )
 
 
-def _cifar10(info: DatasetInfo, source: Source) -> Dataset:
+def _cifar10(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
     arrays = _cifar10_arrays(source)
-    mean, std = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if standardize:
+        mean, std = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
     return Dataset(
         info.name,
         _standardized(arrays["train_images"], mean, std),

@@ -1,8 +1,9 @@
-"""Backpropagation, the baseline: autograd and any torch optimizer behind the interface of a learning rule."""
+"""Backpropagation and what only replaces its update: autograd and any torch optimizer as a learning rule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,29 @@ from beyondprop.rules.base import LearningRule, StepResult
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
+class Preconditioner(Protocol):
+    """What rewrites gradients between `loss.backward()` and `optimizer.step()`, such as `AffineProjection`."""
+
+    def step(self) -> None:
+        """Rewrite the gradients in place."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Restore what `state_dict` returned."""
+
+
 class Backprop(LearningRule):
-    """Plain backpropagation: `loss.backward()`, `optimizer.step()`.
+    """Backpropagation: `loss.backward()`, `optimizer.step()`.
 
     Args:
         model: any module.
         loss: `loss(output, y)`, mean or sum over the batch.
         optimizer: factory called with the trainable parameters, such as `partial(torch.optim.Adam, lr=1e-3)`, or an
-            optimizer that holds them.
+            optimizer that holds them, `LocoProp` among them.
+        preconditioner: rewrites the gradients before the optimizer steps.
         nonfinite: see `LearningRule`.
 
     Example:
@@ -35,6 +51,7 @@ class Backprop(LearningRule):
         loss: LossFunction,
         optimizer: OptimizerFactory | torch.optim.Optimizer,
         *,
+        preconditioner: Preconditioner | None = None,
         nonfinite: str | None = None,
     ) -> None:
         super().__init__(model, loss, nonfinite=nonfinite)
@@ -43,6 +60,8 @@ class Backprop(LearningRule):
         if not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         self.optimizers = (optimizer,)
+        self.preconditioner = preconditioner
+        self.defers_update = preconditioner is None
 
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
         """Add the gradient of the loss to every `.grad`; see `LearningRule.backward`."""
@@ -52,3 +71,20 @@ class Backprop(LearningRule):
         loss = self.loss(output, y)
         (loss if scale == 1.0 else loss * scale).backward()
         return StepResult(loss.detach(), output.detach())
+
+    def update(self) -> None:
+        """See `LearningRule.update`."""
+        if self.preconditioner is not None:
+            self.preconditioner.step()
+        super().update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `LearningRule.state_dict`."""
+        own = {} if self.preconditioner is None else {"preconditioner": self.preconditioner.state_dict()}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `LearningRule.load_state_dict`."""
+        super().load_state_dict(state)
+        if self.preconditioner is not None:
+            self.preconditioner.load_state_dict(state.get("preconditioner", {}))

@@ -1,0 +1,351 @@
+"""What a backward pass leaves behind of every layer with weights: its inputs, its outputs, the gradient at its outputs."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.optim._maps import LAYERS, LayerMap, layer_map
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """One forward pass of the whole model: how many samples it had."""
+
+    samples: int
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One forward call of a layer that the backward pass has reached.
+
+    Attributes:
+        layer: the layer that was called.
+        x: its input.
+        z: its output, None where it is not wanted.
+        version: how often `z` had been written to when it was captured.
+        gradient: of the loss in `z`, None where it is not wanted.
+        batch: the forward pass that the call belongs to.
+    """
+
+    layer: Layer
+    x: Tensor
+    z: Tensor | None
+    version: int
+    gradient: Tensor | None
+    batch: Batch
+
+
+@dataclass(slots=True, eq=False)
+class Layer:
+    """A captured module."""
+
+    name: str
+    map: LayerMap
+
+    @property
+    def module(self) -> Any:
+        """The module itself."""
+        return self.map.module
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Its weight and, where it has one, its bias."""
+        return [p for p in (self.module.weight, getattr(self.module, "bias", None)) if p is not None]
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """Layers that share parameters, mostly one layer: what has a local problem of its own.
+
+    Attributes:
+        layers: its layers.
+        parameters: theirs, each once.
+        calls: calls since the last step.
+    """
+
+    layers: list[Layer]
+    parameters: list[nn.Parameter]
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The dotted names of its layers."""
+        return "+".join(layer.name for layer in self.layers)
+
+
+class Capture:
+    """Records the calls of a model's Linear, Conv and Embedding layers through hooks.
+
+    A forward hook leaves the call with the autograd graph; when the gradient of the layer's output arrives there, the call is
+    put on its unit's list. Whatever is never differentiated (evaluation, `no_grad`, the first pass of a checkpointed block)
+    vanishes with its graph.
+
+    Args:
+        model: any module; a `DistributedDataParallel` is looked into.
+        exclude: names of modules, or patterns such as `"head.*"`, that are left alone.
+        outputs: whether a layer's outputs are wanted.
+        gradients: whether the gradients at its outputs are wanted.
+
+    Raises:
+        UnsupportedModelError: if a layer cannot be captured; the message has its name.
+        ValueError: if an excluded name fits no module, or nothing is left to capture.
+    """
+
+    def __init__(
+        self, model: nn.Module, exclude: Iterable[str] = (), *, outputs: bool = False, gradients: bool = False
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self.outputs = outputs
+        self.gradients = gradients
+        self.on_arrival: Callable[[Layer], None] | None = None
+        self.nodes: dict[str, list[Any]] = {}  # autograd nodes of outputs, for as long as `watched` has the layer
+        self.watched: set[str] = set()
+        self.root = unwrapped(model)
+        self.layers = _layers(self.root, tuple(exclude))
+        self.units = _units(self.root, self.layers)
+        self._unit_of = {layer.name: unit for unit in self.units for layer in unit.layers}
+        self._batch: Batch | None = None
+        self._handles: list[RemovableHandle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Install the hooks."""
+        whole: Any = _Hook(self, None)
+        self._handles.append(self.root.register_forward_pre_hook(whole, with_kwargs=True))
+        self._handles += [layer.module.register_forward_hook(_Hook(self, layer)) for layer in self.layers]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        # The copied modules carry inert hooks; they get live ones of their own. Calls belong to the graph of the original.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in _NOT_COPIED})
+        new._handles, new.nodes, new._batch = [], {}, None
+        for unit in new.units:
+            unit.calls.clear()
+        if self._handles:
+            new.attach()
+        return new
+
+    def remove(self) -> None:
+        """Take the hooks off and forget what was captured."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the captured calls."""
+        for unit in self.units:
+            unit.calls.clear()
+
+    def start(self, arguments: Any) -> None:
+        """Note that the model is called."""
+        if torch.is_grad_enabled():
+            first = next((a for a in arguments if isinstance(a, Tensor) and a.ndim), None)
+            self._batch = None if first is None else Batch(first.shape[0])
+
+    def record(self, layer: Layer, x: Any, z: Any) -> None:
+        """Leave one call with the graph of its output."""
+        if not (torch.is_grad_enabled() and isinstance(z, Tensor) and z.requires_grad and isinstance(x, Tensor)):
+            return
+        if not any(p.requires_grad for p in layer.parameters):
+            return
+        unit = self._unit_of[layer.name]
+        if unit.calls and all(p.grad is None for p in unit.parameters):
+            unit.calls.clear()  # of a step that was skipped: its gradients have been thrown away
+        if layer.name in self.watched:
+            self.nodes.setdefault(layer.name, []).append(z.grad_fn)
+        kept = z.detach() if self.outputs else None
+        batch = self._batch or Batch(x.shape[0] if x.ndim else 1)
+        call = Call(layer, x.detach(), kept, z._version, None, batch)
+        z.register_hook(_Arrival(self, unit, call))
+
+    def arrived(self, unit: Unit, call: Call, gradient: Tensor) -> None:
+        """Take a call whose output has got its gradient."""
+        if self.on_arrival is not None and call.layer.name in self.watched:
+            self.on_arrival(call.layer)
+        if self.gradients:
+            call.gradient = gradient.detach()
+        unit.calls.append(call)
+
+    def check(self, others: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Raise unless all gradients can be used; nothing has been changed then.
+
+        Args:
+            others: names and parameters that are not captured.
+
+        Raises:
+            NonFiniteError: if a gradient is not finite.
+            UnsupportedModelError: if a gradient is sparse, or came about without a call of its layer.
+        """
+        named = [(unit.name, p) for unit in self.units for p in unit.parameters]
+        named += list(others)
+        sums: list[Tensor] = []
+        for name, p in named:
+            if p.grad is None:
+                continue
+            if p.grad.layout is not torch.strided:
+                raise UnsupportedModelError(
+                    f"The gradient of {name!r} is sparse; dense ones are needed. Build its Embedding with sparse=False."
+                )
+            # A sum is finite if its terms are, but for an overflow, which is as bad.
+            sums.append(p.grad.sum())
+        for unit in self.units:
+            if not unit.calls and any(p.grad is not None for p in unit.parameters):
+                raise UnsupportedModelError(
+                    f"Layer {unit.name!r} has a gradient, but none of its forward calls was captured since the last step: "
+                    "its weight was used directly, its output was not part of the backward pass, or the model was "
+                    f"compiled before the hooks were there. Pass exclude=[{unit.layers[0].name!r}], or build this before "
+                    "the first forward pass."
+                )
+        if sums and not bool(torch.stack([s.to(sums[0]) for s in sums]).sum().isfinite()):
+            where = next((n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())), "a sum")
+            raise NonFiniteError(
+                f"The gradient of {where!r} is not finite. No weight was changed. Check the inputs or lower the learning rate.",
+                where=where,
+            )
+
+
+_NOT_COPIED = ("_handles", "nodes", "_batch")
+
+
+class _Hook:
+    """A forward hook that does not keep its capture alive and is inert in copies of the model."""
+
+    def __init__(self, capture: Capture | None, layer: Layer | None) -> None:
+        self.capture = None if capture is None else weakref.ref(capture)
+        self.layer = layer
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        del module
+        capture = None if self.capture is None else self.capture()
+        if capture is None:
+            return
+        if self.layer is None:
+            positional, named = arguments
+            capture.start((*positional, *named.values()))
+        else:
+            inputs, output = arguments
+            if inputs:
+                capture.record(self.layer, inputs[0], output)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(None, None)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (None, None)
+
+
+class _Arrival:
+    """A hook on a layer's output."""
+
+    def __init__(self, capture: Capture, unit: Unit, call: Call) -> None:
+        self.capture, self.unit, self.call = weakref.ref(capture), unit, call
+
+    def __call__(self, gradient: Tensor) -> None:
+        if (capture := self.capture()) is not None:
+            capture.arrived(self.unit, self.call, gradient)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside `DistributedDataParallel` or `torch.compile`."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def uncaptured(model: nn.Module, units: Iterable[Unit]) -> list[tuple[str, nn.Parameter]]:
+    """Return the trainable parameters that belong to no unit, with their names."""
+    taken = {p for unit in units for p in unit.parameters}
+    return [(n, p) for n, p in unwrapped(model).named_parameters() if p not in taken and p.requires_grad]
+
+
+def _layers(root: nn.Module, exclude: tuple[str, ...]) -> list[Layer]:
+    names = [name for name, _ in root.named_modules()]
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude has {pattern!r}, which fits no module of the model; its modules are {names}.")
+    layers = []
+    # The projections of MultiheadAttention are never called as modules; its parameters count as any others.
+    inside = {id(m) for a in root.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    for name, module in root.named_modules():
+        if not _is_layer(module) or id(module) in inside or any(fnmatchcase(name, pattern) for pattern in exclude):
+            continue
+        _refuse(name, module)
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            layers.append(Layer(name, layer_map(module)))
+    if not layers:
+        raise ValueError(
+            "The model has no trainable Linear, Conv or Embedding layer to capture"
+            + (f" besides exclude={list(exclude)}." if exclude else ".")
+        )
+    return layers
+
+
+def _is_layer(module: nn.Module) -> bool:
+    # A subclass with a forward of its own may do anything with its weight; a parametrized weight is no parameter.
+    own = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    if own is None or type(module).forward is not own.forward:
+        return False
+    return isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _refuse(name: str, module: Any) -> None:
+    out = f"Pass exclude=[{name!r}] to leave it to the base optimizer."
+    for what, p in module.named_parameters(recurse=False):
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UnsupportedModelError(f"Layer {name!r} is lazy: run one batch through the model first.")
+        if not p.is_floating_point():
+            raise UnsupportedModelError(
+                f"Layer {name!r} has a {what} of {p.dtype}; a real floating-point one is needed. {out}"
+            )
+        if type(p.data) is not Tensor:
+            raise UnsupportedModelError(
+                f"Layer {name!r} has a {what} of type {type(p.data).__name__}: sharded weights have no local problem. {out}"
+            )
+    if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None or module.scale_grad_by_freq):
+        what = "sparse" if module.sparse else "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
+        raise UnsupportedModelError(f"Layer {name!r} is an Embedding with {what}, which is not supported. {out}")
+
+
+def _units(root: nn.Module, layers: list[Layer]) -> list[Unit]:
+    captured = {id(layer.module) for layer in layers}
+    homes: dict[nn.Parameter, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=True):
+        for what, p in module.named_parameters(recurse=False):
+            if id(module) not in captured:
+                homes.setdefault(p, []).append(f"{name}.{what}" if name else what)
+    units: list[Unit] = []
+    for layer in layers:
+        for p in layer.parameters:
+            if p in homes:
+                raise UnsupportedModelError(
+                    f"Layer {layer.name!r} shares a parameter with {homes[p][0]!r}, which is not captured, so its local "
+                    f"problem would miss that use. Pass exclude=[{layer.name!r}] to leave it to the base optimizer."
+                )
+        own = {id(p) for p in layer.parameters}
+        joined = [unit for unit in units if any(id(p) in own for p in unit.parameters)]
+        merged = Unit([layer], [])
+        for unit in joined:
+            merged.layers = unit.layers + merged.layers
+            units.remove(unit)
+        for member in merged.layers:
+            merged.parameters += [p for p in member.parameters if not any(p is q for q in merged.parameters)]
+        units.append(merged)
+    return units

@@ -1,0 +1,211 @@
+"""A layer's local problem for one batch, in delta form.
+
+With W the weights before the step and V those on the way, the local objective of LocoProp is
+
+    target_lr <grad_W, V - W>  +  sum_n D_F(V x_n, W x_n)
+
+Its gradient is `target_lr grad_W` plus a correction that is 0 at V = W. The target itself, f(z) - target_lr dL/dz, is never
+formed: in float32 a small wish would be lost in the sum, and clipping, unscaling or averaging of `.grad` carries over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from beyondprop.optim import _ranks
+from beyondprop.optim._capture import Call, Layer, Unit
+from beyondprop.solvers.matching import Transfer, transfer
+
+LOSSES = ("matching", "squared", "quadratic")
+Buffers = Mapping[nn.Parameter, Tensor]
+
+
+class LocalProblem:
+    """The corrections to a unit's gradient as its weights move.
+
+    Args:
+        unit: with its calls of this batch.
+        before: the weights W, by parameter.
+        loss: one of `LOSSES`.
+        transfers: transfer function by layer name.
+        local_steps: how many steps will be made, which decides whether a Gram matrix pays.
+        rows: share of the samples that a correction looks at, in (0, 1].
+        gram: True: X^T X wherever it serves; False: nowhere; None: where it is cheaper.
+        group: process group whose ranks have parts of the batch.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        before: Buffers,
+        loss: str,
+        transfers: Mapping[str, Transfer],
+        local_steps: int,
+        rows: float,
+        gram: bool | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.before = before
+        self.rows = rows
+        self.group = group
+        self.direct: list[_Direct] = []
+        self.grams: list[_Gram] = []
+        for layer in unit.layers:
+            calls = [call for call in unit.calls if call.layer is layer]
+            if not calls and group is None:
+                continue
+            f = transfers.get(layer.name, _IDENTITY)
+            squared = loss == "squared" or f.is_identity
+            if (not squared and loss == "quadratic") or (squared and _pays(layer, calls, local_steps, rows, gram)):
+                self.grams.append(_Gram(layer, calls, None if squared else f, before, group))
+            else:
+                self.direct += [_Direct(call, None if squared else f, before) for call in calls]
+
+    @property
+    def form(self) -> str:
+        """How corrections are found: `"gram"`, `"direct"`, or both."""
+        return "+".join(name for name, used in (("gram", self.grams), ("direct", self.direct)) if used) or "none"
+
+    def add_corrections(self, gradients: Buffers, step: int) -> None:
+        """Add the corrections at the present weights to `gradients`.
+
+        Args:
+            gradients: by parameter; those that are missing are not wanted.
+            step: number of the local step, from 1: it chooses the samples.
+        """
+        for problem in self.grams:
+            problem.add(gradients, self.before)
+        if self.group is None:
+            for problem in self.direct:
+                problem.add(gradients, self.before, self.rows, step)
+            return
+        own = {p: torch.zeros_like(g) for p, g in gradients.items()}
+        for problem in self.direct:
+            problem.add(own, self.before, self.rows, step)
+        _ranks.sum_(own.values(), self.group)
+        for p, g in gradients.items():
+            g.add_(own[p])
+
+
+_IDENTITY = transfer("identity")
+
+
+class _Direct:
+    """One call whose corrections are found from its rows; squared loss where there is no transfer function."""
+
+    def __init__(self, call: Call, f: Transfer | None, before: Buffers) -> None:
+        self.map = call.layer.map
+        self.f = f
+        module = call.layer.module
+        self.weight: nn.Parameter = module.weight
+        self.bias: nn.Parameter | None = getattr(module, "bias", None)
+        self.x = self.map.prepare(_whole(call.x, self.weight))
+        if f is not None:
+            z = call.z
+            # Half precision rounds away what a small step changes; an in-place operation has written over it.
+            if z is None or z.dtype is not self.weight.dtype or z._version != call.version:
+                z = self.map(self.x, _old(self.weight, before), _old(self.bias, before))
+            self.z = self.map.prepare_output(z)
+        self._h: Tensor | None = None
+
+    def add(self, gradients: Buffers, before: Buffers, rows: float, step: int) -> None:
+        part = _part(len(self.x), rows, step)
+        x = self.x[part]
+        factor = len(self.x) / max(len(x), 1)
+        if self.f is None:
+            bias = None if self.bias is None else self.bias - _old(self.bias, before)
+            r = self.map(x, self.weight - _old(self.weight, before), bias)
+        else:
+            r = self.f.value_(self.map(x, self.weight, self.bias), self.map.features)
+            if rows < 1:
+                r.sub_(self.f.value(self.z[part], self.map.features))
+            else:
+                if self._h is None:
+                    self._h = self.f.value(self.z, self.map.features)
+                r.sub_(self._h)
+        self.map.add_gradients(
+            x, r, gradients.get(self.weight), None if self.bias is None else gradients.get(self.bias), factor
+        )
+
+
+class _Gram:
+    """A layer whose corrections come from X^T X: exact for the squared loss, at a cost that no longer grows with the batch.
+
+    With a transfer function, the quadratic model of its matching loss: each unit's curvature is its mean slope.
+    """
+
+    def __init__(
+        self, layer: Layer, calls: list[Call], f: Transfer | None, before: Buffers, group: dist.ProcessGroup | None
+    ) -> None:
+        self.map = layer.map
+        self.weight: nn.Parameter = layer.module.weight
+        self.bias: nn.Parameter | None = getattr(layer.module, "bias", None)
+        inputs = [self.map.prepare(_whole(call.x, self.weight)) for call in calls]
+        self.moments = self.map.no_moments() if not inputs else self.map.moments(inputs[0])
+        for x in inputs[1:]:
+            self.moments = self.moments + self.map.moments(x)
+        sums = list(self.moments)
+        slopes = None
+        if f is not None:
+            slopes = self.weight.new_zeros(self.map.units + 1)
+            for call, x in zip(calls, inputs, strict=True):
+                z = call.z
+                if z is None or z.dtype is not self.weight.dtype or z._version != call.version:
+                    z = self.map(x, _old(self.weight, before), _old(self.bias, before))
+                slope = f.slope(self.map.prepare_output(z), self.map.features).movedim(self.map.features, 0).flatten(1)
+                slopes += torch.cat([slope.sum(1), slope.new_tensor([slope.shape[1]])])
+            sums.append(slopes)
+        _ranks.sum_(sums, group)
+        self.slopes = None if slopes is None else (slopes[:-1] / slopes[-1].clamp_min(1)).view(self.map.groups, -1, 1)
+
+    def add(self, gradients: Buffers, before: Buffers) -> None:
+        inner, sums, rows = self.moments
+        weight = self.map.matrix(self.weight - _old(self.weight, before))
+        # rows of X V^T minus X W^T, multiplied with X once more
+        by_weight = weight @ inner if inner.ndim == 3 else weight * inner.unsqueeze(-2)
+        by_bias = None
+        if self.bias is not None:
+            bias = (self.bias - _old(self.bias, before)).view(self.map.groups, -1, 1)
+            by_weight.addcmul_(bias, sums.unsqueeze(-2))
+            by_bias = weight @ sums.unsqueeze(-1) + rows * bias
+        for p, correction in ((self.weight, by_weight), (self.bias, by_bias)):
+            if p is not None and correction is not None and p in gradients:
+                if self.slopes is not None:
+                    correction = correction * self.slopes
+                gradients[p].add_(self.map.unmatrix(correction) if p is self.weight else correction.view(p.shape))
+
+
+def _pays(layer: Layer, calls: list[Call], local_steps: int, rows: float, gram: bool | None) -> bool:
+    """Whether X^T X costs fewer operations than the rows themselves."""
+    if isinstance(layer.module, nn.Embedding):
+        return True
+    if gram is not None:
+        return gram
+    corrections = local_steps - 1
+    n, out = layer.map.fan_in, layer.map.units // layer.map.groups
+    count = sum(layer.map.count(call.x) for call in calls)
+    with_gram = count * n * n + corrections * n * n * out
+    return with_gram < 2 * corrections * count * rows * n * out
+
+
+def _part(samples: int, rows: float, step: int) -> slice:
+    """Return the block of samples of a local step: batches are shuffled, so a block is a random subset."""
+    if rows >= 1:
+        return slice(None)
+    size = max(1, math.ceil(rows * samples))
+    first = (step - 1) * size % samples
+    first = min(first, max(samples - size, 0))
+    return slice(first, first + size)
+
+
+def _old(p: nn.Parameter | None, before: Buffers) -> Tensor:
+    return before.get(p, p)  # type: ignore[arg-type, return-value]
+
+
+def _whole(x: Tensor, weight: Tensor) -> Tensor:
+    return x.to(weight.dtype) if x.is_floating_point() and x.dtype is not weight.dtype else x

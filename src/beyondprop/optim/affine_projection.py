@@ -1,0 +1,289 @@
+"""Consequentialism: before any optimizer steps, each layer's gradient is amended so that samples do not disturb each other.
+
+Paeedeh & Ghiasi-Shirazi, "Improving the Backpropagation Algorithm with Consequentialism Weight Updates over Mini-Batches",
+Neurocomputing 461, 2021, arXiv 2003.05164. Every unit has a virtual target, its output minus the backpropagated error; the
+plain gradient step for one sample also moves the outputs of the others, by the inner products of their inputs. The projection
+
+    G' = (X X^T + eps I)^-1 G,    grad_W <- G'^T X        or, the same,      grad_W <- G^T X (X^T X + eps I)^-1
+
+foresees that, so that a step of size 1 takes every sample of the batch to its target. It is LocoProp-S solved exactly, and the
+input factor of K-FAC (FOOF, Benzing 2022; ISAAC, Petersen et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.optim import _ranks
+from beyondprop.optim._capture import Call, Capture, Unit, uncaptured
+from beyondprop.solvers.projection import Moments, solve_dual, solve_primal
+
+SIDES = ("smaller", "inputs", "samples")
+
+
+class AffineProjection:
+    """Preconditions the gradients of every Linear, Conv1d/2d/3d and Embedding over the mini-batch, for any optimizer.
+
+    `projection.step()` goes between `loss.backward()` and `optimizer.step()` and rewrites `.grad` in place. Parameters of other
+    kinds keep their gradient.
+
+    Args:
+        model: any module; with `DistributedDataParallel`, the wrapper itself: X^T X is then summed over its ranks.
+        damping: eps relative to the mean squared length of the inputs, >= 0. At 0 targets are met exactly wherever they can
+            be, by the least change of the weights.
+        reduction: how the loss averages over the N samples of a batch: with `"mean"` gradients are multiplied by N, so that
+            the learning rate does not depend on it; `"sum"` takes them as they are.
+        side: the linear system to solve: over `"inputs"` (fan-in), over `"samples"` (rows of the batch), or the `"smaller"`.
+        forgetting: e in (0, 1]: weight of the newest batch in a running X^T X; 1: no memory. Below 1 all layers solve over
+            inputs.
+        refresh: steps between two factorisations of the running X^T X.
+        exclude: names or patterns of layers whose gradients are left alone.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of its range.
+        UnsupportedModelError: if a layer cannot be captured; the message names it and the way out.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> projection = AffineProjection(model, damping=1.0)
+        >>> nn.functional.cross_entropy(model(torch.ones(2, 4)), torch.tensor([0, 2])).backward()
+        >>> projection.step()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        damping: float = 1.0,
+        *,
+        reduction: str = "mean",
+        side: str = "smaller",
+        forgetting: float = 1.0,
+        refresh: int = 1,
+        exclude: Iterable[str] = (),
+    ) -> None:
+        self.damping = _checks.non_negative("damping", damping)
+        self.reduction = _checks.one_of("reduction", reduction, ("mean", "sum"))
+        self.side = _checks.one_of("side", side, SIDES)
+        if not (isinstance(forgetting, int | float) and 0 < forgetting <= 1):
+            raise ValueError(f"forgetting must be in (0, 1], got {forgetting!r}.")
+        self.forgetting = float(forgetting)
+        self.refresh = _checks.at_least("refresh", refresh, 1)
+        self._group = _ranks.group_of(model)
+        if side == "samples" and (forgetting < 1 or self._group is not None):
+            raise ValueError(
+                "side='samples' has no running X^T X and no sum over ranks; use side='inputs' or 'smaller' with "
+                "forgetting < 1 or DistributedDataParallel."
+            )
+        if refresh > 1 and forgetting == 1:
+            raise ValueError(f"refresh={refresh} needs a running X^T X: pass forgetting < 1.")
+        self._capture = Capture(
+            model, exclude, gradients=self.side != "inputs" and forgetting == 1 and self._group is None
+        )
+        self._others = uncaptured(model, self._capture.units)
+        for unit in self._capture.units:
+            kinds = {(type(layer.module), layer.map.groups, layer.map.fan_in) for layer in unit.layers}
+            bias = {id(getattr(layer.module, "bias", None)) for layer in unit.layers}
+            if len(kinds) > 1 or len(bias) > 1:
+                self._capture.remove()
+                raise UnsupportedModelError(
+                    f"Layers {unit.name!r} share a parameter but have no common linear system: they use it in different "
+                    f"shapes or with different biases. Pass exclude={[layer.name for layer in unit.layers]!r}."
+                )
+        self._running: dict[str, _Running] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Rewrite the gradients of all captured layers.
+
+        Raises:
+            NonFiniteError: if a gradient or an input is not finite; no gradient was changed.
+            UnsupportedModelError: if a gradient is sparse or has no captured call; no gradient was changed.
+        """
+        try:
+            self._capture.check(self._others)
+            solved = []
+            for unit in self._capture.units:
+                if any(p.grad is not None for p in unit.parameters):
+                    solved.append((unit, self._solve(unit)))
+                unit.calls.clear()
+            bad = [unit.name for unit, new in solved if not all(bool(g.sum().isfinite()) for g in new if g is not None)]
+            if bad:
+                raise NonFiniteError(
+                    f"The linear system of layer {bad[0]!r} has no finite solution; no gradient was changed. Check the inputs "
+                    "or raise damping.",
+                    where=bad[0],
+                )
+            for unit, new in solved:
+                for p, g in zip(unit.layers[0].parameters, new, strict=False):
+                    if p.grad is not None and g is not None:
+                        p.grad.copy_(g)
+        finally:
+            self._capture.clear()
+
+    def _solve(self, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
+        """Return a unit's new gradients, in the shapes of weight and bias; None where there was none."""
+        own = unit.layers[0].map
+        p, q = own.module.weight, getattr(own.module, "bias", None)
+        wanted = (p.grad is not None, q is not None and q.grad is not None)
+        samples = self._samples(unit)
+        factor = samples if self.reduction == "mean" else 1.0
+        weight = own.matrix(torch.zeros_like(p) if p.grad is None else p.grad) * factor
+        bias = q.grad.view(own.groups, -1) * factor if q is not None and q.grad is not None else None
+        if not wanted[0]:  # the bias alone: its one input is 1
+            assert bias is not None
+            rows = self._moments(unit, samples).rows
+            weight, bias = None, bias / (rows + self.damping)
+        elif self._capture.gradients and self._over_samples(unit):
+            rows, deltas = self._rows(unit, weight)
+            damping = self.damping * (rows.square().sum((-2, -1)) / rows.shape[1] + wanted[1])
+            weight, bias = solve_dual(rows, deltas, damping, bias=wanted[1])
+        else:
+            weight, bias = self._over_inputs(unit, weight, bias, samples)
+        return (
+            None if weight is None else own.unmatrix(weight),
+            None if bias is None or q is None else bias.reshape(q.shape),
+        )
+
+    def _over_samples(self, unit: Unit) -> bool:
+        own = unit.layers[0].map
+        if isinstance(own.module, nn.Embedding):
+            return False  # its system over inputs is diagonal
+        return self.side == "samples" or sum(own.count(call.x) for call in unit.calls) < own.fan_in
+
+    def _over_inputs(
+        self, unit: Unit, weight: Tensor, bias: Tensor | None, samples: float
+    ) -> tuple[Tensor, Tensor | None]:
+        moments = self._moments(unit, samples)
+        damping = self.damping * (moments.mean_square() + (bias is not None))
+        if moments.inner.ndim == 2:  # diagonal
+            return weight / (moments.inner + damping.unsqueeze(-1)).clamp_min(_TINY).unsqueeze(-2), None
+        running = self._running.get(unit.name)
+        if running is None:
+            return solve_primal(weight, bias, moments, damping)
+        if running.inverse is None or (running.steps - 1) % self.refresh == 0:
+            running.inverse = _inverse(moments, damping, bias is not None)
+        whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
+        new = whole @ running.inverse
+        return (new, None) if bias is None else (new[..., :-1], new[..., -1])
+
+    def _moments(self, unit: Unit, samples: float) -> Moments:
+        """Return X^T X of the batch, or its running average."""
+        first, *rest = unit.calls
+        total = _moments(first)
+        for call in rest:
+            total = total + _moments(call)
+        _ranks.sum_(total, self._group)
+        if self.forgetting == 1:
+            return total
+        running = self._running.setdefault(unit.name, _Running())
+        return running.update(total.scaled(1 / samples), self.forgetting).scaled(samples)
+
+    def _samples(self, unit: Unit) -> float:
+        batches = {id(call.batch): call.batch.samples for call in unit.calls}
+        total = torch.tensor(float(sum(batches.values())), device=unit.parameters[0].device)
+        _ranks.sum_([total], self._group)
+        return float(total)
+
+    def _rows(self, unit: Unit, weight: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, outputs = [], []
+        for call in unit.calls:
+            own = call.layer.map
+            assert call.gradient is not None
+            inputs.append(own.rows(own.prepare(_whole(call.x, weight.dtype))))
+            outputs.append(own.positions(own.prepare_output(call.gradient.to(weight.dtype))))
+        rows, deltas = torch.cat(inputs, 1), torch.cat(outputs, 1)
+        return rows, deltas * _scale(unit.name, weight, rows, deltas)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running moments by layer; empty without memory."""
+        return {name: running.state_dict() for name, running in self._running.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if it is of another model.
+        """
+        names = [unit.name for unit in self._capture.units]
+        if not set(state) <= set(names):
+            raise ValueError(f"This state has moments of layers {sorted(state)}, this model has the layers {names}.")
+        self._running = {name: _Running.of(saved) for name, saved in state.items()}
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model; `step` then has nothing to project."""
+        self._capture.remove()
+
+
+class _Running:
+    """A layer's moments per sample, averaged over batches with forgetting, and the inverse of the damped X^T X."""
+
+    def __init__(self, moments: Moments | None = None, inverse: Tensor | None = None, steps: int = 0) -> None:
+        self.moments, self.inverse, self.steps = moments, inverse, steps
+
+    def update(self, new: Moments, forgetting: float) -> Moments:
+        if self.moments is not None:
+            new = Moments(*(old.to(part).lerp(part, forgetting) for old, part in zip(self.moments, new, strict=True)))
+        self.moments = new
+        self.steps += 1
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.moments is not None
+        return {**self.moments._asdict(), "inverse": self.inverse, "steps": self.steps}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Running:
+        return cls(Moments(state["inner"], state["sums"], state["count"]), state["inverse"], int(state["steps"]))
+
+
+_TINY = 1e-30
+
+
+def _inverse(moments: Moments, damping: Tensor, bias: bool) -> Tensor:
+    """Return `(X^T X + damping I)^-1`, with the column of ones last."""
+    n = moments.inner.shape[-1] + bias
+    identity = torch.eye(n, dtype=moments.inner.dtype, device=moments.inner.device).expand(len(moments.inner), n, n)
+    if not bias:
+        return solve_primal(identity, None, moments, damping)[0]
+    weight, border = solve_primal(identity[..., :-1], identity[..., -1], moments, damping)
+    assert border is not None
+    return torch.cat([weight, border.unsqueeze(-1)], -1)
+
+
+def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _moments(call: Call) -> Moments:
+    own = call.layer.map
+    return own.moments(own.prepare(_whole(call.x, own.module.weight.dtype)), mirror=False)
+
+
+def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor) -> Tensor:
+    """Return what `deltas` must be multiplied with so that `deltas^T rows` is `gradient`.
+
+    Clipping, unscaling and `reduction` scale `.grad` and not what the hooks saw. A random combination of the output units is
+    enough to find the factor, and to notice that something else has happened to `.grad`.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    signs = torch.randint(2, (deltas.shape[-1],), generator=generator).to(deltas) * 2 - 1
+    of_calls = ((deltas @ signs).unsqueeze(-2) @ rows).squeeze(-2)
+    of_grad = signs @ gradient
+    size = of_calls.square().sum()
+    factor = (of_calls * of_grad).sum() / size.clamp_min(_TINY)
+    off = (of_grad - factor * of_calls).norm() / of_grad.norm().clamp_min(_TINY)
+    if bool(off > 0.02):
+        raise UnsupportedModelError(
+            f"The gradient of layer {name!r} is not a multiple of what its backward pass gave (relative difference "
+            f"{float(off):.2g}): a penalty or clipping by value changed it. Do so after projection.step(), or pass "
+            "side='inputs'."
+        )
+    return factor

@@ -1,0 +1,391 @@
+"""LocoProp: after an ordinary backward pass, every layer solves a small local problem instead of taking one gradient step.
+
+Amid, Anil & Warmuth, "LocoProp: Enhancing BackProp via Local Loss Optimization", AISTATS 2022, arXiv 2106.06199. In the
+paper's symbols: weights W, inputs x, pre-activations z = W x, transfer function f = F', `target_lr` gamma, local steps T.
+
+    targets   a = z - gamma dL/dz  (squared, LocoProp-S),    y = f(z) - gamma dL/dz  (matching, LocoProp-M)
+    weights   T steps of a local optimizer from V = W on     sum_n |V x_n - a_n|^2 / 2   or   sum_n D_F(V x_n, f^-1(y_n))
+
+The first local gradient is gamma times the gradient of backpropagation, so one local step is backpropagation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.optim import _graph, _ranks
+from beyondprop.optim._capture import Capture, Layer, Unit, uncaptured
+from beyondprop.optim._local import LOSSES, LocalProblem
+from beyondprop.optim.rmsprop import RMSProp
+from beyondprop.solvers.base import OptimizerFactory
+from beyondprop.solvers.matching import Transfer, transfer
+
+LocalOptimizer = Callable[..., torch.optim.Optimizer]
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda step, steps: max(1 - step / steps, 0.25),
+    "constant": lambda step, steps: 1.0,
+}
+SETTINGS = ("lr", "target_lr", "local_steps", "loss")
+
+
+class LocoProp(torch.optim.Optimizer):
+    """Drop-in optimizer: local loss optimization in every Linear, Conv1d/2d/3d and Embedding of any module graph.
+
+    The loop is the usual one: `zero_grad()`, `loss.backward()`, `step()`. Hooks keep each layer's inputs, and outputs where
+    the loss needs them, from the backward pass until `step`. Parameters of other kinds (norms, free ones, attention's packed
+    projections, whatever `exclude` names) take ordinary steps of `base`.
+
+    Every layer has a parameter group of its own with the keys `name`, `lr`, `target_lr`, `local_steps` and `loss`, besides
+    those of the local optimizer; the groups of `base` come last. Learning-rate schedulers see them all.
+
+    Args:
+        model: any module; with `DistributedDataParallel`, the wrapper itself: corrections are then summed over its ranks.
+        lr: step size of the local optimizer.
+        target_lr: gamma: how far targets are moved against the gradient of the loss as it was reduced; with a mean over
+            N samples each target moves by gamma / N of its sample's gradient.
+        local_steps: T >= 1, the first of which is a step of backpropagation.
+        loss: `"matching"` (LocoProp-M), `"squared"` (LocoProp-S), or `"quadratic"`: the matching loss with each unit's slope
+            averaged over the batch, which costs what the squared one does.
+        rows: samples that each local step after the first looks at: a share in (0, 1] of the batch, or their number.
+            Blocks of the batch take turns, so it should be shuffled. Default: all.
+        gram: corrections of the squared loss by X^T X, whose cost does not depend on the batch size: True, False, or None for
+            where it is cheaper.
+        momentum, alpha, eps: of the local `RMSProp`, whose state persists across batches; ignored with `local_optimizer`.
+        local_optimizer: called with a layer's parameters and `lr=`, such as `torch.optim.SGD`.
+        local_schedule: factor on `lr` within a batch: `"linear"` (1 - k/T, at least 1/4), `"constant"`, or
+            `factor(step, steps)`.
+        prox: weight >= 0 of `|V - W|^2 / 2` in the local objective (1/eta in the paper).
+        trust: bound on a layer's change in a step, relative to the norm of its weights; None: no bound.
+        transfer: the transfer function that follows a layer, by name or pattern of the layer: one of
+            `beyondprop.solvers.matching.NAMES` or a `Transfer`. What is not named is read from the autograd graph of the first
+            backward pass; see `transfers`.
+        layers: settings for single layers, by name or pattern: `{"head": {"lr": 1e-6, "local_steps": 2}}`.
+        exclude: names or patterns of layers that are left to `base`.
+        base: factory of the optimizer of all other parameters; default Adam, lr 1e-3.
+
+    Attributes:
+        transfers: name of the transfer function by layer, as far as they are known: after the first backward pass all are.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of its range.
+        UnsupportedModelError: if a layer cannot be captured; the message names it and the way out.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = LocoProp(model, lr=1e-5, target_lr=10.0, local_steps=5)
+        >>> nn.functional.cross_entropy(model(torch.ones(2, 4)), torch.tensor([0, 2])).backward()
+        >>> optimizer.step()
+        >>> optimizer.transfers
+        {'0': 'tanh', '2': 'softmax'}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-5,
+        *,
+        target_lr: float = 10.0,
+        local_steps: int = 5,
+        loss: str = "matching",
+        rows: float | int | None = None,
+        gram: bool | None = None,
+        momentum: float = 0.999,
+        alpha: float = 0.9,
+        eps: float = 1e-5,
+        local_optimizer: LocalOptimizer | None = None,
+        local_schedule: str | Callable[[int, int], float] = "linear",
+        prox: float = 0.0,
+        trust: float | None = None,
+        transfer: Mapping[str, str | Transfer] | None = None,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        exclude: Iterable[str] = (),
+        base: OptimizerFactory | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "target_lr": target_lr, "local_steps": local_steps, "loss": loss}
+        _check_settings(defaults)
+        self.rows = _check_rows(rows)
+        self.gram = gram
+        self.prox = _checks.non_negative("prox", prox)
+        self.trust = None if trust is None else _checks.positive("trust", trust)
+        if not callable(local_schedule):
+            local_schedule = SCHEDULES[_checks.one_of("local_schedule", local_schedule, SCHEDULES)]
+        self.local_schedule = local_schedule
+        if local_optimizer is None:
+            local_optimizer = partial(RMSProp, alpha=alpha, momentum=momentum, eps=eps)
+            local_optimizer([torch.zeros(1)], lr=lr)  # checks them, before any hook is installed
+        elif not callable(local_optimizer):
+            raise TypeError(
+                f"local_optimizer must be callable with parameters and lr=, got {type(local_optimizer).__name__}."
+            )
+        self._capture = Capture(model, exclude, outputs=True)
+        try:
+            self._build(model, defaults, local_optimizer, base, dict(layers or {}), dict(transfer or {}))
+        except BaseException:
+            self._capture.remove()
+            raise
+
+    def _build(
+        self,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        factory: LocalOptimizer,
+        base: OptimizerFactory | None,
+        layers: dict[str, Mapping[str, Any]],
+        transfers: dict[str, str | Transfer],
+    ) -> None:
+        names = [layer.name for layer in self._capture.layers]
+        for what, patterns in (("layers", layers), ("transfer", transfers)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"{what} has {pattern!r}, which fits no captured layer; these are {names}.")
+        self._group = _ranks.group_of(model)
+        self._others = uncaptured(model, self._capture.units)
+        self._locals: list[torch.optim.Optimizer] = []
+        for unit in self._capture.units:
+            settings = dict(defaults)
+            for pattern, own in layers.items():
+                if any(fnmatchcase(layer.name, pattern) for layer in unit.layers):
+                    settings |= own
+            _check_settings(settings)
+            local = factory([p for p in unit.parameters if p.requires_grad], lr=settings["lr"])
+            if not isinstance(local, torch.optim.Optimizer) or isinstance(local, torch.optim.LBFGS):
+                raise TypeError(
+                    f"local_optimizer must return a torch optimizer whose step takes no closure, got {type(local).__name__}."
+                )
+            local.param_groups[0].update({"name": unit.name} | {key: settings[key] for key in SETTINGS})
+            self._locals.append(local)
+        self._base = None
+        if self._others:
+            self._base = (base or torch.optim.Adam)([p for _, p in self._others])
+            for group in self._base.param_groups:
+                group.setdefault("name", "base")
+        owned = [o for o in (*self._locals, self._base) if o is not None]
+        super().__init__([group for o in owned for group in o.param_groups], {})
+        self.defaults = dict(defaults)
+        self._share(owned)
+        self._find_transfers(transfers)
+
+    def _share(self, owned: list[torch.optim.Optimizer]) -> None:
+        """Let the optimizers inside work on the groups and the state of this one."""
+        groups = list(self.param_groups)
+        for optimizer in owned:
+            count = len(optimizer.param_groups)
+            optimizer.param_groups, groups = groups[:count], groups[count:]
+            optimizer.state = self.state
+
+    def _find_transfers(self, given: Mapping[str, str | Transfer]) -> None:
+        self._transfers: dict[str, Transfer] = {}
+        for layer in self._capture.layers:
+            for pattern, f in given.items():
+                if fnmatchcase(layer.name, pattern):
+                    self._transfers[layer.name] = f if isinstance(f, Transfer) else transfer(f)
+        losses = {layer.name: g["loss"] for u, g in self._solved() for layer in u.layers}
+        self._capture.watched = {n for n, loss in losses.items() if loss != "squared" and n not in self._transfers}
+        self._capture.outputs = any(loss != "squared" for loss in losses.values())
+        self._capture.on_arrival = self._read_graph
+
+    def _read_graph(self, layer: Layer) -> None:
+        capture = self._capture
+        users = _graph.consumers()
+        for other in capture.layers:
+            nodes = capture.nodes.get(other.name)
+            if (
+                other.name in capture.watched
+                and nodes is not None
+                and (other is layer or any(n in users for n in nodes))
+            ):
+                used = [n for n in nodes if n in users]
+                self._transfers[other.name] = _graph.find_transfer(used, users, other.map.units)
+                capture.watched.discard(other.name)
+                del capture.nodes[other.name]
+
+    @property
+    def transfers(self) -> dict[str, str]:
+        """The transfer function behind each layer, by the layer's name; of layers with the squared loss, those given."""
+        return {layer.name: f.name for layer in self._capture.layers if (f := self._transfers.get(layer.name))}
+
+    def _solved(self) -> list[tuple[Unit, dict[str, Any]]]:
+        return list(zip(self._capture.units, self.param_groups, strict=False))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Solve every layer's local problem and step the base optimizer; see `torch.optim.Optimizer.step`.
+
+        Args:
+            closure: called once before, with gradients enabled; it shall clear them, compute the loss and call `backward`.
+
+        Raises:
+            NonFiniteError: if a gradient is not finite; no weight was changed.
+            UnsupportedModelError: if a gradient is sparse or has no captured call; no weight was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self._capture.check(self._others)
+            with _whole_precision(self.param_groups[0]["params"][0].device):
+                diverged = [
+                    (unit, fine)
+                    for (unit, group), local in zip(self._solved(), self._locals, strict=True)
+                    if (fine := self._solve(unit, group, local)) is not None
+                ]
+            if self._base is not None:
+                self._base.step()
+        finally:
+            self._capture.clear()
+        if diverged and not bool(torch.stack([fine for _, fine in diverged]).all()):
+            self._restart([unit for unit, fine in diverged if not bool(fine)])
+        return loss
+
+    def _solve(self, unit: Unit, group: dict[str, Any], local: torch.optim.Optimizer) -> Tensor | None:
+        """Make a unit's local steps; return whether its weights are finite, None where it had no gradient."""
+        wishes = {p: p.grad for p in unit.parameters if p.grad is not None}
+        if not wishes:
+            return None
+        before = {p: p.detach().clone() for p in wishes}
+        steps, lr = group["local_steps"], group["lr"]
+        problem = None
+        buffers = {p: torch.empty_like(p) for p in wishes}
+        try:
+            for p, buffer in buffers.items():
+                p.grad = buffer
+            for step in range(steps):
+                for p, wish in wishes.items():
+                    torch.mul(wish, group["target_lr"], out=buffers[p])
+                if step:
+                    if problem is None:
+                        problem = self._problem(unit, group, before)
+                    problem.add_corrections(buffers, step)
+                    if self.prox:
+                        for p, buffer in buffers.items():
+                            buffer.add_(p - before[p], alpha=self.prox)
+                group["lr"] = lr * self.local_schedule(step, steps)
+                local.step()
+        finally:
+            group["lr"] = lr
+            for p, wish in wishes.items():
+                p.grad = wish
+            unit.calls.clear()
+        if self.trust is not None:
+            _bound(before, self.trust)
+        return _keep_finite(before)
+
+    def _problem(self, unit: Unit, group: dict[str, Any], before: dict[nn.Parameter, Tensor]) -> LocalProblem:
+        samples = max(len(call.x) if call.x.ndim else 1 for call in unit.calls) if unit.calls else 1
+        rows = self.rows if isinstance(self.rows, float) else min(1.0, self.rows / samples)
+        return LocalProblem(
+            unit, before, group["loss"], self._transfers, group["local_steps"], rows, self.gram, self._group
+        )
+
+    def _restart(self, units: list[Unit]) -> None:
+        for unit in units:
+            for p in unit.parameters:
+                self.state.pop(p, None)
+        warnings.warn(
+            f"The local steps of {', '.join(repr(unit.name) for unit in units)} were not finite: these layers keep their "
+            "weights for this batch, and their local optimizer starts afresh. Lower lr or target_lr, or set trust.",
+            stacklevel=3,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients and forget what was captured with them; see `torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._capture.clear()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Restore what `state_dict` returned; see `torch.optim.Optimizer.load_state_dict`.
+
+        Raises:
+            ValueError: if it is of another model.
+        """
+        names = [group.get("name") for group in state_dict["param_groups"]]
+        own = [group.get("name") for group in self.param_groups]
+        if names != own:
+            raise ValueError(f"This state has the groups {names}, this optimizer has {own}.")
+        super().load_state_dict(state_dict)
+        self._share([o for o in (*self._locals, self._base) if o is not None])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: groups come from the model's layers.
+
+        Raises:
+            TypeError: after construction, always.
+        """
+        if hasattr(self, "_transfers"):
+            raise TypeError(
+                "LocoProp takes its parameters from its model; build a new one for a model with more layers."
+            )
+        super().add_param_group(param_group)
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model; the optimizer is of no use afterwards."""
+        self._capture.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocoProp:
+        # Together with its model: the hooks of the copy are on the copied modules.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        # A scheduler replaces `step` by a function that is bound to the original.
+        own = {key: value for key, value in self.__dict__.items() if key != "step"}
+        new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items()})
+        return new
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for key in settings:
+        _checks.one_of("layers", key, SETTINGS)
+    if not isinstance(settings["lr"], Tensor):
+        _checks.non_negative("lr", settings["lr"])
+    _checks.positive("target_lr", settings["target_lr"])
+    _checks.at_least("local_steps", settings["local_steps"], 1)
+    _checks.one_of("loss", settings["loss"], LOSSES)
+
+
+def _check_rows(rows: float | int | None) -> float | int:
+    if rows is None:
+        return 1.0
+    if isinstance(rows, int) and not isinstance(rows, bool):
+        return _checks.at_least("rows", rows, 1)
+    if isinstance(rows, float) and math.isfinite(rows) and 0 < rows <= 1:
+        return rows
+    raise ValueError(f"rows must be a share in (0, 1] as a float or a number >= 1 as an int, got {rows!r}.")
+
+
+def _whole_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _bound(before: Mapping[nn.Parameter, Tensor], trust: float) -> None:
+    """Shorten a change that is longer than `trust` times the weights."""
+    size = torch.stack([w.square().sum() for w in before.values()]).sum().sqrt()
+    change = torch.stack([(p - w).square().sum() for p, w in before.items()]).sum().sqrt()
+    share = (trust * size / change.clamp_min(torch.finfo(change.dtype).tiny)).clamp(max=1)
+    for p, w in before.items():
+        p.copy_(torch.lerp(w, p, share))
+
+
+def _keep_finite(before: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """Put the weights back where they are no longer finite; return whether they are."""
+    fine = torch.stack([p.sum() for p in before]).sum().isfinite()
+    if fine.device.type == "cpu":
+        if not bool(fine):
+            for p, w in before.items():
+                p.copy_(w)
+    else:  # without waiting for the device
+        for p, w in before.items():
+            torch.where(fine, p, w, out=p)
+    return fine

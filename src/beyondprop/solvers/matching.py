@@ -1,0 +1,212 @@
+"""Transfer functions with the convex integrals that give their matching losses.
+
+The matching loss of a non-decreasing transfer function f = F' is the Bregman divergence of its integral F between two
+pre-activations (Amid, Anil & Warmuth, AISTATS 2022, arXiv 2106.06199, section 3):
+
+    D_F(a, z) = F(a) - F(z) - f(z) (a - z)  >=  0,        its gradient in a:  f(a) - f(z)
+
+It is convex in a, hence in the weights of a layer that produces a.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Map = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A non-decreasing transfer function.
+
+    Attributes:
+        name: how it is asked for.
+        value: `value(z, dim)` returns f(z); only softmax looks at `dim`, the dimension of the features.
+        value_: the same; may write over `z`.
+        slope: `slope(z, dim)` returns f'(z), of softmax the diagonal of its Jacobian.
+        integral: `integral(z, dim)` returns F(z), of softmax with `dim` summed out.
+    """
+
+    name: str
+    value: Map
+    value_: Map
+    slope: Map
+    integral: Map
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether f(z) = z, so that the matching loss is the squared one."""
+        return self.name == "identity"
+
+
+def matching_loss(a: Tensor, z: Tensor, transfer: Transfer, dim: int = -1) -> Tensor:
+    """Return D_F(a, z), summed over all entries: 0-d.
+
+    Args:
+        a: pre-activations under new weights.
+        z: pre-activations under the old ones, of the same shape.
+        transfer: the transfer function that follows.
+        dim: the dimension of the features.
+    """
+    between = transfer.integral(a, dim).sum() - transfer.integral(z, dim).sum()
+    return between - (transfer.value(z, dim) * (a - z)).sum()
+
+
+def _elementwise(
+    name: str,
+    value: Callable[[Tensor], Tensor],
+    value_: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor],
+    integral: Callable[[Tensor], Tensor],
+) -> Transfer:
+    return Transfer(
+        name,
+        lambda z, dim: value(z),
+        lambda z, dim: value_(z),
+        lambda z, dim: slope(z),
+        lambda z, dim: integral(z),
+    )
+
+
+def _log_cosh(z: Tensor) -> Tensor:
+    # The naive form overflows beyond |z| = 88 in float32.
+    size = z.abs()
+    return size + torch.log1p(torch.exp(-2 * size)) - math.log(2)
+
+
+def _leaky_relu(negative_slope: float = 0.01) -> Transfer:
+    if not negative_slope >= 0:
+        raise ValueError(f"negative_slope must be >= 0 for a non-decreasing transfer, got {negative_slope!r}.")
+    return _elementwise(
+        "leaky_relu",
+        lambda z: F.leaky_relu(z, negative_slope),
+        lambda z: F.leaky_relu_(z, negative_slope),
+        lambda z: torch.where(z > 0, 1.0, negative_slope).to(z.dtype),
+        lambda z: torch.where(z > 0, 1.0, negative_slope).to(z.dtype) * z * z / 2,
+    )
+
+
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Transfer:
+    return _elementwise(
+        "softplus",
+        lambda z: F.softplus(z, beta, threshold),
+        lambda z: F.softplus(z, beta, threshold),
+        lambda z: torch.where(z * beta > threshold, 1.0, torch.sigmoid(z * beta)).to(z.dtype),
+        partial(_softplus_integral, beta=beta),
+    )
+
+
+def _softplus_integral(z: Tensor, beta: float) -> Tensor:
+    """-Li2(-exp(beta z)) / beta^2, by the dilogarithm's inversion formula and its series on [0, 1].
+
+    Only for reporting: training needs f alone.
+    """
+    size = (beta * z).abs().to(torch.float64)
+    # -Li2(-q) = sum_k (-1)^(k+1) q^k / k^2 converges slowly at q = 1; integrate log1p(e^-t) from |beta z| upwards instead.
+    nodes, weights = _GAUSS
+    span = 40.0
+    shape = (-1,) + (1,) * size.ndim
+    t = size + span * nodes.to(size.device).view(shape)
+    small = (torch.log1p(torch.exp(-t)) * weights.to(size.device).view(shape)).sum(0) * span
+    whole = torch.where(beta * z > 0, size * size / 2 + math.pi**2 / 6 - small, small)
+    return (whole / beta**2).to(z.dtype)
+
+
+def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
+    import numpy as np
+
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+_GAUSS = _gauss_legendre(200)
+
+# GELU falls to the left of its minimum, so it has no convex integral. Its monotone part has one: left of the minimum f is
+# taken as constant, max(z, z_min) in place of z. f' is then 0 where GELU's is negative.
+_GELU_MINIMUM = {"none": -0.7517915246935645, "tanh": -0.7524614220710162}
+
+
+def _gelu(approximate: str = "none") -> Transfer:
+    lowest = _GELU_MINIMUM[approximate]
+
+    def value(z: Tensor) -> Tensor:
+        return F.gelu(z.clamp(min=lowest), approximate=approximate)
+
+    def slope(z: Tensor) -> Tensor:
+        if approximate == "tanh":
+            inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+            t = torch.tanh(inner)
+            s = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+        else:
+            s = 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        return torch.where(z > lowest, s, 0.0).to(z.dtype)
+
+    def integral(z: Tensor) -> Tensor:
+        inside = z.clamp(min=lowest)
+        if approximate == "tanh":  # no closed form; the integral of the exact one is off by 1e-3 and not its own
+            nodes, weights = _GAUSS
+            shape = (-1,) + (1,) * z.ndim
+            nodes, weights = nodes.to(z).view(shape), weights.to(z).view(shape)
+            whole = (F.gelu(inside * nodes, approximate="tanh") * weights).sum(0) * inside
+        else:
+            cdf = 0.5 * (1 + torch.erf(inside / math.sqrt(2)))
+            density = torch.exp(-0.5 * inside * inside) / math.sqrt(2 * math.pi)
+            whole = ((inside * inside - 1) * cdf + inside * density) / 2
+        return whole + value(inside) * (z - inside)
+
+    return _elementwise("gelu" if approximate == "none" else "gelu_tanh", value, value, slope, integral)
+
+
+_TRANSFERS: dict[str, Transfer] = {
+    "identity": _elementwise("identity", lambda z: z, lambda z: z, torch.ones_like, lambda z: z * z / 2),
+    "relu": _elementwise(
+        "relu", torch.relu, torch.relu_, lambda z: (z > 0).to(z.dtype), lambda z: z.clamp(min=0).square() / 2
+    ),
+    "leaky_relu": _leaky_relu(),
+    "tanh": _elementwise("tanh", torch.tanh, torch.tanh_, lambda z: 1 - torch.tanh(z).square(), _log_cosh),
+    "sigmoid": _elementwise(
+        "sigmoid",
+        torch.sigmoid,
+        torch.sigmoid_,
+        lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
+        lambda z: F.softplus(z),
+    ),
+    "softplus": _softplus(),
+    "gelu": _gelu(),
+    "gelu_tanh": _gelu("tanh"),
+    "softmax": Transfer(
+        "softmax",
+        lambda z, dim: torch.softmax(z, dim),
+        lambda z, dim: torch.softmax(z, dim),
+        lambda z, dim: (p := torch.softmax(z, dim)) * (1 - p),
+        lambda z, dim: torch.logsumexp(z, dim),
+    ),
+}
+
+NAMES = tuple(_TRANSFERS)
+"""The transfer functions that can be asked for by name."""
+
+
+def transfer(name: str, **settings: float | str) -> Transfer:
+    """Return a transfer function.
+
+    Args:
+        name: one of `NAMES`.
+        settings: `negative_slope` of leaky ReLU; `beta` and `threshold` of softplus.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in _TRANSFERS:
+        raise ValueError(f"transfer must be one of {', '.join(map(repr, NAMES))}, got {name!r}.")
+    if not settings:
+        return _TRANSFERS[name]
+    made = {"leaky_relu": _leaky_relu, "softplus": _softplus}[name](**settings)  # type: ignore[arg-type]
+    return replace(made, name=name)
