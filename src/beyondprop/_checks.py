@@ -39,6 +39,17 @@ def one_of(name: str, value: Any, accepted: Iterable[Any]) -> Any:
     return value
 
 
+def share(name: str, value: float | int | None) -> float | int:
+    """Return a share in (0, 1] as a float or a number >= 1 as an int; None is all, 1.0."""
+    if value is None:
+        return 1.0
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    raise ValueError(f"{name} must be a share in (0, 1] as a float or a number >= 1 as an int, got {value!r}.")
+
+
 def batch(x: Tensor, y: Tensor) -> None:
     """Raise `ValueError` unless `x` and `y` are tensors of one non-empty batch."""
     for name, value in (("x", x), ("y", y)):

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from beyondprop.optim import _ranks
 from beyondprop.optim._capture import Call, Layer, Unit
+from beyondprop.optim._maps import LayerMap
 from beyondprop.solvers.matching import Transfer, transfer
+from beyondprop.solvers.projection import Moments
 
 LOSSES = ("matching", "squared", "quadratic")
 Buffers = Mapping[nn.Parameter, Tensor]
@@ -34,7 +36,7 @@ class LocalProblem:
         loss: one of `LOSSES`.
         transfers: transfer function by layer name.
         local_steps: how many steps will be made, which decides whether a Gram matrix pays.
-        rows: share of the samples that a correction looks at, in (0, 1].
+        rows: samples that a correction looks at: a share in (0, 1] of a call's, or their number.
         gram: True: X^T X wherever it serves; False: nowhere; None: where it is cheaper.
         group: process group whose ranks have parts of the batch.
     """
@@ -46,7 +48,7 @@ class LocalProblem:
         loss: str,
         transfers: Mapping[str, Transfer],
         local_steps: int,
-        rows: float,
+        rows: float | int,
         gram: bool | None,
         group: dist.ProcessGroup | None,
     ) -> None:
@@ -62,7 +64,7 @@ class LocalProblem:
             f = transfers.get(layer.name, _IDENTITY)
             squared = loss == "squared" or f.is_identity
             if (not squared and loss == "quadratic") or (squared and _pays(layer, calls, local_steps, rows, gram)):
-                self.grams.append(_Gram(layer, calls, None if squared else f, before, group))
+                self.grams.append(_Gram(layer, calls, None if squared else f, before, rows, group))
             else:
                 self.direct += [_Direct(call, None if squared else f, before) for call in calls]
 
@@ -113,16 +115,17 @@ class _Direct:
             self.z = self.map.prepare_output(z)
         self._h: Tensor | None = None
 
-    def add(self, gradients: Buffers, before: Buffers, rows: float, step: int) -> None:
-        part = _part(len(self.x), rows, step)
+    def add(self, gradients: Buffers, before: Buffers, rows: float | int, step: int) -> None:
+        part = block(len(self.x), rows, step)
         x = self.x[part]
         factor = len(self.x) / max(len(x), 1)
+        whole = len(x) == len(self.x)
         if self.f is None:
             bias = None if self.bias is None else self.bias - _old(self.bias, before)
             r = self.map(x, self.weight - _old(self.weight, before), bias)
         else:
             r = self.f.value_(self.map(x, self.weight, self.bias), self.map.features)
-            if rows < 1:
+            if not whole:
                 r.sub_(self.f.value(self.z[part], self.map.features))
             else:
                 if self._h is None:
@@ -140,15 +143,19 @@ class _Gram:
     """
 
     def __init__(
-        self, layer: Layer, calls: list[Call], f: Transfer | None, before: Buffers, group: dist.ProcessGroup | None
+        self,
+        layer: Layer,
+        calls: list[Call],
+        f: Transfer | None,
+        before: Buffers,
+        rows: float | int,
+        group: dist.ProcessGroup | None,
     ) -> None:
         self.map = layer.map
         self.weight: nn.Parameter = layer.module.weight
         self.bias: nn.Parameter | None = getattr(layer.module, "bias", None)
         inputs = [self.map.prepare(_whole(call.x, self.weight)) for call in calls]
-        self.moments = self.map.no_moments() if not inputs else self.map.moments(inputs[0])
-        for x in inputs[1:]:
-            self.moments = self.moments + self.map.moments(x)
+        self.moments = total_moments(self.map, inputs, rows)
         sums = list(self.moments)
         slopes = None
         if f is not None:
@@ -180,7 +187,26 @@ class _Gram:
                 gradients[p].add_(self.map.unmatrix(correction) if p is self.weight else correction.view(p.shape))
 
 
-def _pays(layer: Layer, calls: list[Call], local_steps: int, rows: float, gram: bool | None) -> bool:
+def total_moments(own: LayerMap, inputs: list[Tensor], rows: float | int, *, mirror: bool = True) -> Moments:
+    """Return the moments of prepared inputs of several calls.
+
+    Args:
+        own: the layer's map.
+        inputs: as `LayerMap.prepare` returned them.
+        rows: share or number of the samples of each that they are estimated from.
+        mirror: as for `projection.gram`.
+    """
+    total = None
+    for x in inputs:
+        part = x[block(len(x), rows, 1)]
+        found = own.moments(part, mirror=mirror)
+        if len(part) < len(x):
+            found = found.scaled(len(x) / max(len(part), 1))
+        total = found if total is None else total + found
+    return own.no_moments() if total is None else total
+
+
+def _pays(layer: Layer, calls: list[Call], local_steps: int, rows: float | int, gram: bool | None) -> bool:
     """Whether X^T X costs fewer operations than the rows themselves."""
     if isinstance(layer.module, nn.Embedding):
         return True
@@ -188,16 +214,18 @@ def _pays(layer: Layer, calls: list[Call], local_steps: int, rows: float, gram: 
         return gram
     corrections = local_steps - 1
     n, out = layer.map.fan_in, layer.map.units // layer.map.groups
-    count = sum(layer.map.count(call.x) for call in calls)
-    with_gram = count * n * n + corrections * n * n * out
-    return with_gram < 2 * corrections * count * rows * n * out
+    count = 0.0
+    for call in calls:
+        share = min(1.0, rows if isinstance(rows, float) else rows / max(len(call.x), 1))
+        count += share * layer.map.count(call.x)
+    return count * n * n + corrections * n * n * out < 2 * corrections * count * n * out
 
 
-def _part(samples: int, rows: float, step: int) -> slice:
+def block(samples: int, rows: float | int, step: int) -> slice:
     """Return the block of samples of a local step: batches are shuffled, so a block is a random subset."""
-    if rows >= 1:
+    size = max(1, math.ceil(rows * samples)) if isinstance(rows, float) else rows
+    if size >= samples:
         return slice(None)
-    size = max(1, math.ceil(rows * samples))
     first = (step - 1) * size % samples
     first = min(first, max(samples - size, 0))
     return slice(first, first + size)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim import _ranks
-from beyondprop.optim._capture import Call, Capture, Unit, uncaptured
+from beyondprop.optim._capture import Capture, Unit, uncaptured
+from beyondprop.optim._local import total_moments
 from beyondprop.solvers.projection import Moments, solve_dual, solve_primal
 
 SIDES = ("smaller", "inputs", "samples")
@@ -40,6 +41,8 @@ class AffineProjection:
         reduction: how the loss averages over the N samples of a batch: with `"mean"` gradients are multiplied by N, so that
             the learning rate does not depend on it; `"sum"` takes them as they are.
         side: the linear system to solve: over `"inputs"` (fan-in), over `"samples"` (rows of the batch), or the `"smaller"`.
+        rows: samples that X^T X is estimated from, a share in (0, 1] of the batch or their number; default: all. Fewer meet the
+            targets no longer exactly, at a fraction of the cost where convolutions have many positions.
         forgetting: e in (0, 1]: weight of the newest batch in a running X^T X; 1: no memory. Below 1 all layers solve over
             inputs.
         refresh: steps between two factorisations of the running X^T X.
@@ -65,6 +68,7 @@ class AffineProjection:
         *,
         reduction: str = "mean",
         side: str = "smaller",
+        rows: float | int | None = None,
         forgetting: float = 1.0,
         refresh: int = 1,
         exclude: Iterable[str] = (),
@@ -76,17 +80,17 @@ class AffineProjection:
             raise ValueError(f"forgetting must be in (0, 1], got {forgetting!r}.")
         self.forgetting = float(forgetting)
         self.refresh = _checks.at_least("refresh", refresh, 1)
+        self.rows = _checks.share("rows", rows)
         self._group = _ranks.group_of(model)
-        if side == "samples" and (forgetting < 1 or self._group is not None):
+        estimated = forgetting < 1 or rows is not None or self._group is not None
+        if side == "samples" and estimated:
             raise ValueError(
-                "side='samples' has no running X^T X and no sum over ranks; use side='inputs' or 'smaller' with "
-                "forgetting < 1 or DistributedDataParallel."
+                "side='samples' has no running or estimated X^T X and no sum over ranks; use side='inputs' or 'smaller' "
+                "with forgetting < 1, rows or DistributedDataParallel."
             )
         if refresh > 1 and forgetting == 1:
             raise ValueError(f"refresh={refresh} needs a running X^T X: pass forgetting < 1.")
-        self._capture = Capture(
-            model, exclude, gradients=self.side != "inputs" and forgetting == 1 and self._group is None
-        )
+        self._capture = Capture(model, exclude, gradients=self.side != "inputs" and not estimated)
         self._others = uncaptured(model, self._capture.units)
         for unit in self._capture.units:
             kinds = {(type(layer.module), layer.map.groups, layer.map.fan_in) for layer in unit.layers}
@@ -176,10 +180,9 @@ class AffineProjection:
 
     def _moments(self, unit: Unit, samples: float) -> Moments:
         """Return X^T X of the batch, or its running average."""
-        first, *rest = unit.calls
-        total = _moments(first)
-        for call in rest:
-            total = total + _moments(call)
+        own = unit.layers[0].map
+        inputs = [own.prepare(_whole(call.x, own.module.weight.dtype)) for call in unit.calls]
+        total = total_moments(own, inputs, self.rows, mirror=False)
         _ranks.sum_(total, self._group)
         if self.forgetting == 1:
             return total
@@ -260,11 +263,6 @@ def _inverse(moments: Moments, damping: Tensor, bias: bool) -> Tensor:
 
 def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
-
-
-def _moments(call: Call) -> Moments:
-    own = call.layer.map
-    return own.moments(own.prepare(_whole(call.x, own.module.weight.dtype)), mirror=False)
 
 
 def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -58,7 +57,7 @@ class LocoProp(torch.optim.Optimizer):
         loss: `"matching"` (LocoProp-M), `"squared"` (LocoProp-S), or `"quadratic"`: the matching loss with each unit's slope
             averaged over the batch, which costs what the squared one does.
         rows: samples that each local step after the first looks at: a share in (0, 1] of the batch, or their number.
-            Blocks of the batch take turns, so it should be shuffled. Default: all.
+            Blocks of the batch take turns, so it should be shuffled; X^T X comes from the first. Default: all.
         gram: corrections of the squared loss by X^T X, whose cost does not depend on the batch size: True, False, or None for
             where it is cheaper.
         momentum, alpha, eps: of the local `RMSProp`, whose state persists across batches; ignored with `local_optimizer`.
@@ -114,7 +113,7 @@ class LocoProp(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "target_lr": target_lr, "local_steps": local_steps, "loss": loss}
         _check_settings(defaults)
-        self.rows = _check_rows(rows)
+        self.rows = _checks.share("rows", rows)
         self.gram = gram
         self.prox = _checks.non_negative("prox", prox)
         self.trust = None if trust is None else _checks.positive("trust", trust)
@@ -283,10 +282,8 @@ class LocoProp(torch.optim.Optimizer):
         return _keep_finite(before)
 
     def _problem(self, unit: Unit, group: dict[str, Any], before: dict[nn.Parameter, Tensor]) -> LocalProblem:
-        samples = max(len(call.x) if call.x.ndim else 1 for call in unit.calls) if unit.calls else 1
-        rows = self.rows if isinstance(self.rows, float) else min(1.0, self.rows / samples)
         return LocalProblem(
-            unit, before, group["loss"], self._transfers, group["local_steps"], rows, self.gram, self._group
+            unit, before, group["loss"], self._transfers, group["local_steps"], self.rows, self.gram, self._group
         )
 
     def _restart(self, units: list[Unit]) -> None:
@@ -351,16 +348,6 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     _checks.positive("target_lr", settings["target_lr"])
     _checks.at_least("local_steps", settings["local_steps"], 1)
     _checks.one_of("loss", settings["loss"], LOSSES)
-
-
-def _check_rows(rows: float | int | None) -> float | int:
-    if rows is None:
-        return 1.0
-    if isinstance(rows, int) and not isinstance(rows, bool):
-        return _checks.at_least("rows", rows, 1)
-    if isinstance(rows, float) and math.isfinite(rows) and 0 < rows <= 1:
-        return rows
-    raise ValueError(f"rows must be a share in (0, 1] as a float or a number >= 1 as an int, got {rows!r}.")
 
 
 def _whole_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
