@@ -1,11 +1,12 @@
-"""Networks by name, as the command line takes them: `mlp:100x2`, `mlp:100x2:tanh:bn`, `lenet5`, `conv:32x4`."""
+"""Networks by name, as the command line takes them: `mlp:100x2`, `mlp:100x2:tanh:bn`, `lenet5`, `conv:32x4`, `resnet20`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -29,6 +30,7 @@ FORMS: dict[str, str] = {
     "mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]": "fully connected, DEPTH hidden layers of WIDTH units",
     "lenet5": "LeNet-5 with ReLU: 6-16 channels of 5x5, 2x2 max-pooling, 120-84 units",
     "conv:WIDTHxDEPTH[:ACTIVATION][:bn]": "DEPTH 3x3 convolutions from WIDTH channels, pooling and doubling every second one",
+    "resnetDEPTH": "residual net of He et al. (2016) for small images, DEPTH = 6 n + 2 layers such as resnet20",
 }
 """What `build` accepts, for help texts."""
 
@@ -51,6 +53,8 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
         return _conv(spec, parts, input_shape, num_classes)
     if spec == "lenet5":
         return _lenet5(input_shape, num_classes)
+    if spec.startswith("resnet"):
+        return _resnet(spec, input_shape, num_classes)
     raise ValueError(f"net must be one of {', '.join(FORMS)}, got {spec!r}.")
 
 
@@ -110,6 +114,52 @@ def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
         nn.Linear(84, num_classes),
     )
     return _initialise(model)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a skip; where the shape changes, the skip subsamples and pads with zeros.
+
+    Args:
+        channels: of the input.
+        width: channels of the output, an even number more.
+        stride: of the first convolution.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, figure 2 and option A.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.padding = (width - channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, channels, H, W)` to `(N, width, H / stride, W / stride)`."""
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if self.stride > 1 or self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(x + inner)
+
+
+def _resnet(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    depth = spec.removeprefix("resnet")
+    if not depth.isdigit() or int(depth) < 8 or (int(depth) - 2) % 6:
+        raise ValueError(f"{spec!r}: the depth must be 6 n + 2, such as resnet20 or resnet32.")
+    channels, *_ = _image(spec, input_shape)
+    layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    channels = 16
+    for width in (16, 32, 64):
+        for i in range((int(depth) - 2) // 6):
+            layers.append(BasicBlock(channels, width, 2 if i == 0 and width > 16 else 1))
+            channels = width
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return model
 
 
 def _initialise(model: nn.Sequential) -> nn.Sequential:

