@@ -93,8 +93,8 @@ class Capture:
     Args:
         model: any module; a `DistributedDataParallel` is looked into.
         exclude: names of modules, or patterns such as `"head.*"`, that are left alone.
-        outputs: whether a layer's outputs are wanted.
-        gradients: whether the gradients at its outputs are wanted.
+        outputs: whether outputs are wanted, too; `output_layers` can be narrowed down later.
+        gradients: whether the gradients at outputs are wanted.
 
     Raises:
         UnsupportedModelError: if a layer cannot be captured; the message has its name.
@@ -106,7 +106,6 @@ class Capture:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        self.outputs = outputs
         self.gradients = gradients
         self.on_arrival: Callable[[Layer], None] | None = None
         self.nodes: dict[str, list[Any]] = {}  # autograd nodes of outputs, for as long as `watched` has the layer
@@ -114,6 +113,7 @@ class Capture:
         self.root = unwrapped(model)
         self.layers = _layers(self.root, tuple(exclude))
         self.units = _units(self.root, self.layers)
+        self.output_layers = {layer.name for layer in self.layers} if outputs else set()
         self._unit_of = {layer.name: unit for unit in self.units for layer in unit.layers}
         self._batch: Batch | None = None
         self._handles: list[RemovableHandle] = []
@@ -166,7 +166,7 @@ class Capture:
             unit.calls.clear()  # of a step that was skipped: its gradients have been thrown away
         if layer.name in self.watched:
             self.nodes.setdefault(layer.name, []).append(z.grad_fn)
-        kept = z.detach() if self.outputs else None
+        kept = z.detach() if layer.name in self.output_layers else None
         batch = self._batch or Batch(x.shape[0] if x.ndim else 1)
         call = Call(layer, x.detach(), kept, z._version, None, batch)
         z.register_hook(_Arrival(self, unit, call))
@@ -202,7 +202,7 @@ class Capture:
             # A sum is finite if its terms are, but for an overflow, which is as bad.
             sums.append(p.grad.sum())
         for unit in self.units:
-            if not unit.calls and any(p.grad is not None for p in unit.parameters):
+            if not unit.calls and any(p.grad is not None and bool(p.grad.any()) for p in unit.parameters):
                 raise UnsupportedModelError(
                     f"Layer {unit.name!r} has a gradient, but none of its forward calls was captured since the last step: "
                     "its weight was used directly, its output was not part of the backward pass, or the model was "

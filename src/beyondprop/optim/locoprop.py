@@ -191,8 +191,13 @@ class LocoProp(torch.optim.Optimizer):
                     self._transfers[layer.name] = f if isinstance(f, Transfer) else transfer(f)
         losses = {layer.name: g["loss"] for u, g in self._solved() for layer in u.layers}
         self._capture.watched = {n for n, loss in losses.items() if loss != "squared" and n not in self._transfers}
-        self._capture.outputs = any(loss != "squared" for loss in losses.values())
+        self._capture.output_layers = {n for n, loss in losses.items() if loss != "squared"}
+        self._narrow()
         self._capture.on_arrival = self._read_graph
+
+    def _narrow(self) -> None:
+        """Keep no outputs where the transfer function is the identity: the squared loss needs none."""
+        self._capture.output_layers -= {n for n, f in self._transfers.items() if f.is_identity}
 
     def _read_graph(self, layer: Layer) -> None:
         capture = self._capture
@@ -208,6 +213,7 @@ class LocoProp(torch.optim.Optimizer):
                 self._transfers[other.name] = _graph.find_transfer(used, users, other.map.units)
                 capture.watched.discard(other.name)
                 del capture.nodes[other.name]
+        self._narrow()
 
     @property
     def transfers(self) -> dict[str, str]:
