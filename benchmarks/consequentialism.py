@@ -68,7 +68,8 @@ def run(dataset: data.Dataset, task: str, name: str, projected: bool, lr: float,
 
 def rates(name: str, projected: bool) -> list[float]:
     """Return the five learning rates."""
-    middle = OPTIMIZERS[name][2 if projected else 1]
+    _, plain, with_projection = OPTIMIZERS[name]
+    middle = with_projection if projected else plain
     return [float(f"{middle * step:.3g}") for step in STEPS]
 
 

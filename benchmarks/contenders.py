@@ -167,7 +167,7 @@ CONTENDERS: dict[str, Contender] = {
         "second",
         "grafted to the Adam of this table; roots every 10 steps",
     ),
-    "soap": Contender("SOAP", "heavyball", _soap, (1e-3, 2e-3, 3e-3, 6e-3), "second", "eigenbases every 10 steps"),
+    "soap": Contender("SOAP", "heavyball", _soap, (2e-3, 4e-3, 6e-3, 8e-3), "second", "eigenbases every 10 steps"),
     "kfac": Contender(
         "K-FAC",
         "kfac",

@@ -1,6 +1,6 @@
 """Local optimization in modern nets: ResNet-20 on CIFAR-10, a character-level transformer on Python's documentation.
 
-    python benchmarks/modern.py {resnet20,transformer} [--tune] [--seeds 0 1 2] [--budget-epochs E] [--out FILE.jsonl] [--figure FILE.png]
+    python benchmarks/modern.py {resnet20,transformer} [--seeds 0 1 2] [--budget-epochs E] [--out FILE.jsonl] [--figure FILE]
 
 Every contender has four learning rates, chosen on held-out training rows after a third of the budget, and the CPU time of the
 same number of AdamW's epochs; curves and finals are the error rate (ResNet) or the cross-entropy of the next character in nats
@@ -23,7 +23,14 @@ from torch.nn import functional as F
 from beyondprop import data, nets
 
 NAMES = {
-    "resnet20": ["adamw-default", "nesterov-decayed", "muon-all", "locoprop-s-conv", "locoprop-m-conv", "projection-conv"],
+    "resnet20": [
+        "adamw-default",
+        "nesterov-decayed",
+        "muon-all",
+        "locoprop-s-conv",
+        "locoprop-m-conv",
+        "projection-conv",
+    ],
     "transformer": ["adamw-default", "muon-all", "locoprop-m-text", "locoprop-s-text", "projection-text"],
 }
 

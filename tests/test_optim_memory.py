@@ -225,7 +225,8 @@ def test_a_replaced_optimizer_is_freed(kind: str) -> None:
 
 
 def _numbers(values: Any) -> int:
-    return sum(t.numel() for t in values if isinstance(t, Tensor) and t.numel() > 1)
+    flat = [t for v in values for t in (v if isinstance(v, tuple) else (v,))]
+    return sum(t.numel() for t in flat if isinstance(t, Tensor) and t.numel() > 1)
 
 
 @pytest.mark.parametrize("loss", ["matching", "squared", "quadratic"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,14 +31,16 @@ class Call:
     Attributes:
         layer: the layer that was called.
         x: its input.
+        x_version: how often `x` had been written to when it was captured.
         z: its output, None where it is not wanted.
-        version: how often `z` had been written to when it was captured.
+        version: the same of `z`.
         gradient: of the loss in `z`, None where it is not wanted.
         batch: the forward pass that the call belongs to.
     """
 
     layer: Layer
     x: Tensor
+    x_version: int
     z: Tensor | None
     version: int
     gradient: Tensor | None
@@ -47,20 +49,16 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Layer:
-    """A captured module."""
+    """A captured module, and the parameters that it had then."""
 
     name: str
     map: LayerMap
+    parameters: list[nn.Parameter]
 
     @property
     def module(self) -> Any:
         """The module itself."""
         return self.map.module
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Its weight and, where it has one, its bias."""
-        return [p for p in (self.module.weight, getattr(self.module, "bias", None)) if p is not None]
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +105,7 @@ class Capture:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.gradients = gradients
+        self.on_start: Callable[[], None] | None = None
         self.on_arrival: Callable[[Layer], None] | None = None
         self.nodes: dict[str, list[Any]] = {}  # autograd nodes of outputs, for as long as `watched` has the layer
         self.watched: set[str] = set()
@@ -116,6 +115,7 @@ class Capture:
         self.output_layers = {layer.name for layer in self.layers} if outputs else set()
         self._unit_of = {layer.name: unit for unit in self.units for layer in unit.layers}
         self._batch: Batch | None = None
+        self._last: Batch | None = None
         self._handles: list[RemovableHandle] = []
         self.attach()
 
@@ -123,14 +123,16 @@ class Capture:
         """Install the hooks."""
         whole: Any = _Hook(self, None)
         self._handles.append(self.root.register_forward_pre_hook(whole, with_kwargs=True))
-        self._handles += [layer.module.register_forward_hook(_Hook(self, layer)) for layer in self.layers]
+        self._handles.append(self.root.register_forward_hook(whole, with_kwargs=True))
+        for layer in self.layers:
+            self._handles.append(layer.module.register_forward_hook(_Hook(self, layer), with_kwargs=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         # The copied modules carry inert hooks; they get live ones of their own. Calls belong to the graph of the original.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in _NOT_COPIED})
-        new._handles, new.nodes, new._batch = [], {}, None
+        new._handles, new.nodes, new._batch, new._last = [], {}, None, None
         for unit in new.units:
             unit.calls.clear()
         if self._handles:
@@ -148,28 +150,46 @@ class Capture:
         """Forget the captured calls."""
         for unit in self.units:
             unit.calls.clear()
+        self.nodes.clear()
 
     def start(self, arguments: Any) -> None:
         """Note that the model is called."""
-        if torch.is_grad_enabled():
-            first = next((a for a in arguments if isinstance(a, Tensor) and a.ndim), None)
-            self._batch = None if first is None else Batch(first.shape[0])
+        if not torch.is_grad_enabled() or _in_backward():
+            return
+        if self.on_start is not None:
+            self.on_start()
+        self.nodes.clear()  # of a pass that was never differentiated
+        first = _first_tensor(arguments)
+        self._batch = self._last = None if first is None else Batch(first.shape[0])
+        gradients = [p.grad for unit in self.units if unit.calls for p in unit.parameters if p.grad is not None]
+        if not any(bool(g.any()) for g in gradients):
+            self.clear()  # of a step that was skipped: its gradients have been thrown away
 
-    def record(self, layer: Layer, x: Any, z: Any) -> None:
-        """Leave one call with the graph of its output."""
+    def finish(self) -> None:
+        """Note that the model's call is over."""
+        self._batch = None
+
+    def record(self, layer: Layer, x: Any, z: Any) -> Tensor | None:
+        """Leave one call with the graph of its output; return the output that takes its place."""
         if not (torch.is_grad_enabled() and isinstance(z, Tensor) and z.requires_grad and isinstance(x, Tensor)):
-            return
+            return None
         if not any(p.requires_grad for p in layer.parameters):
-            return
+            return None
         unit = self._unit_of[layer.name]
-        if unit.calls and all(p.grad is None for p in unit.parameters):
-            unit.calls.clear()  # of a step that was skipped: its gradients have been thrown away
+        inside = _in_backward()  # a checkpointed block runs again there
+        if unit.calls and not inside and all(p.grad is None for p in unit.parameters):
+            unit.calls.clear()
+        if z._is_view():
+            # An in-place operation on a view rewires the graph and loses the hook; on a tensor of its own it does not.
+            z = torch.ops.aten._unsafe_view(z, z.shape)
         if layer.name in self.watched:
             self.nodes.setdefault(layer.name, []).append(z.grad_fn)
+            del self.nodes[layer.name][:-_NODES]
         kept = z.detach() if layer.name in self.output_layers else None
-        batch = self._batch or Batch(x.shape[0] if x.ndim else 1)
-        call = Call(layer, x.detach(), kept, z._version, None, batch)
+        batch = self._batch or (self._last if inside else None) or Batch(x.shape[0] if x.ndim else 1)
+        call = Call(layer, x.detach(), x._version, kept, z._version, None, batch)
         z.register_hook(_Arrival(self, unit, call))
+        return z
 
     def arrived(self, unit: Unit, call: Call, gradient: Tensor) -> None:
         """Take a call whose output has got its gradient."""
@@ -179,30 +199,41 @@ class Capture:
             call.gradient = gradient.detach()
         unit.calls.append(call)
 
-    def check(self, others: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def check(self, others: Iterable[tuple[str, nn.Parameter]], *, ranks: bool = False) -> None:
         """Raise unless all gradients can be used; nothing has been changed then.
 
         Args:
             others: names and parameters that are not captured.
+            ranks: whether other ranks have parts of the batch: a layer's calls may all be theirs.
 
         Raises:
             NonFiniteError: if a gradient is not finite.
-            UnsupportedModelError: if a gradient is sparse, or came about without a call of its layer.
+            UnsupportedModelError: if a gradient is sparse or came about without a call of its layer, or a layer's input or
+                weight is no longer what it was.
         """
         named = [(unit.name, p) for unit in self.units for p in unit.parameters]
-        named += list(others)
-        sums: list[Tensor] = []
         for name, p in named:
-            if p.grad is None:
-                continue
-            if p.grad.layout is not torch.strided:
+            if p.grad is not None and p.grad.layout is not torch.strided:
                 raise UnsupportedModelError(
                     f"The gradient of {name!r} is sparse; dense ones are needed. Build its Embedding with sparse=False."
                 )
-            # A sum is finite if its terms are, but for an overflow, which is as bad.
-            sums.append(p.grad.sum())
+        named += list(others)
+        # A sum is finite if its terms are, but for an overflow, which is as bad.
+        sums = [_sum(p.grad) for _, p in named if p.grad is not None]
         for unit in self.units:
-            if not unit.calls and any(p.grad is not None and bool(p.grad.any()) for p in unit.parameters):
+            for layer in unit.layers:
+                if layer.module._parameters.get("weight") is not layer.parameters[0]:
+                    raise UnsupportedModelError(
+                        f"The weight of layer {layer.name!r} is no longer the parameter that it was: it was replaced, pruned "
+                        "or parametrized. Build the optimizer after that."
+                    )
+            for call in unit.calls:
+                if call.x._version != call.x_version:
+                    raise UnsupportedModelError(
+                        f"The input of layer {call.layer.name!r} was written over between the forward pass and step(). Give "
+                        "the model a copy of a buffer that is used again."
+                    )
+            if not ranks and not unit.calls and any(p.grad is not None and bool(p.grad.any()) for p in unit.parameters):
                 raise UnsupportedModelError(
                     f"Layer {unit.name!r} has a gradient, but none of its forward calls was captured since the last step: "
                     "its weight was used directly, its output was not part of the backward pass, or the model was "
@@ -210,14 +241,15 @@ class Capture:
                     "the first forward pass."
                 )
         if sums and not bool(torch.stack([s.to(sums[0]) for s in sums]).sum().isfinite()):
-            where = next((n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())), "a sum")
+            where = next((n for n, p in named if p.grad is not None and not bool(_sum(p.grad).isfinite())), "a sum")
             raise NonFiniteError(
                 f"The gradient of {where!r} is not finite. No weight was changed. Check the inputs or lower the learning rate.",
                 where=where,
             )
 
 
-_NOT_COPIED = ("_handles", "nodes", "_batch")
+_NOT_COPIED = ("_handles", "nodes", "_batch", "_last")
+_NODES = 64  # calls of a layer in one pass that its transfer function is looked for behind
 
 
 class _Hook:
@@ -232,14 +264,16 @@ class _Hook:
         del module
         capture = None if self.capture is None else self.capture()
         if capture is None:
-            return
+            return None
         if self.layer is None:
-            positional, named = arguments
-            capture.start((*positional, *named.values()))
+            if len(arguments) == 2:
+                capture.start(arguments)
+            else:
+                capture.finish()
         else:
-            inputs, output = arguments
-            if inputs:
-                capture.record(self.layer, inputs[0], output)
+            positional, named, output = arguments
+            return capture.record(self.layer, positional[0] if positional else named.get("input"), output)
+        return None
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return _Hook(None, None)
@@ -259,6 +293,24 @@ class _Arrival:
             capture.arrived(self.unit, self.call, gradient)
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """Return the first tensor with a batch dimension in nested arguments."""
+    if isinstance(value, Tensor):
+        return value if value.ndim else None
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
+
+
+def _sum(gradient: Tensor) -> Tensor:
+    if gradient.layout is not torch.strided:
+        gradient = gradient.coalesce().values()
+    return torch.view_as_real(gradient).sum() if gradient.is_complex() else gradient.sum()
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside `DistributedDataParallel` or `torch.compile`."""
     while True:
@@ -271,9 +323,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def uncaptured(model: nn.Module, units: Iterable[Unit]) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters that belong to no unit, with their names."""
+    """Return the parameters that belong to no unit, with their names."""
     taken = {p for unit in units for p in unit.parameters}
-    return [(n, p) for n, p in unwrapped(model).named_parameters() if p not in taken and p.requires_grad]
+    return [(n, p) for n, p in unwrapped(model).named_parameters() if p not in taken]
 
 
 def _layers(root: nn.Module, exclude: tuple[str, ...]) -> list[Layer]:
@@ -287,10 +339,16 @@ def _layers(root: nn.Module, exclude: tuple[str, ...]) -> list[Layer]:
     for name, module in root.named_modules():
         if not _is_layer(module) or id(module) in inside or any(fnmatchcase(name, pattern) for pattern in exclude):
             continue
-        _refuse(name, module)
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            layers.append(Layer(name, layer_map(module)))
-    if not layers:
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        try:
+            _refuse(name, module)
+        except UnsupportedModelError:
+            if trains:
+                raise
+            continue
+        # Frozen ones too: they may be thawed later.
+        layers.append(Layer(name, layer_map(module), list(module.parameters(recurse=False))))
+    if not any(p.requires_grad for layer in layers for p in layer.parameters):
         raise ValueError(
             "The model has no trainable Linear, Conv or Embedding layer to capture"
             + (f" besides exclude={list(exclude)}." if exclude else ".")

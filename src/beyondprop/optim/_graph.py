@@ -8,29 +8,29 @@ from typing import Any
 
 from torch import Tensor
 
+from beyondprop.optim._maps import LayerMap
 from beyondprop.solvers.matching import Transfer, transfer
 
 # Nodes that move numbers and change none.
 _RESHAPES = {
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "TransposeBackward0",
-    "TBackward0",
-    "PermuteBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "UnsqueezeBackward0",
-    "AliasBackward0",
-    "CloneBackward0",
-    "ToCopyBackward0",
+    "ViewBackward",
+    "UnsafeViewBackward",
+    "ReshapeAliasBackward",
+    "TransposeBackward",
+    "TBackward",
+    "PermuteBackward",
+    "SqueezeBackward",
+    "UnsqueezeBackward",
+    "AliasBackward",
+    "CloneBackward",
+    "ToCopyBackward",
 }
+_COMPILED = "compiled"
 _PLAIN = {
-    "ReluBackward0": "relu",
-    "TanhBackward0": "tanh",
-    "SigmoidBackward0": "sigmoid",
-    "BinaryCrossEntropyWithLogitsBackward0": "sigmoid",
+    "ReluBackward": "relu",
+    "TanhBackward": "tanh",
+    "SigmoidBackward": "sigmoid",
+    "BinaryCrossEntropyWithLogitsBackward": "sigmoid",
 }
 
 
@@ -42,7 +42,7 @@ def consumers() -> dict[Any, list[Any]]:
     """
     # isinstance would call into proxies of other libraries.
     alive = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
-    pending = [t.grad_fn for t in alive if t.requires_grad and t.grad_fn is not None]
+    pending = [node for t in alive if (node := _node(t)) is not None]
     seen = set(pending)
     users: dict[Any, list[Any]] = {}
     while pending:
@@ -57,15 +57,26 @@ def consumers() -> dict[Any, list[Any]]:
     return users
 
 
-def find_transfer(nodes: Iterable[Any], users: dict[Any, list[Any]], units: int) -> Transfer:
+def _node(tensor: Tensor) -> Any:
+    try:
+        return tensor.grad_fn if tensor.requires_grad else None
+    except RuntimeError:  # a view that autograd has lost track of
+        return None
+
+
+def find_transfer(nodes: Iterable[Any], users: dict[Any, list[Any]], own: LayerMap) -> Transfer | None:
     """Return the transfer function behind a layer's outputs; the identity where there is none that all its calls share.
+
+    None where what follows is inside compiled code.
 
     Args:
         nodes: autograd nodes of the outputs.
         users: from `consumers`.
-        units: how many units the layer has.
+        own: the layer's map, for the number and the dimension of its units.
     """
-    found = [_behind(node, users, units) for node in nodes]
+    found = [_behind(node, users, own) for node in nodes]
+    if any(other is not None and other[0] == _COMPILED for other in found):
+        return None
     first = found[0] if found else None
     if first is None or any(other != first for other in found):
         return transfer("identity")
@@ -73,35 +84,43 @@ def find_transfer(nodes: Iterable[Any], users: dict[Any, list[Any]], units: int)
     return transfer(name, **settings)
 
 
-def _behind(node: Any, users: dict[Any, list[Any]], units: int) -> tuple[str, dict[str, Any]] | None:
+def _behind(node: Any, users: dict[Any, list[Any]], own: LayerMap) -> tuple[str, dict[str, Any]] | None:
     while True:
         using = list({id(user): user for user in users.get(node, ())}.values())
         if len(using) != 1:
             return None  # a sum, a normalisation, attention: what follows is no function of this output alone
         node = using[0]
-        name = node.name()
+        name = node.name().rstrip("0123456789")  # the number tells variants apart, such as in-place ones
         if name not in _RESHAPES:
-            return _named(name, node, units)
+            return _named(name, node, own)
 
 
-def _named(name: str, node: Any, units: int) -> tuple[str, dict[str, Any]] | None:
+def _named(name: str, node: Any, own: LayerMap) -> tuple[str, dict[str, Any]] | None:
     if name in _PLAIN:
         return _PLAIN[name], {}
-    if name == "LeakyReluBackward0":
+    if name.startswith("CompiledFunction"):
+        return _COMPILED, {}
+    if name == "LeakyReluBackward":
         slope = float(node._saved_negative_slope)
         return ("leaky_relu", {"negative_slope": slope}) if slope >= 0 else None
-    if name == "SoftplusBackward0":
+    if name == "SoftplusBackward":
         return "softplus", {"beta": float(node._saved_beta), "threshold": float(node._saved_threshold)}
-    if name == "GeluBackward0":
+    if name == "GeluBackward":
         return ("gelu" if node._saved_approximate == "none" else "gelu_tanh"), {}
-    if name in ("SoftmaxBackward0", "LogSoftmaxBackward0"):
+    if name in ("SoftmaxBackward", "LogSoftmaxBackward"):
         shape = list(node._input_metadata[0].shape)
         dim = int(node._saved_dim)
         dim = dim - 2**64 if dim >= 2**63 else dim  # saved as an unsigned number
-        # Reshapes lie between: the units are known by their number, and must be the only dimension with it or the last.
-        return (
-            ("softmax", {})
-            if shape[dim] == units and (shape.count(units) == 1 or dim in (-1, len(shape) - 1))
-            else None
-        )
+        return ("softmax", {}) if _is_over_units(shape, dim % len(shape), own) else None
     return None
+
+
+def _is_over_units(shape: list[int], dim: int, own: LayerMap) -> bool:
+    """Whether a softmax is over a layer's units; reshapes may lie between, so that they are known by their number."""
+    if shape[dim] != own.units:
+        return False
+    if shape.count(own.units) == 1:
+        return True
+    if own.features == 1 and len(shape) == own.module.weight.ndim:
+        return dim == 1
+    return own.features == -1 and dim == len(shape) - 1

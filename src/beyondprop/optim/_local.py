@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from beyondprop.optim import _ranks
 from beyondprop.optim._capture import Call, Layer, Unit
-from beyondprop.optim._maps import LayerMap
+from beyondprop.optim._maps import EmbeddingMap, LayerMap
 from beyondprop.solvers.matching import Transfer, transfer
 from beyondprop.solvers.projection import Moments
 
@@ -59,14 +59,21 @@ class LocalProblem:
         self.grams: list[_Gram] = []
         for layer in unit.layers:
             calls = [call for call in unit.calls if call.layer is layer]
-            if not calls and group is None:
-                continue
             f = transfers.get(layer.name, _IDENTITY)
-            squared = loss == "squared" or f.is_identity
-            if (not squared and loss == "quadratic") or (squared and _pays(layer, calls, local_steps, rows, gram)):
-                self.grams.append(_Gram(layer, calls, None if squared else f, before, rows, group))
+            count, curved = _looked_at(calls, rows), bool(calls) and loss != "squared" and not f.is_identity
+            if group is not None:
+                # Ranks must agree on the form; one of them may have no calls of this layer.
+                votes = layer.parameters[0].new_tensor([count, float(curved)], dtype=torch.float64)
+                _ranks.sum_([votes], group)
+                count, curved = float(votes[0]), bool(votes[1])
+            elif not calls:
+                continue
+            if loss == "quadratic" and curved:
+                self.grams.append(_Gram(layer, calls, f, before, rows, group))
+            elif not curved and _pays(layer, count, local_steps, gram):
+                self.grams.append(_Gram(layer, calls, None, before, rows, group))
             else:
-                self.direct += [_Direct(call, None if squared else f, before) for call in calls]
+                self.direct += [_Direct(call, f if curved else None, before) for call in calls]
 
     @property
     def form(self) -> str:
@@ -198,7 +205,8 @@ def total_moments(own: LayerMap, inputs: list[Tensor], rows: float | int, *, mir
     """
     total = None
     for x in inputs:
-        part = x[block(len(x), rows, 1)]
+        # A token that is not looked at would count as never seen; counting is cheap.
+        part = x if isinstance(own, EmbeddingMap) else x[block(len(x), rows, 1)]
         found = own.moments(part, mirror=mirror)
         if len(part) < len(x):
             found = found.scaled(len(x) / max(len(part), 1))
@@ -206,24 +214,29 @@ def total_moments(own: LayerMap, inputs: list[Tensor], rows: float | int, *, mir
     return own.no_moments() if total is None else total
 
 
-def _pays(layer: Layer, calls: list[Call], local_steps: int, rows: float | int, gram: bool | None) -> bool:
-    """Whether X^T X costs fewer operations than the rows themselves."""
+def _looked_at(calls: list[Call], rows: float | int) -> float:
+    """Return how many rows of these calls corrections look at."""
+    count = 0.0
+    for call in calls:
+        share = min(1.0, rows if isinstance(rows, float) else rows / max(len(call.x) if call.x.ndim else 1, 1))
+        count += share * call.layer.map.count(call.x)
+    return count
+
+
+def _pays(layer: Layer, count: float, local_steps: int, gram: bool | None) -> bool:
+    """Whether X^T X costs fewer operations than the `count` rows themselves."""
     if isinstance(layer.module, nn.Embedding):
         return True
     if gram is not None:
         return gram
     corrections = local_steps - 1
     n, out = layer.map.fan_in, layer.map.units // layer.map.groups
-    count = 0.0
-    for call in calls:
-        share = min(1.0, rows if isinstance(rows, float) else rows / max(len(call.x), 1))
-        count += share * layer.map.count(call.x)
     return count * n * n + corrections * n * n * out < 2 * corrections * count * n * out
 
 
 def block(samples: int, rows: float | int, step: int) -> slice:
     """Return the block of samples of a local step: batches are shuffled, so a block is a random subset."""
-    size = max(1, math.ceil(rows * samples)) if isinstance(rows, float) else rows
+    size = max(1, math.ceil(rows * samples - 1e-6)) if isinstance(rows, float) else rows
     if size >= samples:
         return slice(None)
     first = (step - 1) * size % samples

@@ -199,7 +199,7 @@ class ConvMap(LayerMap):
     def positions(self, g: Tensor) -> Tensor:
         """See `LayerMap.positions`."""
         rows = g.movedim(1, -1).flatten(0, -2)
-        return rows.reshape(len(rows), self.groups, -1).movedim(1, 0)
+        return rows.reshape(len(rows), self.groups, self.units // self.groups).movedim(1, 0)
 
 
 class EmbeddingMap(LayerMap):
@@ -255,7 +255,9 @@ class EmbeddingMap(LayerMap):
         """See `LayerMap.moments`; only the diagonal."""
         del mirror
         counts = torch.bincount(x.reshape(-1), minlength=self.fan_in).to(self.module.weight.dtype).unsqueeze(0)
-        return Moments(counts, counts, counts.sum())
+        if self.module.padding_idx is not None:
+            counts[:, self.module.padding_idx] = 0  # its row gets no gradient and stays
+        return Moments(counts, counts.clone(), counts.sum())
 
     def matrix(self, weight: Tensor) -> Tensor:
         """See `LayerMap.matrix`."""

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     """Return the process group of a `DistributedDataParallel`, None for every other module."""
-    return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.process_group
+    inner = getattr(model, "_orig_mod", None)  # of torch.compile
+    return group_of(inner) if isinstance(inner, nn.Module) else None
 
 
 def sum_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:

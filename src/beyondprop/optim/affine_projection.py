@@ -46,6 +46,8 @@ class AffineProjection:
         forgetting: e in (0, 1]: weight of the newest batch in a running X^T X; 1: no memory. Below 1 all layers solve over
             inputs.
         refresh: steps between two factorisations of the running X^T X.
+        nonfinite: what `step` does where a gradient is not finite: `"raise"`, or `"keep"` all gradients as they are, for loops
+            with `GradScaler`, which then skips the optimizer's step.
         exclude: names or patterns of layers whose gradients are left alone.
 
     Raises:
@@ -71,8 +73,10 @@ class AffineProjection:
         rows: float | int | None = None,
         forgetting: float = 1.0,
         refresh: int = 1,
+        nonfinite: str = "raise",
         exclude: Iterable[str] = (),
     ) -> None:
+        self.nonfinite = _checks.one_of("nonfinite", nonfinite, ("raise", "keep"))
         self.damping = _checks.non_negative("damping", damping)
         self.reduction = _checks.one_of("reduction", reduction, ("mean", "sum"))
         self.side = _checks.one_of("side", side, SIDES)
@@ -94,12 +98,12 @@ class AffineProjection:
         self._others = uncaptured(model, self._capture.units)
         for unit in self._capture.units:
             kinds = {(type(layer.module), layer.map.groups, layer.map.fan_in) for layer in unit.layers}
-            bias = {id(getattr(layer.module, "bias", None)) for layer in unit.layers}
-            if len(kinds) > 1 or len(bias) > 1:
+            shared = {tuple(id(p) for p in layer.parameters) for layer in unit.layers}
+            if len(kinds) > 1 or len(shared) > 1:
                 self._capture.remove()
                 raise UnsupportedModelError(
                     f"Layers {unit.name!r} share a parameter but have no common linear system: they use it in different "
-                    f"shapes or with different biases. Pass exclude={[layer.name for layer in unit.layers]!r}."
+                    f"shapes or beside different ones. Pass exclude={[layer.name for layer in unit.layers]!r}."
                 )
         self._running: dict[str, _Running] = {}
 
@@ -112,10 +116,15 @@ class AffineProjection:
             UnsupportedModelError: if a gradient is sparse or has no captured call; no gradient was changed.
         """
         try:
-            self._capture.check(self._others)
+            try:
+                self._capture.check(self._others, ranks=self._group is not None)
+            except NonFiniteError:
+                if self.nonfinite == "keep":
+                    return
+                raise
             solved = []
             for unit in self._capture.units:
-                if any(p.grad is not None for p in unit.parameters):
+                if (unit.calls or self._group is not None) and any(p.grad is not None for p in unit.parameters):
                     solved.append((unit, self._solve(unit)))
                 unit.calls.clear()
             bad = [unit.name for unit, new in solved if not all(bool(g.sum().isfinite()) for g in new if g is not None)]
@@ -137,7 +146,7 @@ class AffineProjection:
         own = unit.layers[0].map
         p, q = own.module.weight, getattr(own.module, "bias", None)
         wanted = (p.grad is not None, q is not None and q.grad is not None)
-        samples = self._samples(unit)
+        samples = max(self._samples(unit), 1.0)
         factor = samples if self.reduction == "mean" else 1.0
         weight = own.matrix(torch.zeros_like(p) if p.grad is None else p.grad) * factor
         bias = q.grad.view(own.groups, -1) * factor if q is not None and q.grad is not None else None
@@ -173,16 +182,21 @@ class AffineProjection:
         if running is None:
             return solve_primal(weight, bias, moments, damping)
         if running.inverse is None or (running.steps - 1) % self.refresh == 0:
-            running.inverse = _inverse(moments, damping, bias is not None)
+            running.inverse = _inverse(moments, damping, bias is not None) * samples
         whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
-        new = whole @ running.inverse
+        new = whole @ running.inverse.to(whole) / samples
         return (new, None) if bias is None else (new[..., :-1], new[..., -1])
 
     def _moments(self, unit: Unit, samples: float) -> Moments:
         """Return X^T X of the batch, or its running average."""
-        own = unit.layers[0].map
-        inputs = [own.prepare(_whole(call.x, own.module.weight.dtype)) for call in unit.calls]
-        total = total_moments(own, inputs, self.rows, mirror=False)
+        total = unit.layers[0].map.no_moments() if not unit.calls else None
+        for layer in unit.layers:
+            own = layer.map
+            inputs = [own.prepare(_whole(c.x, own.module.weight.dtype)) for c in unit.calls if c.layer is layer]
+            if inputs:
+                found = total_moments(own, inputs, self.rows, mirror=False)
+                total = found if total is None else total + found
+        assert total is not None
         _ranks.sum_(total, self._group)
         if self.forgetting == 1:
             return total
@@ -240,11 +254,11 @@ class _Running:
 
     def state_dict(self) -> dict[str, Any]:
         assert self.moments is not None
-        return {**self.moments._asdict(), "inverse": self.inverse, "steps": self.steps}
+        return {"moments": tuple(self.moments), "inverse": self.inverse, "steps": self.steps}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> _Running:
-        return cls(Moments(state["inner"], state["sums"], state["count"]), state["inverse"], int(state["steps"]))
+        return cls(Moments(*state["moments"]), state["inverse"], int(state["steps"]))
 
 
 _TINY = 1e-30

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
+from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim import _graph, _ranks
 from beyondprop.optim._capture import Capture, Layer, Unit, uncaptured
 from beyondprop.optim._local import LOSSES, LocalProblem
@@ -65,7 +67,8 @@ class LocoProp(torch.optim.Optimizer):
         local_schedule: factor on `lr` within a batch: `"linear"` (1 - k/T, at least 1/4), `"constant"`, or
             `factor(step, steps)`.
         prox: weight >= 0 of `|V - W|^2 / 2` in the local objective (1/eta in the paper).
-        trust: bound on a layer's change in a step, relative to the norm of its weights; None: no bound.
+        trust: bound on a layer's change in a step, relative to the norm of its weights, of which the root mean square counts as
+            1e-3 at least; None: no bound.
         transfer: the transfer function that follows a layer, by name or pattern of the layer: one of
             `beyondprop.solvers.matching.NAMES` or a `Transfer`. What is not named is read from the autograd graph of the first
             backward pass; see `transfers`.
@@ -157,23 +160,34 @@ class LocoProp(torch.optim.Optimizer):
                 if any(fnmatchcase(layer.name, pattern) for layer in unit.layers):
                     settings |= own
             _check_settings(settings)
-            local = factory([p for p in unit.parameters if p.requires_grad], lr=settings["lr"])
-            if not isinstance(local, torch.optim.Optimizer) or isinstance(local, torch.optim.LBFGS):
-                raise TypeError(
-                    f"local_optimizer must return a torch optimizer whose step takes no closure, got {type(local).__name__}."
+            local = factory(unit.parameters, lr=settings["lr"])
+            _check_optimizer("local_optimizer", local)
+            if len(local.param_groups) != 1:
+                raise ValueError(
+                    f"local_optimizer must return an optimizer with one parameter group, got {len(local.param_groups)}; "
+                    "settings of single layers go into layers=."
                 )
             local.param_groups[0].update({"name": unit.name} | {key: settings[key] for key in SETTINGS})
             self._locals.append(local)
         self._base = None
         if self._others:
             self._base = (base or torch.optim.Adam)([p for _, p in self._others])
+            _check_optimizer("base", self._base)
             for group in self._base.param_groups:
                 group.setdefault("name", "base")
         owned = [o for o in (*self._locals, self._base) if o is not None]
         super().__init__([group for o in owned for group in o.param_groups], {})
         self.defaults = dict(defaults)
         self._share(owned)
-        self._find_transfers(transfers)
+        self._transfers: dict[str, Transfer] = {}
+        self._compiled: set[str] = set()
+        for name in names:
+            for pattern, f in transfers.items():
+                if fnmatchcase(name, pattern):
+                    self._transfers[name] = f if isinstance(f, Transfer) else transfer(f)
+        self._capture.on_start = self._watch
+        self._capture.on_arrival = self._read_graph
+        self._watch()
 
     def _share(self, owned: list[torch.optim.Optimizer]) -> None:
         """Let the optimizers inside work on the groups and the state of this one."""
@@ -183,21 +197,11 @@ class LocoProp(torch.optim.Optimizer):
             optimizer.param_groups, groups = groups[:count], groups[count:]
             optimizer.state = self.state
 
-    def _find_transfers(self, given: Mapping[str, str | Transfer]) -> None:
-        self._transfers: dict[str, Transfer] = {}
-        for layer in self._capture.layers:
-            for pattern, f in given.items():
-                if fnmatchcase(layer.name, pattern):
-                    self._transfers[layer.name] = f if isinstance(f, Transfer) else transfer(f)
-        losses = {layer.name: g["loss"] for u, g in self._solved() for layer in u.layers}
-        self._capture.watched = {n for n, loss in losses.items() if loss != "squared" and n not in self._transfers}
-        self._capture.output_layers = {n for n, loss in losses.items() if loss != "squared"}
-        self._narrow()
-        self._capture.on_arrival = self._read_graph
-
-    def _narrow(self) -> None:
-        """Keep no outputs where the transfer function is the identity: the squared loss needs none."""
-        self._capture.output_layers -= {n for n, f in self._transfers.items() if f.is_identity}
+    def _watch(self) -> None:
+        """Tell the capture of which layers the transfer function is yet to be found, and of which outputs are wanted."""
+        curved = {layer.name for u, g in self._solved() for layer in u.layers if g["loss"] != "squared"}
+        self._capture.watched = curved - set(self._transfers)
+        self._capture.output_layers = curved - {n for n, f in self._transfers.items() if f.is_identity}
 
     def _read_graph(self, layer: Layer) -> None:
         capture = self._capture
@@ -210,10 +214,13 @@ class LocoProp(torch.optim.Optimizer):
                 and (other is layer or any(n in users for n in nodes))
             ):
                 used = [n for n in nodes if n in users]
-                self._transfers[other.name] = _graph.find_transfer(used, users, other.map.units)
-                capture.watched.discard(other.name)
+                found = _graph.find_transfer(used, users, other.map) if used else None
+                if found is not None:
+                    self._transfers[other.name] = found
+                elif used:
+                    self._compiled.add(other.name)
                 del capture.nodes[other.name]
-        self._narrow()
+        self._watch()
 
     @property
     def transfers(self) -> dict[str, str]:
@@ -239,15 +246,15 @@ class LocoProp(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            self._capture.check(self._others)
+            self._capture.check(self._others, ranks=self._group is not None)
+            self._check_known()
+            self._step_base()  # first: where it refuses a gradient, nothing has been written
             with _whole_precision(self.param_groups[0]["params"][0].device):
                 diverged = [
                     (unit, fine)
                     for (unit, group), local in zip(self._solved(), self._locals, strict=True)
                     if (fine := self._solve(unit, group, local)) is not None
                 ]
-            if self._base is not None:
-                self._base.step()
         finally:
             self._capture.clear()
         if diverged and not bool(torch.stack([fine for _, fine in diverged]).all()):
@@ -287,6 +294,28 @@ class LocoProp(torch.optim.Optimizer):
             _bound(before, self.trust)
         return _keep_finite(before)
 
+    def _step_base(self) -> None:
+        if self._base is None:
+            return
+        try:
+            self._base.step()
+        except RuntimeError as error:
+            sparse = [name for name, p in self._others if p.grad is not None and p.grad.layout is not torch.strided]
+            if not sparse:
+                raise
+            raise UnsupportedModelError(
+                f"The gradient of {sparse[0]!r} is sparse; {type(self._base).__name__}, the base optimizer, takes dense ones. "
+                "Pass a base that takes both, or build its Embedding with sparse=False."
+            ) from error
+
+    def _check_known(self) -> None:
+        unknown = self._compiled & self._capture.watched
+        if unknown:
+            raise UnsupportedModelError(
+                f"What follows the layers {sorted(unknown)} is inside compiled code. Name it, such as "
+                f"transfer={{{min(unknown)!r}: 'relu'}}, or 'identity' for the squared loss."
+            )
+
     def _problem(self, unit: Unit, group: dict[str, Any], before: dict[nn.Parameter, Tensor]) -> LocalProblem:
         return LocalProblem(
             unit, before, group["loss"], self._transfers, group["local_steps"], self.rows, self.gram, self._group
@@ -319,6 +348,7 @@ class LocoProp(torch.optim.Optimizer):
             raise ValueError(f"This state has the groups {names}, this optimizer has {own}.")
         super().load_state_dict(state_dict)
         self._share([o for o in (*self._locals, self._base) if o is not None])
+        self._watch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: groups come from the model's layers.
@@ -326,7 +356,7 @@ class LocoProp(torch.optim.Optimizer):
         Raises:
             TypeError: after construction, always.
         """
-        if hasattr(self, "_transfers"):
+        if hasattr(self, "_transfers"):  # the base class adds groups before
             raise TypeError(
                 "LocoProp takes its parameters from its model; build a new one for a model with more layers."
             )
@@ -340,10 +370,21 @@ class LocoProp(torch.optim.Optimizer):
         # Together with its model: the hooks of the copy are on the copied modules.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        # A scheduler replaces `step` by a function that is bound to the original.
-        own = {key: value for key, value in self.__dict__.items() if key != "step"}
+        # A scheduler replaces `step` by a function that is bound to the original; a process group is shared.
+        own = {key: value for key, value in self.__dict__.items() if key not in ("step", "_group")}
         new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items()})
+        new._group = self._group
         return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("A LocoProp cannot be pickled, because its hooks are on its model; save its state_dict().")
+
+
+def _check_optimizer(name: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            f"{name} must return a torch optimizer whose step takes no closure, got {type(optimizer).__name__}."
+        )
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -364,7 +405,9 @@ def _whole_precision(device: torch.device) -> contextlib.AbstractContextManager[
 
 def _bound(before: Mapping[nn.Parameter, Tensor], trust: float) -> None:
     """Shorten a change that is longer than `trust` times the weights."""
-    size = torch.stack([w.square().sum() for w in before.values()]).sum().sqrt()
+    # At least that of weights of 1e-3, so that a layer of zeros can move.
+    least = 1e-3 * math.sqrt(sum(w.numel() for w in before.values()))
+    size = torch.stack([w.square().sum() for w in before.values()]).sum().sqrt().clamp(min=least)
     change = torch.stack([(p - w).square().sum() for p, w in before.items()]).sum().sqrt()
     share = (trust * size / change.clamp_min(torch.finfo(change.dtype).tiny)).clamp(max=1)
     for p, w in before.items():

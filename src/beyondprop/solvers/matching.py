@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -82,7 +82,7 @@ def _log_cosh(z: Tensor) -> Tensor:
 
 
 def _tanh(z: Tensor) -> Tensor:
-    return _tanh_(z.clone())
+    return (2 * z).sigmoid() * 2 - 1 if z.device.type == "cpu" else torch.tanh(z)
 
 
 def _tanh_(z: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def _leaky_relu(negative_slope: float = 0.01) -> Transfer:
         "leaky_relu",
         lambda z: F.leaky_relu(z, negative_slope),
         lambda z: F.leaky_relu_(z, negative_slope),
-        lambda z: torch.where(z > 0, 1.0, negative_slope).to(z.dtype),
-        lambda z: torch.where(z > 0, 1.0, negative_slope).to(z.dtype) * z * z / 2,
+        lambda z: torch.where(z > 0, torch.ones_like(z), negative_slope),
+        lambda z: torch.where(z > 0, torch.ones_like(z), negative_slope) * z * z / 2,
     )
 
 
@@ -109,15 +109,18 @@ def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Transfer:
         lambda z: F.softplus(z, beta, threshold),
         lambda z: F.softplus(z, beta, threshold),
         lambda z: torch.where(z * beta > threshold, 1.0, torch.sigmoid(z * beta)).to(z.dtype),
-        partial(_softplus_integral, beta=beta),
+        partial(_softplus_integral, beta=beta, threshold=threshold),
     )
 
 
-def _softplus_integral(z: Tensor, beta: float) -> Tensor:
-    """-Li2(-exp(beta z)) / beta^2, by the dilogarithm's inversion formula and its series on [0, 1].
+def _softplus_integral(z: Tensor, beta: float, threshold: float) -> Tensor:
+    """-Li2(-exp(beta z)) / beta^2 up to the threshold, and from there the integral of the identity, as torch's f is.
 
     Only for reporting: training needs f alone.
     """
+    end = threshold / beta
+    beyond = torch.where(z > end, (z * z - end * end) / 2, 0.0)
+    z = z.clamp(max=end)
     size = (beta * z).abs().to(torch.float64)
     # -Li2(-q) = sum_k (-1)^(k+1) q^k / k^2 converges slowly at q = 1; integrate log1p(e^-t) from |beta z| upwards instead.
     nodes, weights = _GAUSS
@@ -126,7 +129,7 @@ def _softplus_integral(z: Tensor, beta: float) -> Tensor:
     t = size + span * nodes.to(size.device).view(shape)
     small = (torch.log1p(torch.exp(-t)) * weights.to(size.device).view(shape)).sum(0) * span
     whole = torch.where(beta * z > 0, size * size / 2 + math.pi**2 / 6 - small, small)
-    return (whole / beta**2).to(z.dtype)
+    return (whole / beta**2).to(z.dtype) + beyond
 
 
 def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
@@ -200,6 +203,10 @@ _TRANSFERS: dict[str, Transfer] = {
     ),
 }
 
+_SETTINGS: dict[str, tuple[Callable[..., Transfer], tuple[str, ...]]] = {
+    "leaky_relu": (_leaky_relu, ("negative_slope",)),
+    "softplus": (_softplus, ("beta", "threshold")),
+}
 NAMES = tuple(_TRANSFERS)
 """The transfer functions that can be asked for by name."""
 
@@ -212,11 +219,15 @@ def transfer(name: str, **settings: float | str) -> Transfer:
         settings: `negative_slope` of leaky ReLU; `beta` and `threshold` of softplus.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none of that name, or it has no such setting.
     """
     if name not in _TRANSFERS:
         raise ValueError(f"transfer must be one of {', '.join(map(repr, NAMES))}, got {name!r}.")
     if not settings:
         return _TRANSFERS[name]
-    made = {"leaky_relu": _leaky_relu, "softplus": _softplus}[name](**settings)  # type: ignore[arg-type]
-    return replace(made, name=name)
+    build, accepted = _SETTINGS.get(name, (None, ()))
+    if build is None or not set(settings) <= set(accepted):
+        raise ValueError(
+            f"Transfer {name!r} accepts {', '.join(accepted) or 'no settings'}, got {', '.join(settings)}."
+        )
+    return build(**settings)  # type: ignore[arg-type]

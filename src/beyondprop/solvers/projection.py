@@ -58,10 +58,10 @@ def moments(rows: Tensor, *, mirror: bool = True) -> Moments:
 
 
 def gram(rows: Tensor, *, mirror: bool = True) -> Tensor:
-    """Return `rows^T rows`, `(..., n, n)`, multiplying the upper triangle of blocks only.
+    """Return `rows^T rows`, `(n, n)` or `(groups, n, n)`, multiplying the upper triangle of blocks only.
 
     Args:
-        rows: `(..., N, n)`.
+        rows: `(N, n)` or `(groups, N, n)`.
         mirror: whether to fill the lower triangle, too.
     """
     size = rows.shape[-1]
@@ -95,8 +95,24 @@ def solve_primal(
     """
     inner, sums, rows = moments
     damping = torch.as_tensor(damping, dtype=inner.dtype, device=inner.device).expand(inner.shape[0])
+    damped = bool((damping > 0).all())
+    if len(inner) > 1 and not damped:  # each group by itself
+        parts = [
+            solve_primal(w, b, Moments(m, s, rows), d)
+            for w, b, m, s, d in zip(
+                weight.split(1),
+                [None] * len(inner) if bias is None else bias.split(1),
+                inner.split(1),
+                sums.split(1),
+                damping.split(1),
+                strict=True,
+            )
+        ]
+        return torch.cat([w for w, _ in parts]), None if bias is None else torch.cat([
+            b for _, b in parts if b is not None
+        ])
     border = (rows + damping).view(-1, 1, 1)
-    if bias is not None and not bool((damping > 0).all()):
+    if bias is not None and not damped:
         # Without damping, elimination would leave the bias out of the least change.
         joint = torch.cat([inner, sums.unsqueeze(-2)], -2)
         ones = torch.cat([sums, rows.expand(len(sums), 1)], -1).unsqueeze(-1)
@@ -160,6 +176,9 @@ def _solve(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
             if right.shape[-1] >= right.shape[-2]:  # many right sides: the inverse and a product are faster
                 return (right.mT.to(dtype) @ torch.cholesky_inverse(factor)).mT.to(right.dtype)
             return torch.cholesky_solve(right.to(dtype), factor).to(right.dtype)
+    elif len(matrix) > 1:
+        parts = zip(matrix.split(1), right.split(1), damping.split(1), strict=True)
+        return torch.cat([_solve(*part) for part in parts])
     return _pseudo_solve(matrix, right)
 
 
