@@ -6,8 +6,10 @@ the same for every problem. Second-order methods renew what is costly (eigenbase
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -75,6 +77,29 @@ def _muon(model: nn.Module, lr: float) -> Built:
     return Together(muon, torch.optim.Adam(others, lr=lr / 10, betas=(0.9, 0.95))), None
 
 
+class Flattened(torch.optim.Muon):
+    """Muon for convolutions, too: their weights as matrices `(out, in * kernel)`, as its authors do."""
+
+    def __init__(self, params: list[nn.Parameter], **settings: Any) -> None:
+        self.sources = params
+        super().__init__([nn.Parameter(p.detach().flatten(1)) for p in params], **settings)
+
+    def step(self, closure: Any = None) -> Any:  # noqa: D102
+        for source, flat in zip(self.sources, self.param_groups[0]["params"], strict=True):
+            flat.grad = None if source.grad is None else source.grad.flatten(1)
+        return super().step(closure)
+
+
+def _muon_inside(model: nn.Module, lr: float) -> Built:
+    """Build Muon for all weights but the first and last layer's, which with the rest get AdamW, as its authors advise."""
+    carriers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)]
+    inside: list[Any] = [m.weight for m in carriers[1:-1]]
+    taken = {id(p) for p in inside}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    muon = Flattened(inside, lr=lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
+    return Together(muon, torch.optim.AdamW(others, lr=lr, weight_decay=1e-2)), None
+
+
 def _shampoo(model: nn.Module, lr: float) -> Built:
     package = import_module("distributed_shampoo")
     return package.DistributedShampoo(
@@ -90,6 +115,8 @@ def _shampoo(model: nn.Module, lr: float) -> Built:
 
 
 def _kfac(model: nn.Module, lr: float) -> Built:
+    warnings.filterwarnings("ignore", message="NVIDIA Apex is not installed")
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of the first layer, with its gradient
     preconditioner = import_module("kfac.preconditioner").KFACPreconditioner(
         model,
         factor_update_steps=1,
@@ -107,6 +134,7 @@ def _kfac(model: nn.Module, lr: float) -> Built:
 
 def _soap(model: nn.Module, lr: float) -> Built:
     heavyball = import_module("heavyball")
+    warnings.filterwarnings("ignore", message="Learning rate changed between steps")  # it follows
     heavyball.utils.compile_mode = None  # compiling takes longer than it saves here
     soap = heavyball.SOAP(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, precondition_frequency=EVERY)
     return soap, None
@@ -121,11 +149,11 @@ def _locoprop(**settings: Any) -> Callable[[nn.Module, float], Built]:
     return build
 
 
-def _projected(build: Callable[[nn.Module, float], Built], damping: float = 1.0) -> Callable[[nn.Module, float], Built]:
+def _projected(build: Callable[[nn.Module, float], Built], **settings: Any) -> Callable[[nn.Module, float], Built]:
     """Return how affine projection in front of another optimizer is built."""
 
     def both(model: nn.Module, lr: float) -> Built:
-        return build(model, lr)[0], import_module("beyondprop").AffineProjection(model, damping=damping)
+        return build(model, lr)[0], import_module("beyondprop").AffineProjection(model, **settings)
 
     return both
 
@@ -206,6 +234,50 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "projection-adam": Contender(
         "Projection + Adam", "beyondprop", _projected(ADAM), (3e-4, 1e-3, 2e-3, 3e-3), "projection", "damping 1"
+    ),
+}
+
+# For nets with normalisation, attention and convolutions; AdamW takes what is captured by no method.
+BASE = partial(torch.optim.AdamW, lr=3e-3)
+SMALL = {"target_lr": 100.0, "rows": 0.25, "momentum": 0.9, "base": BASE}
+CONTENDERS |= {
+    "adamw-default": Contender(
+        "AdamW", "torch", _torch("AdamW"), (3e-4, 1e-3, 3e-3, 1e-2), "first", "torch's defaults: weight decay 0.01"
+    ),
+    "nesterov-decayed": Contender(
+        "Nesterov, decayed",
+        "torch",
+        _torch("SGD", momentum=0.9, nesterov=True, weight_decay=5e-4),
+        (2e-2, 5e-2, 1e-1, 2e-1),
+        "first",
+        "0.9; weight decay 0.0005",
+    ),
+    "muon-inside": Contender(
+        "Muon", "torch", _muon_inside, (1e-3, 3e-3, 1e-2, 3e-2), "second", "first and last layer, norms, biases: AdamW"
+    ),
+    "locoprop-m-small": Contender(
+        "LocoProp-M",
+        "beyondprop",
+        _locoprop(local_steps=5, **SMALL),
+        (3e-5, 1e-4, 3e-4, 1e-3),
+        "locoprop",
+        "T = 5 on a quarter of the batch, target_lr 100, momentum 0.9; AdamW 0.003 for the rest",
+    ),
+    "locoprop-s-small": Contender(
+        "LocoProp-S",
+        "beyondprop",
+        _locoprop(local_steps=5, loss="squared", **SMALL | {"target_lr": 1000.0, "rows": 8}),
+        (1e-4, 3e-4, 1e-3, 3e-3),
+        "locoprop",
+        "T = 5, X^T X of 8 samples, target_lr 1000, momentum 0.9; AdamW 0.003 for the rest",
+    ),
+    "projection-small": Contender(
+        "Projection + AdamW",
+        "beyondprop",
+        _projected(_torch("AdamW"), rows=8),
+        (3e-4, 1e-3, 3e-3, 1e-2),
+        "projection",
+        "damping 1, X^T X of 8 samples",
     ),
 }
 

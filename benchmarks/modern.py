@@ -23,15 +23,8 @@ from torch.nn import functional as F
 from beyondprop import data, nets
 
 NAMES = {
-    "resnet20": [
-        "adamw-default",
-        "nesterov-decayed",
-        "muon-all",
-        "locoprop-s-conv",
-        "locoprop-m-conv",
-        "projection-conv",
-    ],
-    "transformer": ["adamw-default", "muon-all", "locoprop-m-text", "locoprop-s-text", "projection-text"],
+    "resnet20": ["adamw-default", "nesterov-decayed", "muon-inside", "locoprop-s-small", "projection-small"],
+    "transformer": ["adamw-default", "muon-inside", "locoprop-m-small", "locoprop-s-small", "projection-small"],
 }
 
 
@@ -57,6 +50,7 @@ def resnet20() -> Problem:
         y=cifar.y_train,
         scored=(cifar.x_test, cifar.y_test),
         batch=128,
+        curve_rows=1000,
         pacemaker="adamw-default",
     )
 
@@ -75,6 +69,7 @@ def characters() -> Problem:
         y=y,
         scored=transformer.windows(codes[cut:]),
         batch=32,
+        curve_rows=250,
         pacemaker="adamw-default",
     )
 

@@ -27,7 +27,6 @@ WARM_UP = 0.05  # of a run's steps
 HIGHEST_LOSS = 1000.0  # a loss above it, or not a number, ends the run as failed
 BLOCK = 20  # steps timed together: a multiple of the period of every preconditioner in CONTENDERS
 POINTS = 25  # of a curve
-CURVE_ROWS = 10_000
 
 Record = dict[str, Any]
 
@@ -48,6 +47,7 @@ class Problem:
         batch: Rows of a batch; the remainder of an epoch is dropped.
         pacemaker: The contender whose epochs are the unit of time.
         reference: The contender that step times are quoted against; None for the pacemaker.
+        curve_rows: Scored rows that a curve's points are taken on.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Problem:
     batch: int = 1000
     pacemaker: str = "rmsprop"
     reference: str | None = None
+    curve_rows: int = 10_000
 
     @property
     def epoch(self) -> int:
@@ -143,7 +144,7 @@ def train(problem: Problem, contender: Contender, lr: float, seed: int, steps: i
             reason = reason or f"loss {loss:.4g}"
             break
         if done in marks:
-            curve.append([done, round(trainer.seconds, 2), round(problem.score(trainer.model, CURVE_ROWS), 3)])
+            curve.append([done, round(trainer.seconds, 2), round(problem.score(trainer.model, problem.curve_rows), 3)])
         if done == steps:
             break
     final = math.nan if reason else problem.score(trainer.model)

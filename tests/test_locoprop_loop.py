@@ -75,6 +75,7 @@ LOOPS: dict[str, Callable[[nn.Module], Loop]] = {
     "rows": _loco(lr=1e-4, loss="quadratic", rows=0.5, trust=0.1, prox=0.1),
     "affine": _affine(),
     "inputs": _affine(side="inputs", damping=0.5),
+    "memory": _affine(forgetting=0.5, refresh=2),
 }
 every_loop = pytest.mark.parametrize("kind", list(LOOPS))
 

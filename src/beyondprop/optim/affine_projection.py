@@ -181,7 +181,8 @@ class AffineProjection:
         running = self._running.get(unit.name)
         if running is None:
             return solve_primal(weight, bias, moments, damping)
-        if running.inverse is None or (running.steps - 1) % self.refresh == 0:
+        inputs = moments.inner.shape[-1] + (bias is not None)
+        if running.inverse is None or running.inverse.shape[-1] != inputs or (running.steps - 1) % self.refresh == 0:
             running.inverse = _inverse(moments, damping, bias is not None) * samples
         whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
         new = whole @ running.inverse.to(whole) / samples
