@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beyondprop.optim import _ranks
-from beyondprop.optim._capture import Call, Layer, Unit
 from beyondprop.optim._maps import EmbeddingMap, LayerMap
+from beyondprop.optim._units import Call, Layer, Unit
 from beyondprop.solvers.matching import Transfer, transfer
 from beyondprop.solvers.projection import Moments
 
@@ -250,3 +250,27 @@ def _old(p: nn.Parameter | None, before: Buffers) -> Tensor:
 
 def _whole(x: Tensor, weight: Tensor) -> Tensor:
     return x.to(weight.dtype) if x.is_floating_point() and x.dtype is not weight.dtype else x
+
+
+def bound(before: Buffers, trust: float) -> None:
+    """Shorten a change that is longer than `trust` times the weights."""
+    # At least that of weights of 1e-3, so that a layer of zeros can move.
+    least = 1e-3 * math.sqrt(sum(w.numel() for w in before.values()))
+    size = torch.stack([w.square().sum() for w in before.values()]).sum().sqrt().clamp(min=least)
+    change = torch.stack([(p - w).square().sum() for p, w in before.items()]).sum().sqrt()
+    share = (trust * size / change.clamp_min(torch.finfo(change.dtype).tiny)).clamp(max=1)
+    for p, w in before.items():
+        p.copy_(torch.lerp(w, p, share))
+
+
+def keep_finite(before: Buffers) -> Tensor:
+    """Put the weights back where they are no longer finite; return whether they are."""
+    fine = torch.stack([p.sum() for p in before]).sum().isfinite()
+    if fine.device.type == "cpu":
+        if not bool(fine):
+            for p, w in before.items():
+                p.copy_(w)
+    else:  # without waiting for the device
+        for p, w in before.items():
+            torch.where(fine, p, w, out=p)
+    return fine

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim import _ranks
-from beyondprop.optim._capture import Capture, Unit, uncaptured
+from beyondprop.optim._capture import Capture
 from beyondprop.optim._local import total_moments
+from beyondprop.optim._units import Unit, uncaptured
 from beyondprop.solvers.projection import Moments, solve_dual, solve_primal
 
 SIDES = ("smaller", "inputs", "samples")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim import _graph, _ranks
-from beyondprop.optim._capture import Capture, Layer, Unit, uncaptured
-from beyondprop.optim._local import LOSSES, LocalProblem
+from beyondprop.optim._capture import Capture
+from beyondprop.optim._local import LOSSES, LocalProblem, bound, keep_finite
+from beyondprop.optim._units import Layer, Unit, uncaptured
 from beyondprop.optim.rmsprop import RMSProp
 from beyondprop.solvers.base import OptimizerFactory
 from beyondprop.solvers.matching import Transfer, transfer
@@ -291,8 +291,8 @@ class LocoProp(torch.optim.Optimizer):
                 p.grad = wish
             unit.calls.clear()
         if self.trust is not None:
-            _bound(before, self.trust)
-        return _keep_finite(before)
+            bound(before, self.trust)
+        return keep_finite(before)
 
     def _step_base(self) -> None:
         if self._base is None:
@@ -401,27 +401,3 @@ def _whole_precision(device: torch.device) -> contextlib.AbstractContextManager[
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
-
-
-def _bound(before: Mapping[nn.Parameter, Tensor], trust: float) -> None:
-    """Shorten a change that is longer than `trust` times the weights."""
-    # At least that of weights of 1e-3, so that a layer of zeros can move.
-    least = 1e-3 * math.sqrt(sum(w.numel() for w in before.values()))
-    size = torch.stack([w.square().sum() for w in before.values()]).sum().sqrt().clamp(min=least)
-    change = torch.stack([(p - w).square().sum() for p, w in before.items()]).sum().sqrt()
-    share = (trust * size / change.clamp_min(torch.finfo(change.dtype).tiny)).clamp(max=1)
-    for p, w in before.items():
-        p.copy_(torch.lerp(w, p, share))
-
-
-def _keep_finite(before: Mapping[nn.Parameter, Tensor]) -> Tensor:
-    """Put the weights back where they are no longer finite; return whether they are."""
-    fine = torch.stack([p.sum() for p in before]).sum().isfinite()
-    if fine.device.type == "cpu":
-        if not bool(fine):
-            for p, w in before.items():
-                p.copy_(w)
-    else:  # without waiting for the device
-        for p, w in before.items():
-            torch.where(fine, p, w, out=p)
-    return fine
