@@ -200,7 +200,7 @@ CONTENDERS: dict[str, Contender] = {
         "K-FAC",
         "kfac",
         _kfac,
-        (5e-2, 1e-1, 2e-1, 4e-1),
+        (3e-2, 6e-2, 1e-1, 2e-1),
         "second",
         "momentum 0.9, damping 0.001, KL clip 0.001; factors every step, inverses (better than eigenbases) every 10",
     ),
