@@ -16,7 +16,7 @@ from pathlib import Path
 
 import models
 import torch
-from contenders import CONTENDERS, missing
+from contenders import CONTENDERS, MODERN, missing
 from race import Problem, Results, figure, race, table, tune
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--data", choices=["mnist", "fashion-mnist"], default="mnist")
     parser.add_argument("--variant", choices=list(models.VARIANTS), default="standard")
     parser.add_argument("--activation", choices=list(models.ACTIVATIONS), default="tanh")
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
+    everyone = [name for name in CONTENDERS if name not in MODERN]
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=everyone, metavar="NAME")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget-epochs", type=float, help="time of this many RMSProp epochs (default: 25)")
     budget.add_argument("--epochs", type=float, help="this many epochs, whatever they cost")

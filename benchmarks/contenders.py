@@ -182,8 +182,8 @@ CONTENDERS: dict[str, Contender] = {
     "rmsprop": Contender(
         "RMSProp", "torch", RMSPROP, (3e-5, 1e-4, 2e-4, 3e-4), "first", "alpha 0.9, momentum 0.9, eps 1e-5"
     ),
-    "adam": Contender("Adam", "torch", ADAM, (3e-4, 1e-3, 2e-3, 3e-3), "first", STRONG),
-    "adamw": Contender("AdamW", "torch", ADAMW, (3e-4, 1e-3, 2e-3, 3e-3), "first", f"{STRONG}; weight decay 0.01"),
+    "adam": Contender("Adam", "torch", ADAM, (1e-4, 3e-4, 1e-3, 3e-3), "first", STRONG),
+    "adamw": Contender("AdamW", "torch", ADAMW, (1e-4, 3e-4, 1e-3, 3e-3), "first", f"{STRONG}; weight decay 0.01"),
     "muon": Contender(
         "Muon", "torch", _muon, (1e-2, 3e-2, 6e-2, 1e-1), "second", "Adam at a tenth of the rate for biases"
     ),
@@ -233,14 +233,14 @@ CONTENDERS: dict[str, Contender] = {
         "Projection + RMSProp", "beyondprop", _projected(RMSPROP), (3e-5, 1e-4, 2e-4, 3e-4), "projection", "damping 1"
     ),
     "projection-adam": Contender(
-        "Projection + Adam", "beyondprop", _projected(ADAM), (3e-4, 1e-3, 2e-3, 3e-3), "projection", "damping 1"
+        "Projection + Adam", "beyondprop", _projected(ADAM), (1e-4, 3e-4, 1e-3, 3e-3), "projection", "damping 1"
     ),
 }
 
 # For nets with normalisation, attention and convolutions; AdamW takes what is captured by no method.
 BASE = partial(torch.optim.AdamW, lr=3e-3)
 SMALL = {"target_lr": 100.0, "rows": 0.25, "momentum": 0.9, "base": BASE}
-CONTENDERS |= {
+MODERN: dict[str, Contender] = {
     "adamw-default": Contender(
         "AdamW", "torch", _torch("AdamW"), (3e-4, 1e-3, 3e-3, 1e-2), "first", "torch's defaults: weight decay 0.01"
     ),
@@ -280,6 +280,7 @@ CONTENDERS |= {
         "damping 1, X^T X of 8 samples",
     ),
 }
+CONTENDERS |= MODERN
 
 
 def missing(name: str) -> str:

@@ -407,3 +407,5 @@ def test_an_optimizer_is_not_pickled() -> None:
         TypeError, match="A LocoProp cannot be pickled, because its hooks are on its model; save its state_"
     ):
         pickle.dumps(LocoProp(_net()))
+    with pytest.raises(TypeError, match=r"hooks on a model cannot be pickled; save its state_dict\(\)"):
+        pickle.dumps(AffineProjection(_net()))

@@ -73,6 +73,9 @@ class Capture:
             new.attach()
         return new
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("What has hooks on a model cannot be pickled; save its state_dict().")
+
     def remove(self) -> None:
         """Take the hooks off and forget what was captured."""
         for handle in self._handles:

@@ -10,8 +10,10 @@ formed: in float32 a small wish would be lost in the sum, and clipping, unscalin
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -274,3 +276,10 @@ def keep_finite(before: Buffers) -> Tensor:
         for p, w in before.items():
             torch.where(fine, p, w, out=p)
     return fine
+
+
+def whole_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -11,7 +11,6 @@ The first local gradient is gamma times the gradient of backpropagation, so one 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +25,7 @@ from beyondprop import _checks
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim import _graph, _ranks
 from beyondprop.optim._capture import Capture
-from beyondprop.optim._local import LOSSES, LocalProblem, bound, keep_finite
+from beyondprop.optim._local import LOSSES, LocalProblem, bound, keep_finite, whole_precision
 from beyondprop.optim._units import Layer, Unit, uncaptured
 from beyondprop.optim.rmsprop import RMSProp
 from beyondprop.solvers.base import OptimizerFactory
@@ -249,7 +248,7 @@ class LocoProp(torch.optim.Optimizer):
             self._capture.check(self._others, ranks=self._group is not None)
             self._check_known()
             self._step_base()  # first: where it refuses a gradient, nothing has been written
-            with _whole_precision(self.param_groups[0]["params"][0].device):
+            with whole_precision(self.param_groups[0]["params"][0].device):
                 diverged = [
                     (unit, fine)
                     for (unit, group), local in zip(self._solved(), self._locals, strict=True)
@@ -395,9 +394,3 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     _checks.positive("target_lr", settings["target_lr"])
     _checks.at_least("local_steps", settings["local_steps"], 1)
     _checks.one_of("loss", settings["loss"], LOSSES)
-
-
-def _whole_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
