@@ -4,8 +4,8 @@
 
 The network and its initialisation are LocoProp's published ones; the loss is the cross-entropy of a pixel in [0, 1], summed
 over 784 pixels and averaged over the batch of 1000. Every contender has four learning rates: with `--tune` it gets the one
-that is best on 10,000 held-out training images after a third of the budget; `--lr` gives them by hand. Finished runs are in
-the file of results, and are not done again. Final losses are over all 60,000 training images.
+that is best on 10,000 held-out training images after a third of the budget (or `--tune-share`); `--lr` gives them by hand.
+Finished runs are in the file of results, and are not done again. Final losses are over all 60,000 training images.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def main() -> None:
     budget.add_argument("--budget-epochs", type=float, help="time of this many RMSProp epochs (default: 25)")
     budget.add_argument("--epochs", type=float, help="this many epochs, whatever they cost")
     parser.add_argument("--tune", action="store_true", help="choose learning rates on held-out training images")
+    parser.add_argument(
+        "--tune-share", type=float, default=1 / 3, metavar="SHARE", help="of the budget, for a tuning run"
+    )
     parser.add_argument("--lr", nargs="+", type=rate, default=[], metavar="NAME=LR", help="learning rates by hand")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--times", action="store_true", help="measure step times, and stop")
@@ -91,7 +94,8 @@ def main() -> None:
         return
     rates = dict(arguments.lr)
     if arguments.tune:
-        rates |= tune(results, task, [n for n in names if n not in rates], epochs=epochs, timed=timed)
+        unrated = [name for name in names if name not in rates]
+        rates |= tune(results, task, unrated, epochs=epochs, timed=timed, share=arguments.tune_share)
     unrated = [name for name in names if name not in rates]
     if unrated and not arguments.tune:
         parser.error(f"learning rates of {', '.join(unrated)}: give --tune, or --lr NAME=LR")

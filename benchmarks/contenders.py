@@ -191,7 +191,7 @@ CONTENDERS: dict[str, Contender] = {
         "Shampoo",
         "distributed_shampoo",
         _shampoo,
-        (2e-3, 4e-3, 8e-3, 1.5e-2),
+        (1e-3, 2e-3, 4e-3, 8e-3),
         "second",
         "grafted to the Adam of this table; roots every 10 steps",
     ),
@@ -205,13 +205,13 @@ CONTENDERS: dict[str, Contender] = {
         "momentum 0.9, damping 0.001, KL clip 0.001; factors every step, inverses (better than eigenbases) every 10",
     ),
     "locoprop-m": Contender(
-        "LocoProp-M", "beyondprop", _locoprop(local_steps=5), (1e-5, 2e-5, 3e-5, 5e-5), "locoprop", "T = 5, all rows"
+        "LocoProp-M", "beyondprop", _locoprop(local_steps=5), (1e-5, 2e-5, 5e-5, 1e-4), "locoprop", "T = 5, all rows"
     ),
     "locoprop-m-rows": Contender(
         "LocoProp-M, 32 rows",
         "beyondprop",
         _locoprop(local_steps=9, rows=32, target_lr=30.0, momentum=0.998),
-        (1e-5, 2e-5, 3e-5, 5e-5),
+        (1e-5, 2e-5, 5e-5, 1e-4),
         "locoprop",
         "T = 9, each local step after the first on 32 of the 1000 rows; target_lr 30, momentum 0.998",
     ),

@@ -63,18 +63,17 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in arguments.variants:
         CONTENDERS[name] = Contender(
-            name, "beyondprop", partial(build, VARIANTS[name]), (1e-5, 2e-5, 3e-5, 5e-5), "locoprop"
+            name, "beyondprop", partial(build, VARIANTS[name]), (1e-5, 2e-5, 5e-5, 1e-4), "locoprop"
         )
     task, results = problem("mnist", "standard", "tanh"), Results(arguments.out)
     costs = results.costs(task, arguments.variants, arguments.rounds)
-    # Tuning is all there is: it takes a third of its budget, so that it is given three times as much.
-    tune(results, task, arguments.variants, epochs=3 * arguments.budget_epochs, timed=True)
+    tune(results, task, arguments.variants, epochs=arguments.budget_epochs, timed=True, share=1.0)
     print(
         f"\n{arguments.budget_epochs:g} epochs of RMSProp's time\n{'':42} {'lr':>6} {'step':>5} {'epochs':>7} {'loss':>7}"
     )
     rows = []
     for name in arguments.variants:
-        runs = results.find(kind="run", contender=name, budget=f"{3 * arguments.budget_epochs:g} pacemaker epochs")
+        runs = results.find(kind="run", contender=name, budget=f"{arguments.budget_epochs:g} pacemaker epochs")
         best = min(runs, key=lambda run: math.inf if run["final"] is None else run["final"])
         if best["final"] is not None:
             line = f"{name:42} {best['lr']:>6g} {costs[name] / costs['adam']:>5.2f} {best['epochs']:>7.2f}"

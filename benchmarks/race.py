@@ -221,11 +221,11 @@ class Results:
     ) -> Record:
         """Return a run's record, from the file where it was finished before."""
         key = {"kind": "run", "problem": problem.name, "phase": phase, "budget": budget, "contender": name}
-        key |= {"lr": lr, "seed": seed}
+        key |= {"lr": lr, "seed": seed, "steps": steps}
         if found := self.find(**key):
             return found[-1]
         result = train(problem, CONTENDERS[name], lr, seed, steps)
-        record = self.add({**key, "steps": steps, "epochs": round(steps / problem.epoch, 3), "cost": cost, **result})
+        record = self.add({**key, "epochs": round(steps / problem.epoch, 3), "cost": cost, **result})
         shown = record["reason"] or f"{record['final']:.2f}"
         print(f"  {phase} {name} lr {lr:g} seed {seed}: {shown} ({record['seconds']:.0f} s, {steps} steps)", flush=True)
         return record
@@ -237,9 +237,16 @@ def steps_within(epochs: float, epoch: int, cost: float | None) -> int:
 
 
 def tune(
-    results: Results, problem: Problem, names: Sequence[str], *, epochs: float, timed: bool, held_out: int = 10_000
+    results: Results,
+    problem: Problem,
+    names: Sequence[str],
+    *,
+    epochs: float,
+    timed: bool,
+    share: float = 1 / 3,
+    held_out: int = 10_000,
 ) -> dict[str, float]:
-    """Return every contender's best learning rate of its four: a third of the budget, seed 100, held-out training rows.
+    """Return every contender's best learning rate of its four: a share of the budget, seed 100, held-out training rows.
 
     A contender with no finished run is left out.
     """
@@ -249,8 +256,8 @@ def tune(
     for name in names:
         contender = CONTENDERS[name]
         budget = f"{epochs:g} {'pacemaker epochs' if timed else 'epochs'}"
-        # A third of the steps of a whole run; an epoch of the rows that are left is shorter.
-        steps = max(1, steps_within(epochs, problem.epoch, costs[name] if timed else None) // 3)
+        # A share of the steps of a whole run; an epoch of the rows that are left is shorter.
+        steps = max(1, math.floor(share * steps_within(epochs, problem.epoch, costs[name] if timed else None)))
         scores = {}
         for lr in contender.grid:
             run = results.run(held, name, phase="tune", budget=budget, lr=lr, seed=100, steps=steps, cost=costs[name])
