@@ -43,9 +43,9 @@ class AffineStage(Stage):
             return False
         if type(affine) in _CONVS and (affine.padding_mode != "zeros" or isinstance(affine.padding, str)):
             return False
-        if any(_is_modified(m) for m in modules):
+        if any(is_modified(m) for m in modules):
             return False
-        if any(_moves_batch(m) for m in inner):
+        if any(moves_batch(m) for m in inner):
             return False
         rest = [m for m in inner if type(m) not in _RESHAPES]
         return len(rest) <= 1 and all(closed_form(m) is not None for m in rest)
@@ -140,6 +140,11 @@ class AffinePullback(Pullback):
         if bias is not None and bias.requires_grad:
             add_to_gradient(bias, rows.sum(0), factor)
 
+    @property
+    def is_closed_form(self) -> bool:
+        """See `Pullback.is_closed_form`."""
+        return True
+
     def at(self, z: Tensor) -> AffinePullback:
         """See `Pullback.at`."""
         return AffinePullback(self.map, z)
@@ -217,7 +222,7 @@ def _whole(values: Tensor, like: Tensor) -> Tensor:
     return values if values.dtype is like.dtype else values.to(like.dtype)
 
 
-def _is_modified(module: nn.Module) -> bool:
+def is_modified(module: nn.Module) -> bool:
     """Whether hooks or parametrizations change what the module computes, so that autograd must see it."""
     return bool(
         module._forward_hooks
@@ -228,6 +233,6 @@ def _is_modified(module: nn.Module) -> bool:
     )
 
 
-def _moves_batch(module: nn.Module) -> bool:
+def moves_batch(module: nn.Module) -> bool:
     """Whether a reshape touches the first dimension, which is the batch."""
     return (type(module) is nn.Flatten and module.start_dim == 0) or (type(module) is nn.Unflatten and module.dim == 0)

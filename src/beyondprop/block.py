@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.stage import Pullback, Stage, add_to_gradient
+from beyondprop.stage import Pullback, Stage, add_to_gradient, check_normalized
 
 
 class BlockStage(Stage):
@@ -46,11 +46,7 @@ class BlockStage(Stage):
             UnsupportedModelError: if the stage overwrites its input, mixes samples, or returns no tensor of the batch.
             ValueError: if one sample is to be normalised over the batch.
         """
-        if z.shape[0] == 1 and any(m.training for m in self.norms):
-            raise ValueError(
-                f"Stage {self.name!r} normalises over the batch in training mode, and the batch has 1 sample: "
-                "2 or more are needed, or model.eval()."
-            )
+        check_normalized(self.name, self.norms, z)
         state = _random_state(z.device) if self.is_stochastic else None
         pullback = BlockPullback(self, z, push, state)
         if not self._is_checked and z.shape[0] > 1 and z.is_floating_point():

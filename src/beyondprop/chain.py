@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from beyondprop.affine import AffinePullback, AffineStage
+from beyondprop.affine import AffineStage
 from beyondprop.block import BlockStage
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.pipeline import PipelineStage
 from beyondprop.stage import Pullback, Stage
 
 Cuts = str | Sequence[str] | Sequence[nn.Module]
@@ -61,7 +62,7 @@ class Trace:
     @property
     def is_closed_form(self) -> bool:
         """Whether every recorded stage has closed forms."""
-        return all(isinstance(p, AffinePullback) for p in self.pullbacks[self.lowest :])
+        return all(p is not None and p.is_closed_form for p in self.pullbacks[self.lowest :])
 
 
 class Chain:
@@ -200,7 +201,8 @@ class Chain:
 def _stage(run: list[Named]) -> Stage:
     carrier = next((name for name, m in reversed(run) if isinstance(m, _AFFINE)), None)
     name = carrier or next(n for n, m in reversed(run) if any(True for _ in m.parameters()))
-    kind = AffineStage if AffineStage.fits([m for _, m in run]) else BlockStage
+    modules = [m for _, m in run]
+    kind = next((k for k in (AffineStage, PipelineStage) if k.fits(modules)), BlockStage)
     return kind(name, run)
 
 

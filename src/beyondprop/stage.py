@@ -41,6 +41,11 @@ class Pullback(abc.ABC):
         if name in vars(self):
             delattr(self, name)
 
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether tangents are pushed without autograd, each sample by itself."""
+        return False
+
     @abc.abstractmethod
     def __call__(self, cotangent: Tensor) -> Tensor:
         """Return `J^T cotangent`, shape of the input; a new tensor, the caller's to overwrite."""
@@ -106,6 +111,15 @@ class Stage(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}: {' -> '.join(type(m).__name__ for m in self.modules)})"
+
+
+def check_normalized(name: str, modules: Sequence[nn.Module], z: Tensor) -> None:
+    """Raise `ValueError` if one sample is to be normalised over the batch."""
+    if z.shape[0] == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in modules):
+        raise ValueError(
+            f"Stage {name!r} normalises over the batch in training mode, and the batch has 1 sample: 2 or more are needed, or "
+            "model.eval()."
+        )
 
 
 def add_to_gradient(parameter: nn.Parameter, value: Tensor, factor: float) -> None:
