@@ -207,13 +207,20 @@ class BlockPullback(Pullback):
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
         """See `Pullback.add_gradients`."""
-        if self._last is not None and self._last[0] is cotangent and self._version == cotangent._version:
-            found = self._last[1]
-        else:
-            found = self._gradients(cotangent.to(self._like[1].dtype), self.weights)
-        for p, g in zip(self.weights, found, strict=True):
+        for p, g in zip(self.weights, self._weight_gradients(cotangent), strict=True):
             if g is not None:
                 add_to_gradient(p, g, factor)
+
+    def take_gradients(self, cotangent: Tensor) -> list[Tensor | None]:
+        """Return the weights' gradients for a cotangent, by weight, and keep none of them."""
+        found = self._weight_gradients(cotangent)
+        self._last, self._version = (cotangent, []), -1
+        return found
+
+    def _weight_gradients(self, cotangent: Tensor) -> list[Tensor | None]:
+        if self._last is not None and self._last[0] is cotangent and self._version == cotangent._version:
+            return self._last[1]
+        return self._gradients(cotangent.to(self._like[1].dtype), self.weights)
 
     def at(self, z: Tensor) -> BlockPullback:
         """See `Pullback.at`."""

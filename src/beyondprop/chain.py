@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from beyondprop.affine import AffineStage
 from beyondprop.block import BlockStage
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.nn.recurrent import Recurrent
 from beyondprop.pipeline import PipelineStage
+from beyondprop.recurrent import RecurrentStage
 from beyondprop.stage import Pullback, Stage
 
 Cuts = str | Sequence[str] | Sequence[nn.Module]
@@ -199,10 +201,10 @@ class Chain:
 
 
 def _stage(run: list[Named]) -> Stage:
-    carrier = next((name for name, m in reversed(run) if isinstance(m, _AFFINE)), None)
+    carrier = next((name for name, m in reversed(run) if isinstance(m, (*_AFFINE, Recurrent))), None)
     name = carrier or next(n for n, m in reversed(run) if any(True for _ in m.parameters()))
     modules = [m for _, m in run]
-    kind = next((k for k in (AffineStage, PipelineStage) if k.fits(modules)), BlockStage)
+    kind = next((k for k in (AffineStage, PipelineStage, RecurrentStage) if k.fits(modules)), BlockStage)
     return kind(name, run)
 
 

@@ -33,6 +33,7 @@ from beyondprop.chain import Trace
 from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.losses import LossPoint
+from beyondprop.recurrent import RecurrentPullback
 from beyondprop.stage import Pullback
 
 CodeSolver = Callable[["CodeProblem"], Tensor]
@@ -126,6 +127,7 @@ class Codes(Credit):
         delta = loss.cotangent.neg()
         for index in range(top, trace.lowest, -1):
             stage = trace[index]
+            self._sweep_inside(stage, delta)
             problem = CodeProblem(
                 stage=stage,
                 wish=delta,
@@ -141,8 +143,21 @@ class Codes(Credit):
             wish, delta = delta, below
             del stage, problem, below  # nothing here holds the stage once the caller is done with it
             yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
+        self._sweep_inside(trace[trace.lowest], delta)
         # The lowest stage's input moves for nobody; it may be the last stage, too, when all others are frozen.
         yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+
+    def _sweep_inside(self, pullback: Pullback, wish: Tensor) -> None:
+        """Give the codes inside a recurrent stage their deltas, one for each time step."""
+        if not isinstance(pullback, RecurrentPullback):
+            return
+
+        def solve(moment: Pullback, wish: Tensor, gradient: Tensor) -> Tensor:
+            problem = CodeProblem(moment, wish, gradient, self.damping, None, self.normalize, self.mu)
+            delta = self.solver(problem)
+            return _soft_threshold(moment.input, delta, self.l1) if self.l1 else delta
+
+        pullback.sweep(wish, solve)
 
     def _line_search(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """Yield what `assign` yields with `code_solvers.line_search`, in fewer operations.
@@ -182,10 +197,12 @@ class Codes(Credit):
         total = assignments[0].delta.new_zeros(())
         for a in assignments:
             change = a.moved().output - a.pullback.output if a.input_delta is not None else torch.zeros_like(a.delta)
+            scale = assignments[0].loss.scale if assignments[0].loss is not None else 1 / len(a.delta)
             if a.loss is not None:
                 total = total + a.loss.again(a.pullback.output + change).value
-            else:
-                scale = assignments[0].loss.scale if assignments[0].loss is not None else 1 / len(a.delta)
+            if isinstance(a.pullback, RecurrentPullback):
+                total = total + 0.5 * self.mu * scale * a.pullback.violation(a.input_delta).sum()
+            elif a.loss is None:
                 total = total + 0.5 * self.mu * scale * code_solvers.square_norm(a.delta - change).sum()
         return total
 

@@ -1,0 +1,262 @@
+"""Recurrent stages: one code per time step with tied weights; with plain gradients, backpropagation through time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers import SGD, assignments, jacobian, relative
+from torch import Tensor, nn
+
+from beyondprop import AltMin, Backprop, Chain, Codes, Descent, LearningRule, Memory
+from beyondprop.block import BlockStage
+from beyondprop.credit import code_solvers
+from beyondprop.nn import ElmanCell, Recurrent
+from beyondprop.recurrent import RecurrentPullback, RecurrentStage
+
+CELLS: dict[str, Callable[[int, int], nn.Module]] = {
+    "elman": ElmanCell,
+    "elman, relu": lambda i, h: ElmanCell(i, h, nn.ReLU()),
+    "rnn": nn.RNNCell,
+    "gru": nn.GRUCell,
+    "lstm": nn.LSTMCell,
+}
+HIDDEN, STEPS = 6, 5
+
+every_cell = pytest.mark.parametrize("cell", list(CELLS))
+every_output = pytest.mark.parametrize("outputs", ["last", "all"])
+
+
+def _net(cell: str, outputs: str = "last") -> Any:
+    torch.manual_seed(0)
+    read: list[nn.Module] = [nn.Linear(HIDDEN, 4)]
+    if outputs == "all":
+        read = [nn.Linear(HIDDEN, 2), nn.Flatten(), nn.Tanh(), nn.Linear(2 * STEPS, 4)]
+    return nn.Sequential(Recurrent(CELLS[cell](3, HIDDEN), outputs), nn.Tanh(), *read).double()
+
+
+def _batch(rows: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, STEPS, 3, generator=generator, dtype=torch.float64)
+    return x, torch.randint(4, (rows,), generator=generator)
+
+
+def _train(rule: LearningRule, steps: int = 3) -> None:
+    for _ in range(steps):
+        rule.step(*_batch())
+
+
+@every_cell
+@every_output
+def test_plain_gradients_are_backpropagation_through_time(cell: str, outputs: str) -> None:
+    model = _net(cell, outputs)
+    twin = copy.deepcopy(model)
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient")
+    assert isinstance(rule.chain[0], RecurrentStage)
+    _train(rule)
+    _train(Backprop(twin, nn.CrossEntropyLoss(), SGD))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_layers_can_be_stacked_and_lie_above_other_stages() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(3 * STEPS, 3 * STEPS),
+        nn.Tanh(),
+        nn.Unflatten(1, (STEPS, 3)),
+        Recurrent(ElmanCell(3, 5), "all"),
+        nn.ReLU(),
+        Recurrent(nn.GRUCell(5, 4), "all"),
+        nn.Dropout(0.0),
+        Recurrent(nn.LSTMCell(4, 4)),
+        nn.Linear(4, 4),
+    ).double()
+    twin = copy.deepcopy(model)
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient")
+    assert [type(s).__name__ for s in rule.chain] == ["AffineStage", *["RecurrentStage"] * 3, "AffineStage"]
+    _train(rule)
+    _train(Backprop(twin, nn.CrossEntropyLoss(), SGD))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@every_cell
+@every_output
+def test_pullback_push_and_the_stage_itself_agree_with_autograd(cell: str, outputs: str) -> None:
+    model = _net(cell, outputs)
+    stage = Chain(model)[0]
+    z = _batch()[0]
+    leaf = z.clone().requires_grad_()
+    output = model[0](leaf)
+    v, w, u = torch.randn_like(output), torch.randn_like(output), torch.randn_like(z)
+    pulled, *gradients = torch.autograd.grad(output, [leaf, *stage.parameters], v, retain_graph=True)
+    (other,) = torch.autograd.grad(output, leaf, w)
+    with torch.no_grad():
+        pullback = stage.record(z, push=True)
+        assert relative(pullback.output, output) < 1e-12
+        assert relative(pullback(v), pulled) < 1e-12
+        assert relative(pullback(w), other) < 1e-12
+        pullback.add_gradients(v, -0.5)
+        v.mul_(2.0)
+        pullback.add_gradients(v, 0.75)
+        slope = (model[0](z + 1e-6 * u) - model[0](z - 1e-6 * u)) / 2e-6
+        assert relative(pullback.push(u), slope) < 1e-7
+        assert relative(pullback.at(z + u).output, model[0](z + u)) < 1e-12
+    for p, g in zip(stage.parameters, gradients, strict=True):
+        assert p.grad is not None
+        assert relative(p.grad, g) < 1e-11
+
+
+def _literal(model: nn.Sequential, x: Tensor, y: Tensor, damping: float, mu: float, normalize: bool) -> list[Tensor]:
+    """Line search through time for an Elman net that shows its last state, with every Jacobian written out."""
+    cell: Any = model[0].cell
+    states = [x.new_zeros(len(x), HIDDEN)]
+    for t in range(STEPS):
+        states.append(cell(x[:, t], states[-1]).detach())
+    read = model[1:]
+    p = torch.softmax(read(states[-1]).detach(), 1)
+    wish = nn.functional.one_hot(y, 4) - p
+    deltas: list[Tensor] = []
+    for t in range(STEPS, 0, -1):
+        top = t == STEPS
+        if top:
+            j = jacobian(read, states[t])
+        else:
+            slope = 1 - torch.tanh(states[t]) ** 2 if isinstance(cell.activation, nn.Tanh) else (states[t] > 0).double()
+            j = cell.weight_hh.detach() * slope.unsqueeze(1)
+        g = (j.mT @ wish.unsqueeze(-1)).squeeze(-1)
+        image = (j @ g.unsqueeze(-1)).squeeze(-1)
+        curvature = (image**2).sum(1)
+        if top:
+            curvature = (p * image**2).sum(1) - (p * image).sum(1) ** 2
+        factor = (g**2).sum(1) / ((mu if top else damping) * (g**2).sum(1) + curvature)
+        wish = g * (factor / factor.mean() if normalize else factor).unsqueeze(1)
+        deltas.append(wish)
+    return deltas[::-1]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("cell", ["elman", "elman, relu"])
+def test_the_sweep_through_time_is_the_literal_one(cell: str, normalize: bool) -> None:
+    model, (x, y) = _net(cell), _batch()
+    found = assignments(model, nn.CrossEntropyLoss(), Codes(damping=0.7, mu=1.3, normalize=normalize), x, y)
+    pullback = found[-1].pullback
+    assert isinstance(pullback, RecurrentPullback)
+    expected = _literal(model, x, y, 0.7, 1.3, normalize)
+    deltas = pullback.sweep(found[-1].delta)  # by the same solver
+    for delta, literal in zip(deltas, expected, strict=True):
+        torch.testing.assert_close(delta, literal.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_state_that_is_shown_hears_the_output_and_the_next_state() -> None:
+    # One unit, one input: everything by hand. c2 = w x2 + u tanh(c1) + b; both are shown.
+    model: Any = nn.Sequential(Recurrent(ElmanCell(1, 1), "all"), nn.Flatten(), nn.Linear(2, 1)).double()
+    x, y = torch.randn(4, 2, 1, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+    credit = Codes(damping=0.4, normalize=False)
+    recurrent = assignments(model, nn.MSELoss(), credit, x, y)[-1]
+    pullback: Any = recurrent.pullback
+    wish = recurrent.delta
+    first, second = pullback.sweep(wish)
+    torch.testing.assert_close(second, wish[:, 1])
+    slope = model[0].cell.weight_hh.detach() * (1 - torch.tanh(pullback.states[1]) ** 2)
+    g = wish[:, 0] + slope * second
+    factor = g**2 / (0.4 * g**2 + (slope * g) ** 2 + g**2)
+    torch.testing.assert_close(first, factor * g)
+
+
+@every_cell
+@every_output
+@pytest.mark.parametrize("solver", ["line_search", "cg", "exact", "momentum"])
+def test_codes_lower_the_relaxed_objective(cell: str, outputs: str, solver: str) -> None:
+    x, y = _batch()
+    chosen: Any = code_solvers.momentum(3, 0.1, features_mean=False) if solver == "momentum" else solver
+    rule = AltMin(_net(cell, outputs), nn.CrossEntropyLoss(), SGD, code_solver=chosen, normalize=False, mu=4.0)
+    result = rule.step(x, y, diagnostics=True)
+    assert result.energy is not None
+    assert float(result.energy) < float(result.loss) - 1e-4
+
+
+@every_output
+def test_closed_forms_and_autograd_give_the_same_step(outputs: str) -> None:
+    closed = _net("elman", outputs)
+    hooked = copy.deepcopy(closed)
+    hooked[0].cell.register_forward_hook(lambda *_: None)  # a cell with hooks is left to autograd
+    for model in (closed, hooked):
+        _train(AltMin(model, nn.CrossEntropyLoss(), SGD))
+    for p, q in zip(closed.parameters(), hooked.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver", ["line_search", "gradient"])
+def test_the_published_order_and_local_steps_serve_recurrent_stages(solver: str) -> None:
+    choices: list[dict[str, Any]] = [
+        {"weight_solver": SGD, "weight_inputs": "new"},
+        {"weight_solver": Descent(partial(torch.optim.SGD, lr=0.05), local_steps=3)},
+    ]
+    for settings in choices:
+        model = _net("gru")
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        rule = AltMin(model, nn.CrossEntropyLoss(), code_solver=solver, **settings)
+        losses = [float(rule.step(*_batch()).loss) for _ in range(30)]
+        assert losses[-1] < 0.8 * losses[0]
+        assert all(bool((v != start[k]).any()) for k, v in model.state_dict().items())
+
+
+def test_frozen_parameters_stay_and_the_rest_trains() -> None:
+    model = _net("elman")
+    model[0].cell.weight_hh.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    _train(AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient"))
+    _train(Backprop(twin, nn.CrossEntropyLoss(), SGD))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_a_layer_with_hooks_is_one_block() -> None:
+    model = _net("elman")
+    model[0].register_forward_hook(lambda *_: None)
+    assert isinstance(Chain(model)[0], BlockStage)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 5, 2), (4, 0, 3)])
+def test_what_is_no_sequence_for_the_cell_is_refused(shape: tuple[int, ...]) -> None:
+    model = _net("elman").float()
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD)
+    with pytest.raises(ValueError, match=r"Recurrent takes sequences \(N, T, 3\) with T >= 1, got shape"):
+        rule.step(torch.zeros(shape), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="Recurrent takes sequences"):
+        model(torch.zeros(shape))
+
+
+def test_bad_arguments_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="activation must be an elementwise module with a closed form"):
+        ElmanCell(3, 4, nn.Softmax(1))
+    with pytest.raises(ValueError, match="hidden_size must be an integer >= 1, got 0"):
+        ElmanCell(3, 0)
+    with pytest.raises(
+        TypeError, match=r"cell must be a module with the attribute input_size, such as nn.GRUCell, got Linear"
+    ):
+        Recurrent(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="outputs must be one of"):
+        Recurrent(nn.GRUCell(3, 4), "first")
+
+
+def test_beside_a_memory_a_recurrent_stage_trains_by_the_rest_optimizer() -> None:
+    model = _net("gru")
+    rule = AltMin(model, nn.CrossEntropyLoss(), Memory(rest=SGD))
+    assert [len(o.param_groups[0]["params"]) for o in rule.optimizers] == [2, 4]
+    losses = [float(rule.step(*_batch()).loss) for _ in range(40)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_identity_start_is_the_published_one() -> None:
+    cell = ElmanCell(2, 5, nn.ReLU(), identity=True)
+    assert torch.equal(cell.weight_hh, torch.eye(5))
+    assert not cell.bias.any()
+    assert float(cell.weight_ih.abs().max()) < 0.01
