@@ -1,4 +1,4 @@
-"""The command line: `beyondprop compare`, `beyondprop report`, `beyondprop list`.
+"""The command line: `beyondprop compare`, `report`, `list`, `reproduce` and `ledger`.
 
 Whatever imports torch is imported when a command runs: help is there at once.
 """
@@ -190,6 +190,71 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run a published experiment again, and show published and measured side by side."""
+
+    recipe: Positional[tuple[str, ...]] = ()
+    """Recipes by id; without one, they are listed."""
+    quick: Flag = False
+    """The short version: it shows that all works; its numbers are no reproduction."""
+    out: Annotated[Path, arg(metavar="DIR", help_behavior_hint="")] = Path("runs/reproduce")
+    """Where each recipe has its directory; one that was stopped goes on from what is there."""
+    record: Folder = None
+    """Copy the results to this directory, as the ledger wants them."""
+    json: Flag = False
+    """Print the results as JSON; progress goes to the error stream."""
+    quiet: Flag = False
+    """No progress."""
+    debug: Flag = False
+    """Show where an error comes from."""
+
+    def run(self) -> int:
+        """Do it; return the exit code."""
+        from rich.console import Console
+
+        from beyondprop import _reproduction
+
+        console = Console(stderr=self.json)
+        if not self.recipe:
+            _reproduction.show_recipes(Console())
+            return 0
+        with _usage():
+            chosen = _reproduction.chosen(self.recipe)
+        results = []
+        for name, recipe in chosen:
+            result, page = _reproduction.reproduce(
+                name, recipe, self.out, quick=self.quick, record=self.record, console=console, quiet=self.quiet
+            )
+            results.append(json.loads(page.read_text(encoding="utf-8")))
+            _reproduction.show(result, recipe, page, console)
+        if self.json:
+            _write_json(results)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Write the table of published and measured numbers from recorded results."""
+
+    recorded: Annotated[Path, arg(metavar="DIR", help_behavior_hint="")] = Path("reproduction")
+    """Where the results are."""
+    output: Annotated[Path, arg(metavar="FILE", help_behavior_hint="")] = Path("docs/reproduction.md")
+    """The Markdown file."""
+    debug: Flag = False
+    """Show where an error comes from."""
+
+    def run(self) -> int:
+        """Do it; return the exit code."""
+        from beyondprop._files import write_atomically
+        from beyondprop.recipes._ledger import ledger
+
+        with _usage():
+            text = ledger(self.recorded)
+        sys.stdout.write(f"{write_atomically(self.output, text.encode())}\n")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class List:
     """Show the rules, networks and data sets that there are."""
 
@@ -221,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Annotated[Compare, subcommand("compare")]
         | Annotated[Report, subcommand("report")]
         | Annotated[List, subcommand("list")]
+        | Annotated[Reproduce, subcommand("reproduce")]
+        | Annotated[Ledger, subcommand("ledger")]
     )
     try:
         command: Any = tyro.cli(
