@@ -1,4 +1,4 @@
-"""Networks by name, as the command line takes them: `mlp:100x2`, `mlp:100x2:tanh:bn`, `lenet5`, `conv:32x4`, `resnet20`."""
+"""Networks by name, as the command line takes them: `mlp:100x2:tanh:bn`, `lenet5`, `conv:32x4`, `rnn:15`, `resnet20`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beyondprop.nn.recurrent import ElmanCell, Recurrent
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -16,6 +18,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "gelu": nn.GELU,
 }
+
+_CELLS: dict[str, Callable[[int, int], nn.Module]] = {"elman": ElmanCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
 _GAINS: dict[type[nn.Module], float] = {
     nn.ReLU: math.sqrt(2),
@@ -30,6 +34,9 @@ FORMS: dict[str, str] = {
     "mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]": "fully connected, DEPTH hidden layers of WIDTH units",
     "lenet5": "LeNet-5 with ReLU: 6-16 channels of 5x5, 2x2 max-pooling, 120-84 units",
     "conv:WIDTHxDEPTH[:ACTIVATION][:bn]": "DEPTH 3x3 convolutions from WIDTH channels, pooling and doubling every second one",
+    "rnn:WIDTH[:ACTIVATION][:pixels|rows][:elman|gru|lstm]": (
+        "WIDTH recurrent units over an image, by pixels (one output a step, all read at the end) or by rows (the last state)"
+    ),
     "resnetDEPTH": "residual net of He et al. (2016) for small images, DEPTH = 6 n + 2 layers such as resnet20",
 }
 """What `build` accepts, for help texts."""
@@ -51,6 +58,8 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
         return _mlp(spec, parts, input_shape, num_classes)
     if kind == "conv" and parts:
         return _conv(spec, parts, input_shape, num_classes)
+    if kind == "rnn" and parts:
+        return _rnn(spec, parts, input_shape, num_classes)
     if spec == "lenet5":
         return _lenet5(input_shape, num_classes)
     if spec.startswith("resnet"):
@@ -114,6 +123,37 @@ def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
         nn.Linear(84, num_classes),
     )
     return _initialise(model)
+
+
+def _rnn(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    width, *options = parts
+    if not (width.isdigit() and int(width) > 0):
+        raise ValueError(f"{spec!r}: {width!r} must be the number of units, >= 1, such as 15.")
+    channels, height, breadth = _image(spec, input_shape)
+    if channels != 1:
+        raise ValueError(f"{spec!r} reads grey images as sequences, got {channels} channels; use a conv or resnet.")
+    activation: Callable[[], nn.Module] = nn.Tanh
+    order, cell = "pixels", "elman"
+    for option in options:
+        if option in ACTIVATIONS:
+            activation = ACTIVATIONS[option]
+        elif option in ("pixels", "rows"):
+            order = option
+        elif option in _CELLS:
+            cell = option
+        else:
+            accepted = ", ".join([*ACTIVATIONS, "pixels", "rows", *_CELLS])
+            raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {accepted}.")
+    steps, size = (height * breadth, 1) if order == "pixels" else (height, breadth)
+    units = int(width)
+    unit = ElmanCell(size, units, activation()) if cell == "elman" else _CELLS[cell](size, units)
+    head = [activation()] if cell == "elman" else []  # an Elman cell's state is its pre-activation
+    layout: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (steps, size))]
+    if order == "rows":
+        return nn.Sequential(*layout, Recurrent(unit), *head, nn.Linear(units, num_classes))
+    read = [nn.Linear(units, 1), nn.Flatten(), nn.ReLU(), nn.Linear(steps, num_classes)]
+    nn.init.constant_(read[0].bias, 0.5)  # one output unit, seen through a ReLU: at 0, every third net starts dead
+    return nn.Sequential(*layout, Recurrent(unit, "all"), *head, *read)
 
 
 class BasicBlock(nn.Module):
