@@ -1,0 +1,79 @@
+"""The first epoch, batch by batch: whether alternating minimization learns faster at first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from beyondprop.recipes._base import Context, Recipe, Row
+from beyondprop.recipes._compared import compared, figure, summary
+from beyondprop.report._run import Run, number
+from beyondprop.settings import Settings
+
+BATCHES = (5, 10, 20, 50, 100)
+PUBLISHED = {  # LeNet-5, batch 128: accuracy in % after so many batches
+    "adam": {5: "33.6", 10: "55.1", 20: "74.9", 50: "88.5", 100: "93.6"},
+    "am-adam": {5: "24.1", 10: "44.8", 20: "61.3", 50: "82.6", 100: "90.6"},
+}
+RULES = ("am-adam", "am-paper-lenet", "adam")
+
+
+def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
+    """Train for the share of an epoch that 100 batches are, LeNet-5 and a fully connected net."""
+    quick, rows, settings, runs = context.quick, [], {}, []
+    for net, rules in (("lenet5", RULES), ("mlp:100x2", (RULES[0], "am-mem", RULES[2]))):
+        run = compared(
+            context,
+            net.replace(":", "-"),
+            Settings(
+                data="mnist",
+                net=net,
+                rules=rules,
+                epochs=(20 if quick else 100) / 469,
+                batch_size=128,
+                seeds=(0,) if quick else tuple(range(5)),
+                evaluate_every=5,
+                schedule="constant",
+                alignment=False,
+                tune=not quick,
+            ),
+        )
+        titles = {rule.name: rule.title for rule in run.rules}
+        for name in rules:
+            known = PUBLISHED.get(name, {}) if net == "lenet5" else {}
+            rows += [
+                Row(
+                    f"{net}, {titles[name]}, after {count} batches",
+                    after(run, name, count),
+                    "%",
+                    known.get(count, ""),
+                    digits=1,
+                )
+                for count in BATCHES[: 3 if quick else None]
+            ]
+        settings[net] = summary(run)
+        runs.append(run)
+    figure(runs, context.out / "figure.png")
+    return rows, settings
+
+
+def after(run: Run, rule: str, batches: int) -> tuple[float, ...]:
+    """Return the test accuracy of every seed after so many batches, in percent."""
+    found = []
+    for seed in run.config["seeds"]:
+        values = [number(row, "test_accuracy") for row in run.of("eval", rule, seed) if row["step"] == batches]
+        found.append(100 * values[0] if values else float("nan"))
+    return tuple(found)
+
+
+RECIPE = Recipe(
+    title="The first hundred batches on MNIST",
+    source='Choromanska et al., ICML 2019, arXiv 1806.09077: "learns faster initially"; numbers from the authors\' logs',
+    about=(
+        "Batch 128, constant learning rates, chosen by validation accuracy after the same 100 batches, five seeds. Published: "
+        "accuracy of the mini-batch itself; here: of the 10,000 test images."
+    ),
+    measure=measure,
+    minutes=15,
+    needs=("mnist",),
+)
