@@ -57,8 +57,8 @@ RECIPE = Recipe(
     source="Choromanska et al., ICML 2019, arXiv 1806.09077, figure 6 (14 to 16 seeds; read off the figure)",
     about=(
         "RNN-15: 15 tanh units, one pixel a step, one output a step, a ReLU on the 784 outputs and a linear layer, as deduced "
-        "from the figure's curves. Batch 1024; learning rates chosen on held-out training rows after half an epoch. All outputs "
-        "are read, so that it tests little memory; the net that reads rows of 28 pixels and shows its last state only does."
+        "from the figure's curves. Batch 1024; learning rates chosen on held-out training rows after half an epoch. All outputs"
+        " are read, so that it tests little memory; the net that reads rows of 28 pixels and shows its last state only does."
     ),
     measure=measure,
     minutes=120,
