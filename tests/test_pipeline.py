@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from beyondprop import AltMin, Backprop, Chain
 from beyondprop.block import BlockStage
 from beyondprop.credit import code_solvers
+from beyondprop.nn import Residual, Shortcut
 from beyondprop.pipeline import PipelineStage
+
+
+def _block(channels: int, width: int, stride: int) -> list[nn.Module]:
+    branch = nn.Sequential(
+        nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1),
+    )
+    return [Residual(branch, Shortcut(stride, (width - channels) // 2), nn.ReLU())]
+
 
 PIPELINES: dict[str, tuple[tuple[int, ...], Callable[[], list[Any]]]] = {
     "conv, batch norm": ((5, 2, 6, 6), lambda: [nn.ReLU(), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)]),
@@ -43,6 +55,19 @@ PIPELINES: dict[str, tuple[tuple[int, ...], Callable[[], list[Any]]]] = {
     "two affine maps": (
         (4, 6),
         lambda: [nn.Linear(6, 5), nn.Softplus(), nn.Linear(5, 5), nn.LeakyReLU(0.1), nn.Linear(5, 2)],
+    ),
+    "residual": (
+        (4, 6),
+        lambda: [Residual(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)), after=nn.ReLU())],
+    ),
+    "residual block": ((4, 2, 6, 6), lambda: [*list(_block(2, 4, 2)), nn.Flatten()]),
+    "residual without after": (
+        (4, 3, 5, 5),
+        lambda: [nn.ReLU(), Residual(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)))],
+    ),
+    "residual with a projection": (
+        (4, 3, 5, 5),
+        lambda: [Residual(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), nn.Conv2d(3, 4, 1), nn.GELU())],
     ),
     "reshapes": (
         (4, 12),
@@ -236,6 +261,14 @@ def test_one_sample_is_not_normalised_over_the_batch() -> None:
 )
 def test_what_has_no_closed_form_is_left_to_autograd(module: nn.Module) -> None:
     assert not PipelineStage.fits([module, nn.Linear(3, 3)])
+
+
+def test_a_residual_block_with_a_part_without_closed_form_is_left_to_autograd() -> None:
+    block = Residual(nn.Sequential(nn.Linear(3, 3), nn.Softmax(1)))
+    assert not PipelineStage.fits([block])
+    assert torch.equal(block(torch.ones(2, 3)), 1 + block.branch(torch.ones(2, 3)))
+    with pytest.raises(TypeError, match=r"branch must be an nn.Sequential, got Linear"):
+        Residual(nn.Linear(3, 3))  # type: ignore[arg-type]
 
 
 def test_a_subclass_is_left_to_autograd() -> None:

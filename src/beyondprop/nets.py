@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
+from beyondprop.nn.residual import Residual, Shortcut
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -156,32 +156,17 @@ def _rnn(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: i
     return nn.Sequential(*layout, Recurrent(unit, "all"), *head, *read)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a skip; where the shape changes, the skip subsamples and pads with zeros.
-
-    Args:
-        channels: of the input.
-        width: channels of the output, an even number more.
-        stride: of the first convolution.
-
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, figure 2 and option A.
-    """
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.stride = stride
-        self.padding = (width - channels) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(N, channels, H, W)` to `(N, width, H / stride, W / stride)`."""
-        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        if self.stride > 1 or self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(x + inner)
+def _basic_block(channels: int, width: int, stride: int) -> Residual:
+    """Two 3x3 convolutions with BatchNorm and a skip without weights: He et al., CVPR 2016, figure 2 and option A."""
+    branch = nn.Sequential(
+        nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width),
+    )
+    changes = stride > 1 or width > channels
+    return Residual(branch, Shortcut(stride, (width - channels) // 2) if changes else None, nn.ReLU())
 
 
 def _resnet(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
@@ -193,7 +178,7 @@ def _resnet(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Seque
     channels = 16
     for width in (16, 32, 64):
         for i in range((int(depth) - 2) // 6):
-            layers.append(BasicBlock(channels, width, 2 if i == 0 and width > 16 else 1))
+            layers.append(_basic_block(channels, width, 2 if i == 0 and width > 16 else 1))
             channels = width
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
     for module in model.modules():

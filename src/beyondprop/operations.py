@@ -8,6 +8,7 @@ same kernel as gradients; max-pooling pushes a tangent by the indices that it ch
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from beyondprop.activations import Activation, closed_form
 from beyondprop.affine import AffinePullback, AffineStage, is_modified, moves_batch
+from beyondprop.nn.residual import Residual, Shortcut
 from beyondprop.stage import add_to_gradient
 
 _aten = torch.ops.aten
@@ -70,6 +72,47 @@ class Operation(abc.ABC):
             z: the input.
             first: what an earlier run of the same step recorded: masks are taken from it, running statistics stay as they are.
         """
+
+
+class RecordedRun(Recorded):
+    """Operations at one input, one after the other."""
+
+    def __init__(self, operations: Sequence[Operation], z: Tensor, first: RecordedRun | None = None) -> None:
+        self.recorded: list[Recorded] = []
+        for index, each in enumerate(operations):
+            self.recorded.append(each.record(z, None if first is None else first.recorded[index]))
+            z = self.recorded[-1].output
+        self.output = z
+        self._lowest = next((i for i, each in enumerate(operations) if each.has_weights), len(operations))
+        self._last: tuple[int, list[Tensor]] | None = None
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        """See `Recorded.pull`."""
+        version, below = cotangent._version, [cotangent]
+        for each in reversed(self.recorded):
+            below.append(each.pull(below[-1]))
+        gradient = below.pop()
+        self._last = version, below  # at the operations' outputs, last first
+        return gradient
+
+    def push(self, tangent: Tensor) -> Tensor:
+        """See `Recorded.push`."""
+        for each in self.recorded:
+            tangent = each.push(tangent)
+        return tangent
+
+    def add_gradients(self, cotangent: Tensor, factor: float) -> None:
+        """See `Recorded.add_gradients`; what an earlier `pull` of the same cotangent found is used."""
+        known: list[Tensor] = []
+        if self._last is not None and self._last[1][0] is cotangent and self._last[0] == cotangent._version:
+            known = self._last[1]
+        for index in reversed(range(self._lowest, len(self.recorded))):
+            each = self.recorded[index]
+            if known:
+                cotangent = known[len(self.recorded) - 1 - index]
+            each.add_gradients(cotangent, factor)
+            if not known and index > self._lowest:
+                cotangent = each.pull(cotangent)
 
 
 def operation(module: nn.Module) -> Operation | None:
@@ -317,6 +360,80 @@ class _BatchNormAt(_Norm):
         return self._backward(tangent, [True, False, False])[0]  # symmetric within a channel, and so is its scale
 
 
+class _Shortcut(Operation):
+    def record(self, z: Tensor, first: Any = None) -> Recorded:
+        del first
+        return _ShortcutAt(self.module, z)
+
+
+class _ShortcutAt(Recorded):
+    def __init__(self, module: Shortcut, z: Tensor) -> None:
+        self.module, self.shape = module, z.shape
+        self.output = module(z)
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        stride, padding = self.module.stride, self.module.padding
+        gradient = cotangent.new_zeros(self.shape)
+        gradient[:, :, ::stride, ::stride] = cotangent[:, padding : cotangent.shape[1] - padding]
+        return gradient
+
+    def push(self, tangent: Tensor) -> Tensor:
+        return self.module(tangent)
+
+
+class _Residual(Operation):
+    has_weights = True
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.branch, self.skip, self.after = (_run_of(part) for part in _parts(module))
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        return all(operation(m) is not None for part in _parts(module) for m in part)
+
+    @property
+    def couples_batch(self) -> bool:
+        return any(each.couples_batch for run in (self.branch, self.skip, self.after) for each in run)
+
+    def record(self, z: Tensor, first: Any = None) -> Recorded:
+        return _ResidualAt(self, z, first)
+
+
+class _ResidualAt(Recorded):
+    def __init__(self, residual: _Residual, z: Tensor, first: Any) -> None:
+        parts = (None, None, None) if first is None else (first.branch, first.skip, first.after)
+        self.branch = RecordedRun(residual.branch, z, parts[0])
+        self.skip = RecordedRun(residual.skip, z, parts[1])
+        self.after = RecordedRun(residual.after, self.skip.output + self.branch.output, parts[2])
+        self.output = self.after.output
+        self._inner: tuple[Tensor, int, Tensor] | None = None
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        inner = self.after.pull(cotangent)
+        self._inner = cotangent, cotangent._version, inner
+        return self.branch.pull(inner) + self.skip.pull(inner)
+
+    def push(self, tangent: Tensor) -> Tensor:
+        return self.after.push(self.branch.push(tangent) + self.skip.push(tangent))
+
+    def add_gradients(self, cotangent: Tensor, factor: float) -> None:
+        known = self._inner
+        same = known is not None and known[0] is cotangent and known[1] == cotangent._version
+        inner = known[2] if known is not None and same else self.after.pull(cotangent)
+        self.after.add_gradients(cotangent, factor)
+        self.branch.add_gradients(inner, factor)
+        self.skip.add_gradients(inner, factor)
+
+
+def _parts(module: Residual) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+    return list(module.branch), [module.skip], [module.after]
+
+
+def _run_of(modules: list[nn.Module]) -> list[Operation]:
+    return [found for m in modules if (found := operation(m)) is not None]
+
+
 class _LayerNorm(Operation):
     has_weights = True
 
@@ -361,4 +478,6 @@ _KINDS: dict[type[nn.Module], type[Operation]] = {
     nn.BatchNorm2d: _BatchNorm,
     nn.BatchNorm3d: _BatchNorm,
     nn.LayerNorm: _LayerNorm,
+    Residual: _Residual,
+    Shortcut: _Shortcut,
 }

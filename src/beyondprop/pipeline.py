@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from beyondprop.operations import AffineRecorded, Operation, Recorded, operation
+from beyondprop.operations import AffineRecorded, Operation, RecordedRun, operation
 from beyondprop.stage import Pullback, Stage, check_normalized
 
 
@@ -46,15 +46,11 @@ class PipelineStage(Stage):
 class PipelinePullback(Pullback):
     """A `PipelineStage` at one input."""
 
-    def __init__(self, stage: PipelineStage, z: Tensor, first: PipelinePullback | None = None) -> None:
+    def __init__(self, stage: PipelineStage, z: Tensor, first: RecordedRun | None = None) -> None:
         self.stage = self.pipeline = stage
         self.input = z
-        self.recorded: list[Recorded] = []
-        for index, each in enumerate(stage.operations):
-            self.recorded.append(each.record(z, None if first is None else first.recorded[index]))
-            z = self.recorded[-1].output
-        self.output = z
-        self._last: tuple[int, list[Tensor]] | None = None
+        self.run = RecordedRun(stage.operations, z, first)
+        self.output = self.run.output
 
     @property
     def is_closed_form(self) -> bool:
@@ -63,41 +59,24 @@ class PipelinePullback(Pullback):
 
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
-        version, below = cotangent._version, [cotangent]
-        for each in reversed(self.recorded):
-            below.append(each.pull(below[-1]))
-        gradient = below.pop()
-        self._last = version, below  # at the operations' outputs, last first
-        return gradient
+        return self.run.pull(cotangent)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""
         del gated
-        for each in self.recorded:
-            tangent = each.push(tangent)
-        return tangent
+        return self.run.push(tangent)
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
         """See `Pullback.add_gradients`."""
-        known: list[Tensor] = []
-        if self._last is not None and self._last[1][0] is cotangent and self._last[0] == cotangent._version:
-            known = self._last[1]
-        lowest = next(i for i, o in enumerate(self.pipeline.operations) if o.has_weights)
-        for index in reversed(range(lowest, len(self.recorded))):
-            each = self.recorded[index]
-            if known:
-                cotangent = known[len(self.recorded) - 1 - index]
-            each.add_gradients(cotangent, factor)
-            if not known and index > lowest:
-                cotangent = each.pull(cotangent)
+        self.run.add_gradients(cotangent, factor)
 
     def at(self, z: Tensor) -> PipelinePullback:
         """See `Pullback.at`."""
-        return PipelinePullback(self.pipeline, z, first=self)
+        return PipelinePullback(self.pipeline, z, self.run)
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
         """See `Pullback.relinearize`."""
-        top = self.recorded[-1]
+        top = self.run.recorded[-1]
         if isinstance(top, AffineRecorded) and sum(o.has_weights for o in self.pipeline.operations) == 1:
             return self, top.pullback.relinearize(before)[1]
         torch.clear_autocast_cache()  # it holds casts of the old weights

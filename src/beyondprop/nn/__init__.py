@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
+from beyondprop.nn.residual import Residual, Shortcut
 
-__all__ = ["ElmanCell", "Recurrent"]
+__all__ = ["ElmanCell", "Recurrent", "Residual", "Shortcut"]
