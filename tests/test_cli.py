@@ -50,13 +50,14 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert {"summary", "source", "lr", "grid"} <= set(found["rules"][0])
     assert {d["name"]: d["at_hand"] for d in found["data"]} == {
         "digits": True,
+        "higgs": False,
         "mnist": False,
         "fashion-mnist": False,
         "cifar10": False,
     }
     (tmp_path / "mnist" / "file").touch()
     main(["list", "--json"])
-    assert json.loads(capsys.readouterr().out)["data"][1]["at_hand"]
+    assert json.loads(capsys.readouterr().out)["data"][2]["at_hand"]
 
 
 def test_compare_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--rule", "amadam"], "perhaps you meant 'am-adam'"),
         (
             ["--data", "minst"],
-            "data must be one of digits, mnist, fashion-mnist, cifar10, got 'minst'; perhaps you meant 'mnist'",
+            "data must be one of digits, higgs, mnist, fashion-mnist, cifar10, got 'minst'; perhaps you meant 'mnist'",
         ),
         (["--net", "mpl:3x3"], "net must be one of mlp:WIDTHxDEPTH"),
         (["--net", "lenet5"], "lenet5 needs images of 16x16 or more"),

@@ -129,11 +129,11 @@ def test_digits_learn() -> None:
 
 
 def test_catalog() -> None:
-    assert names() == ["digits", "mnist", "fashion-mnist", "cifar10"]
+    assert names() == ["digits", "higgs", "mnist", "fashion-mnist", "cifar10"]
     for name in names():
         info = describe(name)
         assert info.name == name
-        assert len(info.classes) == 10
+        assert len(info.classes) == (2 if name == "higgs" else 10)
         assert info.home_page.startswith("http")
         assert info.description
         assert info.license
@@ -146,7 +146,9 @@ def test_catalog() -> None:
 @pytest.mark.parametrize("function", [load, describe])
 def test_an_unknown_name_lists_the_known_ones(function: object) -> None:
     assert callable(function)
-    with pytest.raises(ValueError, match="name must be one of 'digits', 'mnist', 'fashion-mnist', 'cifar10', got"):
+    with pytest.raises(
+        ValueError, match="name must be one of 'digits', 'higgs', 'mnist', 'fashion-mnist', 'cifar10', got"
+    ):
         function("MNIST")
 
 

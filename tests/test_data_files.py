@@ -283,3 +283,14 @@ def test_atomic_file_keeps_the_old_content_on_failure(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "old"
     assert _tree(tmp_path) == ["file"]
+
+
+def test_a_file_without_a_download_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BEYONDPROP_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(
+        DataUnavailableError, match=r"It has no public download. It is a sample of UCI's HIGGS set"
+    ) as found:
+        load("higgs", root=tmp_path / "data")
+    assert str(tmp_path / "data" / "higgs" / "higgs.npz") in str(found.value)
+    assert "Downloads failed" not in str(found.value)

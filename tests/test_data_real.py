@@ -13,12 +13,12 @@ from beyondprop.data import Dataset, DataUnavailableError, _cifar, describe, loa
 pytestmark = pytest.mark.data
 
 
-def _load(name: str) -> Dataset:
+def _at_hand(name: str, *, standardize: bool = True) -> Dataset:
     root = os.environ.get("BEYONDPROP_DATA")
     if not root:
         pytest.skip("BEYONDPROP_DATA is not set: it must name a folder with the real data sets")
     try:
-        data = load(name, root=root, download=False)
+        data = load(name, root=root, download=False, standardize=standardize)
     except DataUnavailableError as error:
         pytest.skip(str(error))
     info = describe(name)
@@ -28,10 +28,25 @@ def _load(name: str) -> Dataset:
     assert data.x_train.dtype == torch.float32
     assert data.x_train.is_contiguous()
     assert data.classes == info.classes
+    return data
+
+
+def _load(name: str) -> Dataset:
+    data = _at_hand(name)
     # Standardized by the training part's own moments, which are published to four digits or more.
     assert data.x_train.mean((0, 2, 3)).abs().max() < 3e-4
     assert (data.x_train.std((0, 2, 3)) - 1).abs().max() < 3e-4
     return data
+
+
+def test_higgs() -> None:
+    data, raw = _at_hand("higgs"), _at_hand("higgs", standardize=False)
+    assert data.classes[1] == "signal"
+    assert abs(float(torch.cat([data.y_train, data.y_test]).double().mean()) - 0.530) < 1e-3
+    assert data.x_train.mean(0).abs().max() < 1e-4
+    assert (data.x_train.std(0) - 1).abs().max() < 1e-4
+    assert raw.x_train[:, 0].min() > 0  # the lepton's transverse momentum
+    torch.testing.assert_close((raw.x_test - raw.x_train.mean(0)) / raw.x_train.std(0), data.x_test)
 
 
 def test_mnist() -> None:

@@ -39,7 +39,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             forms[-1].add_row(_plain(form), _plain(text))
     sets = _table("Data (--data)", "name", "what it is", "train", "test", "input", "at hand")
     for info in found["data"]:
-        size = f"no, {info['download_bytes'] / 1e6:.0f} MB"
+        size = f"no, {info['download_bytes'] / 1e6:.0f} MB" if info["has_download"] else "no"
         sets.add_row(
             info["name"],
             info["description"],
@@ -80,6 +80,7 @@ def _about(info: data.DatasetInfo) -> dict[str, Any]:
         "num_classes": len(info.classes),
         "at_hand": data.at_hand(info.name),
         "download_bytes": info.download_bytes,
+        "has_download": info.has_download,
         "home_page": info.home_page,
         "license": info.license,
     }

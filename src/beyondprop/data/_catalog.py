@@ -33,6 +33,7 @@ class DatasetInfo:
         home_page: Where it comes from.
         license: Its license as far as its authors state one.
         download_bytes: The size of its files; 0 for one that is embedded.
+        has_download: Whether `load` can fetch it; False for a sample that is nowhere public.
     """
 
     name: str
@@ -44,6 +45,7 @@ class DatasetInfo:
     home_page: str
     license: str
     download_bytes: int
+    has_download: bool = True
 
 
 _Loader = Callable[[DatasetInfo, Source, bool], Dataset]
@@ -71,10 +73,10 @@ def load(
     progress: Progress | None = None,
     standardize: bool = True,
 ) -> Dataset:
-    """Load a data set: images `(N, channels, height, width)` in float32, labels `(N,)` in int64, on the CPU.
+    """Load a data set: images `(N, channels, height, width)`, or rows, in float32, labels `(N,)` in int64, on the CPU.
 
     Pixels are divided by their largest value; all sets but `digits` are then standardized by the mean and
-    standard deviation of their training pixels, CIFAR-10 channel by channel.
+    standard deviation of their training pixels, CIFAR-10 channel by channel, HIGGS feature by feature.
 
     Args:
         name: One of `names()`.
@@ -189,6 +191,27 @@ def _standardized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequenc
     return x
 
 
+_HIGGS = DataFile(
+    "higgs",
+    "higgs.npz",
+    "be478eefad5d51eca8a11ca1cccd6af8cd79811f450c3f12614b85d97a4d9ecc",
+    (),
+    "It is a sample of UCI's HIGGS set with the arrays x_head, x_train, x_valid and their labels y_head, y_train, y_valid.",
+)
+
+
+def _higgs(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
+    with np.load(source.obtain(_HIGGS)) as file:
+        # The head of the full file is rounded to 3 digits: it comes last.
+        x_train = torch.from_numpy(np.concatenate([file["x_train"], file["x_head"]]))
+        y_train = torch.from_numpy(np.concatenate([file["y_train"], file["y_head"]])).long()
+        x_test, y_test = torch.from_numpy(file["x_valid"]), torch.from_numpy(file["y_valid"]).long()
+    if standardize:
+        mean, std = x_train.mean(0), x_train.std(0)
+        x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
+    return Dataset(info.name, x_train, y_train, x_test, y_test, info.classes)
+
+
 _TEN_DIGITS = tuple("0123456789")
 
 _CATALOG: dict[str, tuple[DatasetInfo, _Loader]] = {
@@ -207,6 +230,21 @@ _CATALOG: dict[str, tuple[DatasetInfo, _Loader]] = {
                 download_bytes=0,
             ),
             _digits,
+        ),
+        (
+            DatasetInfo(
+                name="higgs",
+                description="A sample of HIGGS: 20,971 of 11 million simulated particle collisions",
+                train_size=18000,
+                test_size=2971,
+                input_shape=(28,),
+                classes=("background", "signal"),
+                home_page="https://archive.ics.uci.edu/dataset/280/higgs",
+                license="CC BY 4.0",
+                download_bytes=1_509_337,
+                has_download=False,
+            ),
+            _higgs,
         ),
         (
             DatasetInfo(

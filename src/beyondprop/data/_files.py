@@ -37,13 +37,15 @@ class DataFile:
         folder: Its folder under a data root, for example `"mnist"`.
         name: Its file name.
         sha256: The SHA-256 of its bytes, in hexadecimal.
-        urls: Where it can be downloaded, tried in this order.
+        urls: Where it can be downloaded, tried in this order; empty where it is nowhere.
+        hint: Where such a file comes from, for files without a download.
     """
 
     folder: str
     name: str
     sha256: str
     urls: tuple[str, ...]
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,13 @@ class Source:
                     return target
         looked = [str(path) for path in candidates] + ([also] if also else [])
         tried = "Downloads failed" if self.download else "Downloading is switched off (download=False)"
+        source = f"Get it from {file.urls[0]}" if file.urls else f"It has no public download. {file.hint} Get it"
         raise DataUnavailableError(
             f"{file.folder}/{file.name} was not found. Looked for:"
             + "".join(f"\n  {line}" for line in looked)
-            + f"\n{tried}{':' if failures else '.'}"
+            + (f"\n{tried}{':' if failures else '.'}" if file.urls else "")
             + "".join(f"\n  {line}" for line in failures)
-            + f"\nGet it from {file.urls[0]} and put it at {target}, or set BEYONDPROP_DATA to a folder that "
+            + f"\n{source} and put it at {target}, or set BEYONDPROP_DATA to a folder that "
             f"has {file.folder}/{file.name}."
         )
 
