@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch.nn.functional as F
 from torch import nn
 
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.nn.residual import Residual, Shortcut
+from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -37,6 +39,7 @@ FORMS: dict[str, str] = {
     "rnn:WIDTH[:ACTIVATION][:pixels|rows][:elman|gru|lstm]": (
         "WIDTH recurrent units over an image, by pixels (one output a step, all read at the end) or by rows (the last state)"
     ),
+    "transformer:WIDTHxDEPTH[:patch=SIZE]": "image transformer, DEPTH encoder blocks of WIDTH features on patches, averaged",
     "resnetDEPTH": "residual net of He et al. (2016) for small images, DEPTH = 6 n + 2 layers such as resnet20",
 }
 """What `build` accepts, for help texts."""
@@ -58,6 +61,8 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
         return _mlp(spec, parts, input_shape, num_classes)
     if kind == "conv" and parts:
         return _conv(spec, parts, input_shape, num_classes)
+    if kind == "transformer" and parts:
+        return _transformer(spec, parts, input_shape, num_classes)
     if kind == "rnn" and parts:
         return _rnn(spec, parts, input_shape, num_classes)
     if spec == "lenet5":
@@ -156,6 +161,35 @@ def _rnn(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: i
     return nn.Sequential(*layout, Recurrent(unit, "all"), *head, *read)
 
 
+def _transformer(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    width, depth = _size(spec, parts[0])
+    channels, height, breadth = _image(spec, input_shape)
+    side = 4
+    for option in parts[1:]:
+        value = option.removeprefix("patch=")
+        if value == option or not value.isdigit() or not 1 <= int(value) <= min(height, breadth):
+            raise ValueError(
+                f"{spec!r}: accepted is patch=SIZE with 1 <= SIZE <= {min(height, breadth)}, got {option!r}."
+            )
+        side = int(value)
+    heads = max(1, width // 32)
+    if width % heads:
+        raise ValueError(f"{spec!r}: the width must be a multiple of its {heads} heads of 32 features, got {width}.")
+    blocks = [
+        nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+        for _ in range(depth)
+    ]
+    return nn.Sequential(
+        Patches(side),
+        nn.Linear(channels * side * side, width),
+        Positions((height // side) * (breadth // side), width),
+        *blocks,
+        nn.LayerNorm(width),
+        MeanOverPositions(),
+        nn.Linear(width, num_classes),
+    )
+
+
 def _basic_block(channels: int, width: int, stride: int) -> Residual:
     """Two 3x3 convolutions with BatchNorm and a skip without weights: He et al., CVPR 2016, figure 2 and option A."""
     branch = nn.Sequential(
@@ -210,11 +244,16 @@ def _image(spec: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, breadth
 
 
-def _options(spec: str, parts: list[str]) -> tuple[int, int, Callable[[], nn.Module], bool, float]:
-    size, *options = parts
+def _size(spec: str, size: str) -> tuple[int, int]:
     width, _, depth = size.partition("x")
     if not (width.isdigit() and depth.isdigit() and int(width) > 0 and int(depth) > 0):
         raise ValueError(f"{spec!r}: {size!r} must be WIDTHxDEPTH with both >= 1, such as 100x2.")
+    return int(width), int(depth)
+
+
+def _options(spec: str, parts: list[str]) -> tuple[int, int, Callable[[], nn.Module], bool, float]:
+    size, *options = parts
+    width, depth = _size(spec, size)
     activation: Callable[[], nn.Module] = nn.ReLU
     norm, dropout = False, 0.0
     for option in options:
@@ -226,7 +265,7 @@ def _options(spec: str, parts: list[str]) -> tuple[int, int, Callable[[], nn.Mod
             dropout = _probability(spec, option.removeprefix("dropout="))
         else:
             raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {', '.join(ACTIVATIONS)}, bn, dropout=P.")
-    return int(width), int(depth), activation, norm, dropout
+    return width, depth, activation, norm, dropout
 
 
 def _probability(spec: str, text: str) -> float:

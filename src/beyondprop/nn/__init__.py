@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.nn.residual import Residual, Shortcut
+from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
-__all__ = ["ElmanCell", "Recurrent", "Residual", "Shortcut"]
+__all__ = ["ElmanCell", "MeanOverPositions", "Patches", "Positions", "Recurrent", "Residual", "Shortcut"]

@@ -1,0 +1,61 @@
+"""The parts of an image transformer that torch has no modules for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beyondprop import _checks
+
+
+class Patches(nn.Module):
+    """Cut images into square patches: `(N, C, H, W)` to `(N, patches, C * size * size)`; what does not fill one is left out.
+
+    Args:
+        size: pixels of a side, >= 1.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = _checks.at_least("size", size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to rows of patches."""
+        return F.unfold(x, self.size, stride=self.size).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        """Return the size, for the module's representation."""
+        return f"{self.size}"
+
+
+class Positions(nn.Module):
+    """Add a learned vector to every position: `(N, count, width)` to the same shape.
+
+    Args:
+        count: positions.
+        width: features.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the vectors."""
+        return x + self.weight
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for the module's representation."""
+        return "{}, {}".format(*self.weight.shape)
+
+
+class MeanOverPositions(nn.Module):
+    """Average over positions: `(N, count, width)` to `(N, width)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average."""
+        return x.mean(1)

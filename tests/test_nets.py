@@ -1,0 +1,86 @@
+"""Networks by name: recurrent nets, transformers and residual nets under local rules, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import SGD
+from torch import Tensor, nn
+
+from beyondprop import AltMin, Backprop, nets
+from beyondprop.block import BlockStage
+from beyondprop.pipeline import PipelineStage
+from beyondprop.recurrent import RecurrentStage
+
+NETS = {
+    "rnn:5": [RecurrentStage, "AffineStage", "AffineStage"],
+    "rnn:6:relu:rows": [RecurrentStage, "AffineStage"],
+    "rnn:6:rows:gru": [RecurrentStage, "AffineStage"],
+    "rnn:4:lstm:pixels": [RecurrentStage, "AffineStage", "AffineStage"],
+    "transformer:32x2:patch=4": ["BlockStage", BlockStage, BlockStage, BlockStage, "BlockStage"],
+    "resnet8": [PipelineStage] * 5,
+    "lenet5": [*["AffineStage"] * 1, PipelineStage, PipelineStage, "AffineStage", "AffineStage"],
+}
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 1, 16, 16, generator=generator, dtype=torch.float64), torch.arange(6) % 4
+
+
+@pytest.mark.parametrize("spec", list(NETS))
+def test_the_gradient_limit_is_backpropagation(spec: str) -> None:
+    torch.manual_seed(0)
+    model = nets.build(spec, (1, 16, 16), 4).double()
+    twin = copy.deepcopy(model)
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient")
+    kinds = [kind if isinstance(kind, str) else kind.__name__ for kind in NETS[spec]]
+    assert [type(stage).__name__ for stage in rule.chain] == kinds
+    plain = Backprop(twin, nn.CrossEntropyLoss(), SGD)
+    for _ in range(2):
+        rule.step(*_batch())
+        plain.step(*_batch())
+    for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", list(NETS))
+def test_every_stage_moves_under_line_search(spec: str) -> None:
+    torch.manual_seed(0)
+    model = nets.build(spec, (1, 16, 16), 4).double()
+    before = copy.deepcopy(model.state_dict())
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD)
+    losses = [float(rule.step(*_batch()).loss) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    for name, parameters in rule.stage_parameters().items():
+        names = [n for n, p in model.named_parameters() if any(p is q for q in parameters)]
+        assert any(bool((model.state_dict()[n] != before[n]).any()) for n in names), name
+
+
+def test_a_resnets_blocks_are_those_of_the_paper() -> None:
+    model = nets.build("resnet20", (3, 32, 32), 10)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 19
+    assert sum(p.numel() for p in model.parameters()) == 269_722  # He et al.: 0.27 million
+    shapes = [model[: i + 1](torch.zeros(2, 3, 32, 32)).shape[1:] for i in (2, 5, 6, 8, 9, 11)]
+    assert [tuple(s) for s in shapes] == [(16, 32, 32)] * 2 + [(32, 16, 16)] * 2 + [(64, 8, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "message"),
+    [
+        ("rnn:0", (1, 8, 8), "'0' must be the number of units"),
+        ("rnn:5:columns", (1, 8, 8), "unknown option 'columns'; accepted: relu"),
+        ("rnn:5", (3, 8, 8), "reads grey images as sequences, got 3 channels"),
+        ("rnn:5", (28,), "takes images"),
+        ("transformer:64", (1, 8, 8), "'64' must be WIDTHxDEPTH"),
+        ("transformer:64x2:patch=9", (1, 8, 8), r"accepted is patch=SIZE with 1 <= SIZE <= 8, got 'patch=9'"),
+        ("transformer:65x2", (1, 8, 8), "the width must be a multiple of its 2 heads of 32 features, got 65"),
+        ("resnet21", (3, 32, 32), "the depth must be 6 n"),
+    ],
+)
+def test_what_is_no_net_is_refused(spec: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nets.build(spec, shape, 10)
