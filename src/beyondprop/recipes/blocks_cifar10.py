@@ -56,7 +56,7 @@ RECIPE = Recipe(
     title="Modern nets on CIFAR-10, blocks as stages",
     source="no published number: alternating minimization was published on LeNet-5 and smaller nets",
     about=(
-        "Batch 128, no augmentation, linear decay; learning rates chosen on 8,333 held-out training rows after half an epoch. A "
+        "Batch 128, no augmentation, linear decay; learning rates chosen on held-out training rows after half an epoch. A "
         "residual or attention block is one stage with one code at its output."
     ),
     measure=measure,
