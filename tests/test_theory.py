@@ -30,6 +30,21 @@ def test_the_schedule_and_the_bound_by_hand() -> None:
     assert bound.tolist() == pytest.approx([5 + 14.0, 5 / 8 + 3.5], rel=1e-15)
 
 
+@pytest.mark.parametrize(("blocks", "gamma"), [(1, 0.0), (2, 0.5), (3, 0.3), (5, 0.15)])
+def test_with_strong_curvature_the_proofs_recursion_stays_below_the_bound(blocks: int, gamma: float) -> None:
+    constants = BlockConstants(1.0, 10.0, gamma, blocks, curvature="strong")
+    coupled = gamma * (blocks - 1)
+    for initial, noise in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        error, errors = initial, [initial]
+        for eta in constants.step_size(torch.arange(3000)).tolist():
+            error = ((1 - 2 * eta + 2 * eta * coupled) * error + eta**2 * noise) / (1 - eta * coupled)
+            errors.append(error)
+        bound = constants.bound(torch.arange(3001), initial, noise)
+        assert bool((torch.tensor(errors, dtype=torch.float64) <= bound * (1 + 1e-12)).all())
+        # Not by much: the theorem's powers of t are the recursion's own.
+        assert float(bound[-1]) < 8 * errors[-1]
+
+
 def test_strong_curvature_is_lambda_and_both_agree_for_equal_constants() -> None:
     assert BlockConstants(1.0, 3.0, 0.1, 3, curvature="strong").limit == pytest.approx(1 / 3)
     t = torch.arange(5)
