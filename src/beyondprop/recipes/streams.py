@@ -65,6 +65,7 @@ _MEMORY = (0.02, 0.06, 0.2)
 CONTENDERS: Mapping[str, tuple[Build, tuple[float, ...]]] = {
     "SGD": (lambda model, loss, lr: Backprop(model, loss, partial(torch.optim.SGD, lr=lr)), _SGD),
     "Adam": (lambda model, loss, lr: Backprop(model, loss, adam(lr)), _ADAM),
+    "online EWC, strength 100": (_ewc(100.0), _ADAM),
     "online EWC, strength 1000": (_ewc(1000.0), _ADAM),
     "online EWC, strength 10000": (_ewc(10_000.0), _ADAM),
     "AM-Adam": (lambda model, loss, lr: AltMin(model, loss, adam(lr)), _ADAM),
@@ -158,7 +159,7 @@ def run(
                 return done
         found = _trial(stream, contender, lr, seed, held if tuning else dataset, batch_size, tuning=tuning)
         trials.append(found)
-        _write(file, settings, trials, [])
+        _write(file, settings, trials, _table(trials))
         if say is not None:
             what = "tuning" if tuning else f"seed {seed}"
             say(
@@ -166,14 +167,14 @@ def run(
             )
         return found
 
-    table: list[dict[str, Any]] = []
     for stream in streams:
         for contender in contenders:
             grid = CONTENDERS[contender][1][: 2 if quick else None]
             tried = {lr: trial(stream, contender, lr, TUNING_SEED, tuning=True).average_accuracy for lr in grid}
             best = max(tried, key=lambda lr: tried[lr])
-            seeds = [trial(stream, contender, best, seed, tuning=False) for seed in SEEDS[: 1 if quick else None]]
-            table.append(_summary(stream, contender, best, tried, seeds))
+            for seed in SEEDS[: 1 if quick else None]:
+                trial(stream, contender, best, seed, tuning=False)
+    table = _table(trials)
     found = _write(file, settings, trials, table)
     with drawing():
         draw(table, trials).savefig(out / "streams.png", metadata={"Software": None})
@@ -206,12 +207,26 @@ def _trial(
     )
 
 
+def _table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return a row for every contender on every stream that it has gone through, this time or before."""
+    rows = []
+    for stream in STREAMS:
+        for contender in CONTENDERS:
+            own = [trial for trial in trials if (trial.stream, trial.contender) == (stream, contender)]
+            seeds = [trial for trial in own if not trial.tuning]
+            if seeds:
+                tried = {trial.lr: trial.average_accuracy for trial in own if trial.tuning}
+                rows.append(_summary(stream, contender, seeds[0].lr, tried, seeds))
+    return rows
+
+
 def _summary(stream: str, contender: str, lr: float, tried: dict[float, float], seeds: list[Trial]) -> dict[str, Any]:
     row: dict[str, Any] = {"stream": stream, "contender": contender, "lr": lr}
     row["tuned"] = {f"{rate:g}": value for rate, value in tried.items()}
     for name in ("average_accuracy", "forgetting", "backward_transfer"):
         values = [getattr(trial, name) for trial in seeds]
         row[name] = {"mean": round(fmean(values), 5), "low": min(values), "high": max(values)}
+    row["seeds"] = len(seeds)
     row["failed"] = sum(trial.failure is not None for trial in seeds)
     return row
 
