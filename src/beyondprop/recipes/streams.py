@@ -272,12 +272,10 @@ def draw(table: Sequence[Mapping[str, Any]], trials: Sequence[Trial]) -> Figure:
     panels = figure.subplots(1, len(streams), squeeze=False)[0]
     handles: dict[str, Any] = {}
     for axes, stream in zip(panels, streams, strict=True):
-        seen: dict[str, int] = {}
         for row in (row for row in table if row["stream"] == stream):
             name, key = row["contender"], (stream, row["contender"], row["lr"])
             family = name.partition(",")[0]
-            line = _LINES[seen.setdefault(family, 0) % len(_LINES)]
-            seen[family] += 1
+            line = _LINES[[n for n in CONTENDERS if n.partition(",")[0] == family].index(name) % len(_LINES)]
             curves = [
                 [100 * fmean(after[: i + 1]) for i, after in enumerate(trial.accuracy)]
                 for trial in trials
