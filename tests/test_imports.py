@@ -29,6 +29,7 @@ FLOORS = (
         "recurrent",
         "chain",
         "losses",
+        "theory",
     },
     {"credit", "solvers", "watchdog"},
     {"rules", "optim", "diagnostics"},

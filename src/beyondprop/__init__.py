@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from beyondprop.rules.altmin import AltMin
     from beyondprop.rules.backprop import Backprop
     from beyondprop.rules.base import LearningRule, StepResult
+    from beyondprop.rules.ewc import OnlineEWC
     from beyondprop.rules.local import LocalRule
     from beyondprop.solvers.base import Solver
     from beyondprop.solvers.descent import Descent
@@ -43,6 +44,7 @@ _HOMES = {
     "beyondprop.rules.altmin": ("AltMin",),
     "beyondprop.rules.backprop": ("Backprop",),
     "beyondprop.rules.base": ("LearningRule", "StepResult"),
+    "beyondprop.rules.ewc": ("OnlineEWC",),
     "beyondprop.rules.local": ("LocalRule",),
     "beyondprop.solvers.base": ("Solver",),
     "beyondprop.solvers.descent": ("Descent",),
@@ -69,6 +71,7 @@ __all__ = [
     "LocoProp",
     "Memory",
     "NonFiniteError",
+    "OnlineEWC",
     "Pullback",
     "RuleSpec",
     "Solver",

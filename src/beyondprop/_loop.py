@@ -71,6 +71,8 @@ class Loop:
     rule: LearningRule
     data: Data
     epochs: float
+    stop: float | None
+    after: History | None
     batch_size: int
     seed: int
     schedule: str
@@ -92,15 +94,22 @@ class Loop:
             _checks.at_least("early_stop", self.early_stop, 1)
         _checks.batch(self.data.x_train, self.data.y_train)
         _checks.batch(self.data.x_test, self.data.y_test)
-        self.steps_per_epoch, self.rows_per_epoch = _epoch_of(self.rule.model, len(self.data.x_train), self.batch_size)
+        self.steps_per_epoch, self.rows_per_epoch = epoch_of(self.rule.model, len(self.data.x_train), self.batch_size)
         self.steps = max(1, round(self.epochs * self.steps_per_epoch))
         every = self.steps_per_epoch if self.evaluate_every is None else self.evaluate_every
         self.every = _checks.at_least("evaluate_every", every, 1)
-        self.schedulers = schedules.attach(self.rule.optimizers, self.schedule, self.steps, self.steps_per_epoch)
+        self.first, self.seconds, self.work_before = self._handed_over()
+        self.last = self.steps if self.stop is None else stop_step(self.stop, self.steps, self.steps_per_epoch)
+        if self.first >= self.last:
+            raise ValueError(
+                f"The training handed over in after ends at step {self.first}, this one at step {self.last}."
+            )
+        self.schedulers = schedules.attach(
+            self.rule.optimizers, self.schedule, self.steps, self.steps_per_epoch, self.first
+        )
         self.history = History()
         self.device = self.data.x_train.device
-        self.step = 0
-        self.seconds = 0.0
+        self.step = self.first
         self.work = math.nan  # of one step
         self.loss_sum = torch.zeros((), dtype=wide(self.device), device=self.device)
         self.loss_rows = 0
@@ -121,6 +130,20 @@ class Loop:
         done, part = divmod(self.step, self.steps_per_epoch)
         return done * self.rows_per_epoch + min(part * self.batch_size, self.rows_per_epoch)
 
+    def _handed_over(self) -> tuple[int, float, float]:
+        """Return the steps, seconds and work of the training that this one goes on from."""
+        if self.after is None:
+            return 0, 0.0, 0.0
+        if not self.after.evaluations:
+            raise ValueError("after has no evaluation; it must be what fit returned for the training before this one.")
+        row = self.after.evaluations[-1]
+        if row["epoch"] != row["step"] / self.steps_per_epoch:
+            raise ValueError(
+                f"after ends at step {row['step']} and epoch {row['epoch']:.4g}; here an epoch has "
+                f"{self.steps_per_epoch} steps. Go on with the same data and batch_size."
+            )
+        return row["step"], row["seconds"], math.nan if row["work"] is None else row["work"]
+
     def run(self) -> None:
         """Train to the end."""
         if not self.resumed:
@@ -128,7 +151,7 @@ class Loop:
             self.work = work_per_step(self.rule, *first)
             self._evaluate()
             self._save()
-        while self.step < self.steps and not self.history.stopped_early:
+        while self.step < self.last and not self.history.stopped_early:
             self._run_epoch()
         row: Row = {"kind": "finished", "step": self.step, "epoch": self.epoch}
         self.record(row | {"stopped_early": self.history.stopped_early})
@@ -138,7 +161,7 @@ class Loop:
         epoch, start = divmod(self.step, self.steps_per_epoch)
         rule_step, loss_sum, schedulers = self.rule.step, self.loss_sum, self.schedulers
         is_mean, interrupted, clock = self.rule.loss.is_mean, self.interrupted, time.perf_counter
-        count = min(self.steps_per_epoch - start, self.steps - self.step)
+        count = min(self.steps_per_epoch - start, self.last - self.step)
         tick = began = self._now()
         for x, y in islice(self._batches(epoch, start), count):
             result = rule_step(x, y)
@@ -149,7 +172,7 @@ class Loop:
             self.step += 1
             if self.step % self.steps_per_epoch == 0:
                 self.rule.end_epoch()
-            if self.step % self.every == 0 or self.step == self.steps:
+            if self.step % self.every == 0 or self.step == self.last:
                 self.seconds += self._now() - began
                 self._evaluate()
                 self._save()
@@ -159,7 +182,7 @@ class Loop:
             elif (now := clock()) >= tick:
                 tick = now + _TICK
                 if self.progress is not None:
-                    self.progress(self.step, self.steps)
+                    self.progress(self.step - self.first, self.last - self.first)
                 if now - self.saved >= self.save_every:
                     self.seconds += self._now() - began
                     self._save()
@@ -190,7 +213,7 @@ class Loop:
             "step": self.step,
             "epoch": self.epoch,
             "samples": self.samples,
-            "work": _finite(self.step * self.work),
+            "work": _finite(self.work_before + (self.step - self.first) * self.work),
             "seconds": round(self.seconds, 6),
             "train_loss": _finite(train / self.loss_rows) if self.loss_rows else None,
             "test_loss": _finite(result.loss),
@@ -205,7 +228,7 @@ class Loop:
         if self.early_stop is not None:
             self._note_improvement(-result.loss if result.accuracy is None else result.accuracy, self.early_stop)
         if self.progress is not None:
-            self.progress(self.step, self.steps)
+            self.progress(self.step - self.first, self.last - self.first)
 
     def _align(self) -> None:
         rows = len(self.data.x_train)
@@ -281,13 +304,28 @@ class Loop:
             "steps": self.steps,
             "steps_per_epoch": self.steps_per_epoch,
             "schedulers": len(self.schedulers),
+            "first": self.first,
+            "last": self.last,
         }
 
 
 _KEPT = ("step", "seconds", "work", "loss_rows", "best", "since_best", "warned")
 
 
-def _epoch_of(model: nn.Module, rows: int, batch_size: int) -> tuple[int, int]:
+def stop_step(stop: float, steps: int, steps_per_epoch: int) -> int:
+    """Return the step at which a training that stops at epoch `stop` ends: one or more of `steps`, but not all.
+
+    Raises:
+        ValueError: if there is no such step.
+    """
+    _checks.positive("stop", stop)
+    step = max(1, round(stop * steps_per_epoch))
+    if step >= steps:
+        raise ValueError(f"stop={stop:g} epochs is step {step} of {steps}; one or more must be left.")
+    return step
+
+
+def epoch_of(model: nn.Module, rows: int, batch_size: int) -> tuple[int, int]:
     """Return the steps and the rows of an epoch, without a last batch that a BatchNorm could not normalise."""
     steps = -(-rows // batch_size)
     if batch_size > 1 and rows % batch_size == 1 and any(isinstance(m, _BATCH_NORM) for m in model.modules()):

@@ -16,7 +16,8 @@ from beyondprop.data import Dataset
 from beyondprop.registry import RuleSpec
 from beyondprop.rules.base import LearningRule
 from beyondprop.runs import Row
-from beyondprop.settings import Settings
+from beyondprop.settings import WARM_START, Settings
+from beyondprop.training import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Member:
         lr: the learning rate.
         epochs: how long it trains.
         tuning: whether it is one of the trainings that a learning rate is chosen by.
+        warm_start: whether it is what the other trainings with this seed start with.
     """
 
     spec: RuleSpec
@@ -36,6 +38,12 @@ class Member:
     lr: float
     epochs: float
     tuning: bool = False
+    warm_start: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its rows and its checkpoint go by; no rule's name has an equals sign."""
+        return f"{WARM_START}{self.spec.name}" if self.warm_start else self.spec.name
 
 
 class Observer(Protocol):
@@ -76,10 +84,15 @@ class Silent:
         """See `Observer`."""
 
 
-def build(member: Member, dataset: Dataset, settings: Settings) -> LearningRule:
-    """Build a training's network and rule, from the global random state."""
+def build(member: Member, dataset: Dataset, settings: Settings, start: State | None = None) -> LearningRule:
+    """Build a training's network and rule, from the global random state or from the state that a warm start left."""
     # The weights come first from the seed, on the CPU: the same for every rule and device.
     model = nets.build(settings.net, dataset.input_shape, dataset.num_classes).to(settings.device)
+    if start is not None:
+        model.load_state_dict(start["model"])
+        torch.set_rng_state(start["random"])
+        if settings.device == "cuda" and "random_cuda" in start:
+            torch.cuda.set_rng_state(start["random_cuda"])
     return member.spec.build(model, nn.CrossEntropyLoss(), member.lr)
 
 

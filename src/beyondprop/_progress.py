@@ -138,8 +138,8 @@ class Bars(Lines):
 
 def name_of(member: Member) -> str:
     """Return what a training is called on the terminal."""
-    tuned = f"tune {member.lr:g}" if member.tuning else f"seed {member.seed}"
-    return f"{member.spec.name} {tuned}"
+    what = f"tune {member.lr:g}" if member.tuning else f"seed {member.seed}"
+    return f"{member.spec.name} " + (f"warm start, {what}" if member.warm_start else what)
 
 
 def result_of(row: Row) -> str:

@@ -55,6 +55,8 @@ class Compare:
     """Rows in a batch."""
     schedule: Annotated[str, arg(metavar="NAME")] = Settings.schedule
     """Of the learning rates: constant, linear, cosine or halve:N (epochs). A rule may bring its own."""
+    warm_start: Annotated[str | None, arg(metavar="RULE:EPOCHS", help_behavior_hint="")] = Settings.warm_start
+    """Train by RULE first: every rule starts from the weights it has after so many of the epochs."""
     lr: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="RULE=LR", help_behavior_hint="(repeatable)")] = ()
     """Learning rate of a rule, such as adam=0.001."""
     tune: Flag = Settings.tune

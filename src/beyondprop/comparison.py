@@ -19,9 +19,10 @@ from beyondprop._members import Member, Observer, Silent, build, seeded
 from beyondprop._warned import recorded_warnings
 from beyondprop.data import Dataset
 from beyondprop.planning import Plan, load_plugins, prepare
+from beyondprop.registry import RuleSpec
 from beyondprop.runs import Row, RunDirectory, check_free, default_path, read_config
-from beyondprop.settings import Settings
-from beyondprop.training import Failed, fit
+from beyondprop.settings import WARM_START, Settings
+from beyondprop.training import Failed, History, State, fit
 
 __all__ = [
     "Member",
@@ -96,28 +97,41 @@ def _run(plan: Plan, directory: RunDirectory, observer: Observer) -> None:
     # Tuning done before is read from its rows, so the list of what is left is the same whoever asks.
     done = {(r["rule"], r["lr"]) for r in directory.rows if r.get("kind") == "tuning"}
     candidates = [m for m in tuning.candidates(plan) if (m.spec.name, m.lr) not in done]
-    left = [
-        Member(spec, seed, settings.lr.get(spec.name, spec.lr), settings.epochs)
-        for seed in settings.seeds
-        for spec in plan.specs
-        if not directory.ended(spec.name, seed)
-    ]
+    left = list(_left(plan, directory))
     observer.start(directory.path, [*candidates, *left])
     if candidates and plan.tuning_data is not None:
         held = plan.tuning_data.to(settings.device)
+        start = tuning.warm_start(held, plan)
         for member in candidates:
-            tuning.tune(member, held, plan, directory, observer)
+            tuning.tune(member, held, plan, directory, observer, start)
     chosen = tuning.chosen(plan, directory)
     directory.config = _config(plan, chosen)
     directory.write_config()
     dataset = plan.data.to(settings.device)
     for member in left:
-        tuned = replace(member, lr=chosen.get(member.spec.name, member.lr))
+        tuned = member if member.warm_start else replace(member, lr=chosen.get(member.spec.name, member.lr))
         _train(tuned, dataset, plan, directory, observer)
 
 
+def _left(plan: Plan, directory: RunDirectory) -> Iterator[Member]:
+    """Yield the trainings that have not ended, each seed's warm start before the rules that go on from it."""
+    settings = plan.settings
+    for seed in settings.seeds:
+        own = [spec for spec in plan.specs if not directory.ended(spec.name, seed)]
+        if own and plan.warm_spec is not None:
+            warm = Member(plan.warm_spec, seed, _rate(plan, plan.warm_spec), settings.warm_epochs, warm_start=True)
+            if not directory.ended(warm.name, seed):
+                yield warm
+        for spec in own:
+            yield Member(spec, seed, _rate(plan, spec), settings.epochs - settings.warm_epochs)
+
+
+def _rate(plan: Plan, spec: RuleSpec) -> float:
+    return plan.settings.lr.get(spec.name, spec.lr)
+
+
 def _train(member: Member, dataset: Dataset, plan: Plan, directory: RunDirectory, observer: Observer) -> None:
-    settings, name, seed = plan.settings, member.spec.name, member.seed
+    settings, name, seed = plan.settings, member.name, member.seed
 
     def log(row: Row) -> None:
         row = {"kind": row["kind"], "rule": name, "seed": seed, **row}
@@ -125,24 +139,41 @@ def _train(member: Member, dataset: Dataset, plan: Plan, directory: RunDirectory
         observer.row(member, row)
 
     observer.begin(member)
+    start: State | None = None
+    after: History | None = None
+    if plan.warm_spec is not None and not member.warm_start:
+        before = WARM_START + plan.warm_spec.name
+        after = History([r for r in directory.rows if (r.get("rule"), r.get("seed")) == (before, seed)])
+        failure = next((r for r in after.rows if r["kind"] == "failed"), None)
+        if failure is not None:
+            log({**failure, "rule": name, "message": f"The warm start failed: {failure['message']}"})
+            observer.end(member)
+            return
+        start = directory.load(before, seed)
+        if start is None:
+            raise FileNotFoundError(
+                f"There is no checkpoint {str(directory.checkpoint(before, seed))!r} to start from."
+            )
     state = directory.load(name, seed)
     seen: list[str] = []
     with seeded(seed, settings.device), deferred_interrupt() as interrupted:
         with recorded_warnings(
             seen, lambda text: None if state else log({"kind": "warning", "step": 0, "epoch": 0.0, "message": text})
         ):
-            rule = build(member, dataset, settings)
+            rule = build(member, dataset, settings, start)
         with suppress(*Failed):  # recorded by then
             fit(
                 rule,
                 dataset,
                 epochs=settings.epochs,
+                stop=settings.warm_epochs if member.warm_start else None,
+                after=after,
                 batch_size=settings.batch_size,
                 seed=seed,
                 schedule=member.spec.schedule or settings.schedule,
                 evaluate_every=settings.evaluate_every,
                 alignment=settings.alignment,
-                early_stop=settings.early_stop,
+                early_stop=None if member.warm_start else settings.early_stop,
                 log=log,
                 progress=lambda step, steps: observer.progress(member, step, steps),
                 save=lambda tree: directory.save(name, seed, tree),
@@ -154,14 +185,22 @@ def _train(member: Member, dataset: Dataset, plan: Plan, directory: RunDirectory
 
 def _config(plan: Plan, chosen: dict[str, float] | None = None) -> dict[str, Any]:
     settings, chosen = plan.settings, chosen or {}
-    rules = []
+    rules: list[dict[str, Any]] = []
     for spec in plan.specs:
-        values: dict[str, Any] = {"lr": chosen.get(spec.name, settings.lr.get(spec.name, spec.lr))}
-        values["schedule"] = spec.schedule or settings.schedule
+        described = _described(plan, spec, chosen.get(spec.name))
         if spec.name in chosen:
-            values["lr_tuned_over"] = list(spec.grid)
-        rules.append({"name": spec.name, "title": spec.title, "summary": spec.summary, "settings": values})
-    return {**settings.to_config(), "rules": rules}
+            described["settings"]["lr_tuned_over"] = list(spec.grid)
+        rules.append(described)
+    warm = {} if plan.warm_spec is None else {"warm_start_rule": _described(plan, plan.warm_spec)}
+    return {**settings.to_config(), **warm, "rules": rules}
+
+
+def _described(plan: Plan, spec: RuleSpec, lr: float | None = None) -> dict[str, Any]:
+    values = {
+        "lr": _rate(plan, spec) if lr is None else lr,
+        "schedule": spec.schedule or plan.settings.schedule,
+    }
+    return {"name": spec.name, "title": spec.title, "summary": spec.summary, "settings": values}
 
 
 @contextmanager

@@ -32,12 +32,14 @@ class Plan:
         specs: the rules, in the settings' order.
         data: the training rows, and those that are evaluated on.
         tuning_data: the same without the test rows; None where nothing is tuned.
+        warm_spec: the rule that every training starts with; None where there is no warm start.
     """
 
     settings: Settings
     specs: tuple[RuleSpec, ...]
     data: Dataset
     tuning_data: Dataset | None
+    warm_spec: RuleSpec | None = None
 
 
 def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Plan:
@@ -55,9 +57,13 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
     """
     load_plugins(settings.plugins)
     specs = tuple(registry.get(_known("rule", name, registry.names())) for name in settings.rules)
+    warm_spec = None
+    if settings.warm_rule is not None:
+        warm_spec = registry.get(_known("the rule of warm_start", settings.warm_rule, registry.names()))
     info = data.describe(_known("data", settings.data, data.names()))
     _known("net", settings.net, nets.FORMS, [form.partition(":")[0] for form in nets.FORMS])
-    for schedule in {settings.schedule, *(spec.schedule for spec in specs)} - {None}:
+    trained = specs if warm_spec is None else tuple(dict.fromkeys((*specs, warm_spec)))
+    for schedule in {settings.schedule, *(spec.schedule for spec in trained)} - {None}:
         schedules.factor(schedule, 1, 1)
     device = settings.device
     if device == "auto":
@@ -65,7 +71,7 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no CUDA device; use 'cpu' or 'auto'.")
     settings = replace(settings, device=device)
-    for spec in specs:
+    for spec in trained:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, and are recorded, when the rule trains
             model = nets.build(settings.net, info.input_shape, len(info.classes))
@@ -78,7 +84,24 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
     if settings.validation or settings.tune:
         split = full.split_validation(VALIDATION, generator=torch.Generator().manual_seed(0))
     evaluated = split if settings.validation and split is not None else full
-    return Plan(settings, specs, evaluated, split if settings.tune else None)
+    plan = Plan(settings, specs, evaluated, split if settings.tune else None, warm_spec)
+    if warm_spec is not None:
+        _check_warm_start(plan)
+    return plan
+
+
+def _check_warm_start(plan: Plan) -> None:
+    settings = plan.settings
+    trainings = [(plan.data, settings.epochs)]
+    if plan.tuning_data is not None:
+        trainings.append((plan.tuning_data, settings.tune_epochs or settings.epochs))
+    for dataset, epochs in trainings:
+        per_epoch = -(-len(dataset.x_train) // settings.batch_size)
+        steps = max(1, round(epochs * per_epoch))
+        if max(1, round(settings.warm_epochs * per_epoch)) >= steps:
+            raise ValueError(
+                f"warm_start {settings.warm_start!r} takes all of {steps} step(s); take a smaller batch_size or more epochs."
+            )
 
 
 def load_plugins(plugins: Sequence[str]) -> None:

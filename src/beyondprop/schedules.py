@@ -47,9 +47,11 @@ def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], f
 
 
 def attach(
-    optimizers: Iterable[torch.optim.Optimizer], schedule: str, steps: int, steps_per_epoch: int
+    optimizers: Iterable[torch.optim.Optimizer], schedule: str, steps: int, steps_per_epoch: int, start: int = 0
 ) -> list[LambdaLR]:
     """Attach a scheduler to every optimizer; `scheduler.step()` belongs after every training step.
+
+    `start` is the number of steps that were done before, by another rule: the schedule is in its middle then.
 
     Returns:
         The schedulers, none for `"constant"`.
@@ -58,4 +60,6 @@ def attach(
         ValueError: if `schedule` is none of the accepted forms.
     """
     function = factor(schedule, steps, steps_per_epoch)
-    return [] if schedule == "constant" else [LambdaLR(optimizer, function) for optimizer in optimizers]
+    if schedule == "constant":
+        return []
+    return [LambdaLR(optimizer, lambda step: function(start + step)) for optimizer in optimizers]

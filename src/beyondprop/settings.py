@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 DEVICES = ("auto", "cpu", "cuda")
+WARM_START = "warm-start="
+"""What comes before the rule's name in the rows of a warm start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class Settings:
         threads: CPU threads. More than 1 pays for wide nets on an idle machine; steps of small nets are over sooner than
             threads can be woken, and take many times longer where another program has the cores.
         plugins: modules or files that register rules of their own.
+        warm_start: `"RULE:EPOCHS"`: every rule starts from the weights that RULE has reached after EPOCHS, with the same
+            seed. They are the first of all `epochs`: the batches, the schedule and the counts of samples, work and seconds
+            go on where RULE left off; a rule's own state (moments, memories) starts anew.
 
     Raises:
         ValueError: if a setting is out of its range; the message has the range.
@@ -55,6 +61,7 @@ class Settings:
     device: str = "auto"
     threads: int = 1
     plugins: tuple[str, ...] = ()
+    warm_start: str | None = None
 
     def __post_init__(self) -> None:
         from beyondprop import _checks  # which imports torch
@@ -73,10 +80,37 @@ class Settings:
                 raise ValueError(f"{name} must be one or more, each once, got {', '.join(map(str, given)) or 'none'}.")
         for seed in self.seeds:
             _checks.at_least("seed", seed, 0)
+        self._check_warm_start()
+        known = self.rules if self.warm_rule is None else (*self.rules, self.warm_rule)
         for name, lr in self.lr.items():
-            if name not in self.rules:
-                raise ValueError(f"lr is given for {name!r}, which is none of the rules {', '.join(self.rules)}.")
+            if name not in known:
+                raise ValueError(f"lr is given for {name!r}, which is none of the rules {', '.join(known)}.")
             _checks.positive(f"lr of {name}", lr)
+
+    @property
+    def warm_rule(self) -> str | None:
+        """Name of the rule that every training starts with, or None."""
+        return None if self.warm_start is None else self.warm_start.rpartition(":")[0]
+
+    @property
+    def warm_epochs(self) -> float:
+        """Epochs of the warm start; 0 where there is none."""
+        return 0.0 if self.warm_start is None else float(self.warm_start.rpartition(":")[2])
+
+    def _check_warm_start(self) -> None:
+        if self.warm_start is None:
+            return
+        try:
+            epochs = self.warm_epochs
+        except ValueError:
+            epochs = math.nan
+        if not self.warm_rule or not 0 < epochs < math.inf:
+            raise ValueError(
+                f"warm_start is RULE:EPOCHS with EPOCHS a number > 0, such as am-adam:0.5, got {self.warm_start!r}."
+            )
+        for name in ("epochs", "tune_epochs"):
+            if (whole := getattr(self, name)) is not None and epochs >= whole:
+                raise ValueError(f"warm_start takes {epochs:g} of {name}={whole:g}; it must leave some to the rules.")
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as `config.toml` has them, without the rules; what is None is left out."""

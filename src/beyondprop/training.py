@@ -25,6 +25,8 @@ def fit(
     data: Data,
     *,
     epochs: float,
+    stop: float | None = None,
+    after: History | None = None,
     batch_size: int,
     seed: int = 0,
     schedule: str = "linear",
@@ -53,6 +55,9 @@ def fit(
         rule: the rule; its model and the data are on one device.
         data: inputs and targets, `x_train`, `y_train`, `x_test`, `y_test`.
         epochs: passes over the training rows; fractions are welcome.
+        stop: epoch at which to leave off, before all `epochs` are done; another rule may go on from there.
+        after: what `fit` returned for a training with `stop`, of the same model on the same data by another rule: this one
+            goes on with its next batch, in the middle of the schedule, and counts samples, work and seconds on from it.
         batch_size: rows in a batch.
         seed: of the order of the batches.
         schedule: of the learning rates, see `schedules.FORMS`.
@@ -77,6 +82,8 @@ def fit(
         rule=rule,
         data=data,
         epochs=epochs,
+        stop=stop,
+        after=after,
         batch_size=batch_size,
         seed=seed,
         schedule=schedule,

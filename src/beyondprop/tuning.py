@@ -4,18 +4,71 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
 
 from beyondprop._interrupt import deferred_interrupt
 from beyondprop._members import Member, Observer, build, seeded
 from beyondprop.data import Dataset
 from beyondprop.planning import Plan
 from beyondprop.runs import Row, RunDirectory
-from beyondprop.training import Failed, fit
+from beyondprop.training import Failed, History, State, fit
 
 _NEVER = 2**62  # steps: the evaluation at the end is the only one that counts
 
 
-def tune(member: Member, held: Dataset, plan: Plan, directory: RunDirectory, observer: Observer) -> None:
+@dataclass(frozen=True, slots=True)
+class WarmStart:
+    """What the trainings in tuning start from.
+
+    Attributes:
+        state: the weights and the random state, as `build` takes them.
+        history: of the training that led there.
+        failure: what ended it before, or None.
+    """
+
+    state: State
+    history: History
+    failure: str | None = None
+
+
+def warm_start(held: Dataset, plan: Plan) -> WarmStart | None:
+    """Train the comparison's warm start on what the test rows are not in; None where there is none."""
+    settings = plan.settings
+    if plan.warm_spec is None:
+        return None
+    lr = settings.lr.get(plan.warm_spec.name, plan.warm_spec.lr)
+    member = Member(plan.warm_spec, settings.seeds[0], lr, settings.warm_epochs, tuning=True, warm_start=True)
+    with seeded(member.seed, settings.device):
+        rule = build(member, held, settings)
+        try:
+            history = fit(
+                rule,
+                held,
+                epochs=settings.tune_epochs or settings.epochs,
+                stop=settings.warm_epochs,
+                batch_size=settings.batch_size,
+                seed=member.seed,
+                schedule=member.spec.schedule or settings.schedule,
+                evaluate_every=_NEVER,
+            )
+        except Failed as error:
+            return WarmStart({}, History(), f"The warm start failed: {' '.join(str(error).split())}")
+        state: State = {"model": rule.model.state_dict(), "random": torch.get_rng_state()}
+        if settings.device == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state()
+    return WarmStart(state, history)
+
+
+def tune(
+    member: Member,
+    held: Dataset,
+    plan: Plan,
+    directory: RunDirectory,
+    observer: Observer,
+    start: WarmStart | None = None,
+) -> None:
     """Train with one learning rate on what the test rows are not in, and record how well it does."""
     settings = plan.settings
     observer.begin(member)
@@ -26,12 +79,19 @@ def tune(member: Member, held: Dataset, plan: Plan, directory: RunDirectory, obs
         "lr": member.lr,
         "epochs": member.epochs,
     }
+    if start is not None and start.failure is not None:
+        row |= {"validation_loss": None, "validation_accuracy": None, "message": start.failure}
+        directory.append(row)
+        observer.row(member, row)
+        observer.end(member)
+        return
     with seeded(member.seed, settings.device), deferred_interrupt() as interrupted:
         try:
             history = fit(
-                build(member, held, settings),
+                build(member, held, settings, None if start is None else start.state),
                 held,
-                epochs=member.epochs,
+                epochs=settings.tune_epochs or settings.epochs,
+                after=None if start is None else start.history,
                 batch_size=settings.batch_size,
                 seed=member.seed,
                 schedule=member.spec.schedule or settings.schedule,
@@ -56,7 +116,8 @@ def candidates(plan: Plan) -> Iterator[Member]:
     for spec in plan.specs if settings.tune else ():
         if spec.name not in settings.lr:
             for lr in spec.grid:
-                yield Member(spec, settings.seeds[0], lr, settings.tune_epochs or settings.epochs, tuning=True)
+                epochs = (settings.tune_epochs or settings.epochs) - settings.warm_epochs
+                yield Member(spec, settings.seeds[0], lr, epochs, tuning=True)
 
 
 def chosen(plan: Plan, directory: RunDirectory) -> dict[str, float]:

@@ -16,7 +16,7 @@ from beyondprop.report import _words as words
 from beyondprop.report._alignment import draw_alignment
 from beyondprop.report._curves import Band, band, curve, end_limits
 from beyondprop.report._run import Run, number
-from beyondprop.report._style import Entry, drawing, entries, plain
+from beyondprop.report._style import Entry, drawing, entries, plain, warm_entries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,18 +51,24 @@ def figures(run: Run, folder: str | Path) -> list[Path]:
         recorded; none where nothing was evaluated.
     """
     folder = Path(folder)
-    return [write_atomically(folder / f"{d.name}.png", d.files["png"]) for d in draw(entries([run]), ["png"])]
+    return [
+        write_atomically(folder / f"{d.name}.png", d.files["png"])
+        for d in draw(entries([run]), ["png"], warm_entries([run]))
+    ]
 
 
-def draw(shown: Sequence[Entry], formats: Sequence[str]) -> list[Drawing]:
-    """Draw every figure that the entries have numbers for, as files of the formats (`png`, `svg`)."""
+def draw(shown: Sequence[Entry], formats: Sequence[str], warm: Sequence[Entry] = ()) -> list[Drawing]:
+    """Draw every figure that the entries have numbers for, as files of the formats (`png`, `svg`).
+
+    What the rules started with (`warm`) is drawn beside them; it decides about no axis.
+    """
     found: list[_Sheet] = []
     with drawing():
         axes = [x for x in _X if _bands(shown, x, "test_loss") or _bands(shown, x, "test_accuracy")]
         if axes and any(_bands(shown, axes[0], "test_accuracy")):
-            found.append(_accuracy(shown, axes))
+            found.append(_accuracy(shown, axes, warm))
         if axes and (_bands(shown, axes[0], "test_loss") or _bands(shown, axes[0], "train_loss")):
-            found.append(_loss(shown, axes))
+            found.append(_loss(shown, axes, warm))
         aligned = draw_alignment(shown)
         if aligned is not None:
             found.append(("alignment", "Alignment with the gradient", *aligned))
@@ -75,13 +81,13 @@ def split_of(shown: Sequence[Entry]) -> str:
     return splits.pop() if len(splits) == 1 else "held-out"
 
 
-def _accuracy(shown: Sequence[Entry], xs: Sequence[str]) -> _Sheet:
-    figure, axes = _panels(shown, 2, xs)
+def _accuracy(shown: Sequence[Entry], xs: Sequence[str], warm: Sequence[Entry]) -> _Sheet:
+    figure, axes = _panels([*warm, *shown], 2, xs)
     split = split_of(shown)
     beyond: dict[str, str] = {}
     for column, x in enumerate(xs):
         for row in range(2):
-            _plot(axes[row, column], shown, x, "test_accuracy", scale=100)
+            _plot(axes[row, column], [*warm, *shown], x, "test_accuracy", scale=100)
         bands = _bands(shown, x, "test_accuracy", scale=100)
         limits = end_limits(list(bands.values()), higher_is_better=True)
         if limits is not None:
@@ -96,17 +102,17 @@ def _accuracy(shown: Sequence[Entry], xs: Sequence[str]) -> _Sheet:
     return ("accuracy", "Accuracy", figure, caption + _sentence("Below the enlarged range: ", beyond))
 
 
-def _loss(shown: Sequence[Entry], xs: Sequence[str]) -> _Sheet:
+def _loss(shown: Sequence[Entry], xs: Sequence[str], warm: Sequence[Entry]) -> _Sheet:
     keys = [key for key in ("test_loss", "train_loss") if _bands(shown, xs[0], key)]
-    figure, axes = _panels(shown, len(keys), xs)
+    figure, axes = _panels([*warm, *shown], len(keys), xs)
     split = split_of(shown)
     beyond: dict[str, str] = {}
     for row, key in enumerate(keys):
         name = "training loss" if key == "train_loss" else f"{split} loss"
         log = False
         for column, x in enumerate(xs):
-            _plot(axes[row, column], shown, x, key)
-            log = _loss_axis(axes[row, column], shown, x, key)
+            _plot(axes[row, column], [*warm, *shown], x, key)
+            log = _loss_axis(axes[row, column], [*warm, *shown], x, key)
             bands, top = _bands(shown, x, key), axes[row, column].get_ylim()[1]
             for label, b in bands.items():
                 if b.mean[-1] > top:

@@ -16,12 +16,12 @@ from beyondprop.report._alignment import final_alignment
 from beyondprop.report._css import CSS
 from beyondprop.report._figures import Drawing, draw, split_of
 from beyondprop.report._run import Row, Run, read_run
-from beyondprop.report._style import Entry, entries, run_labels
-from beyondprop.report._summary import RuleSummary, best_of, summary
+from beyondprop.report._style import Entry, entries, run_labels, warm_entries
+from beyondprop.report._summary import RuleSummary, best_of, summary, warm_start
 
 # Besides the escaping, the page itself forbids every script and every request.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_SHARED = ("data", "net", "epochs", "batch_size", "schedule", "validation", "seeds", "threads")
+_SHARED = ("data", "net", "epochs", "warm_start", "batch_size", "schedule", "validation", "seeds", "threads")
 
 
 class _Markup(str):
@@ -49,7 +49,7 @@ def write_report(*run_dirs: str | Path, output: str | Path | None = None) -> Pat
         raise ValueError("write_report needs one run directory or more, got none.")
     runs = [read_run(path) for path in run_dirs]
     shown = entries(runs)
-    drawings = draw(shown, ["svg", "png"] if output is None else ["svg"])
+    drawings = draw(shown, ["svg", "png"] if output is None else ["svg"], warm_entries(runs))
     if output is None:
         for drawing in drawings:
             write_atomically(runs[0].path / "figures" / f"{drawing.name}.png", drawing.files["png"])
@@ -116,8 +116,7 @@ def _problems(runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[R
 
 
 def _message(run: Run, row: Row, label: str) -> _Markup:
-    title = next(rule.title for rule in run.rules if rule.name == row["rule"])
-    where = [title, *(f"{key} {row[key]}" for key in ("seed", "step") if row.get(key) is not None)]
+    where = [run.title(row["rule"]), *(f"{key} {row[key]}" for key in ("seed", "step") if row.get(key) is not None)]
     return _join(_tag("b", ", ".join(where)), f" ({label}): " if label else ": ", row["message"])
 
 
@@ -155,6 +154,10 @@ def _results(runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[Ru
         "1 is what one backpropagation step on the same batch costs in multiply-adds. Seconds are training "
         "time only. " + (f"★ {lead} mean among the rules whose seeds all reached the end." if best is not None else "")
     )
+    labels = run_labels(runs) if len(runs) > 1 else [""]
+    for label, run in zip(labels, runs, strict=True):
+        if run.warm_start is not None:
+            note += (f"{label}: " if label else "") + words.warm_start(warm_start(run)) + " "
     return _join(_table(head, body, numbers=True), _tag("p", note, cls="note"))
 
 
@@ -199,7 +202,7 @@ def _settings(runs: Sequence[Run], shown: Sequence[Entry]) -> _Markup:
             entry.rule.summary or words.DASH,
             ", ".join(f"{key} = {_value(value)}" for key, value in entry.rule.settings.items()) or words.DASH,
         ]
-        for entry in shown
+        for entry in [*warm_entries(runs), *shown]
     ]
     return _join(shared, _table(["Rule", "what it does", "settings"], rows=rules))
 

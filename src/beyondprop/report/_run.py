@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from beyondprop.settings import WARM_START
+
 Row = dict[str, Any]
 
 # What a row of a known kind must have to be placed; rows of other kinds are kept and never looked at.
@@ -85,7 +87,26 @@ class Run:
             kind = row.get("kind")
             if isinstance(kind, str) and kind in _NEEDED and row["rule"] not in rules:
                 rules[row["rule"]] = RuleInfo(name=row["rule"], title=row["rule"])
-        return tuple(rules.values())
+        return tuple(rule for name, rule in rules.items() if not name.startswith(WARM_START))
+
+    @cached_property
+    def warm_start(self) -> RuleInfo | None:
+        """What every rule started with, by the name that its rows have; None where they started from the beginning."""
+        entry = self.config.get("warm_start_rule")
+        if not isinstance(entry, dict) or "name" not in entry:
+            return None
+        title = str(entry.get("title") or entry["name"])
+        return RuleInfo(
+            name=f"{WARM_START}{entry['name']}",
+            title=f"{title}, warm start",
+            summary=str(entry.get("summary", "")),
+            settings=dict(entry.get("settings", {})),
+        )
+
+    def title(self, rule: str) -> str:
+        """Return the name for people of the rule that a row is of."""
+        known = self.rules if self.warm_start is None else (*self.rules, self.warm_start)
+        return next((info.title for info in known if info.name == rule), rule)
 
     @property
     def metric(self) -> str:

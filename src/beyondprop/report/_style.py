@@ -92,6 +92,16 @@ def entries(runs: Sequence[Run]) -> list[Entry]:
     return found
 
 
+def warm_entries(runs: Sequence[Run]) -> list[Entry]:
+    """Return what the rules of each run started with, in grey, where they did."""
+    labels = [f" · {label}" for label in run_labels(runs)] if len(runs) > 1 else [""]
+    return [
+        Entry(run, run.warm_start, run.warm_start.title + label, "#888888", (0, (2, 1)), ".")
+        for run, label in zip(runs, labels, strict=True)
+        if run.warm_start is not None
+    ]
+
+
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, Any, str]]:
     """Give the known names their own look and the others, in order, what is left."""
     pool = [*_OTHERS, *(look for name, look in _KNOWN.items() if name not in names)]

@@ -107,6 +107,11 @@ def best_of(summaries: Iterable[RuleSummary], value: Callable[[RuleSummary], flo
     return (max if higher else min)(found) if found and len(summaries) > 1 else None
 
 
+def warm_start(run: Run) -> RuleSummary | None:
+    """Return the summary of what every rule started with, or None."""
+    return None if run.warm_start is None else _summary_of(run, run.warm_start)
+
+
 def to_json(run: Run) -> dict[str, Any]:
     """Return the run's configuration, environment, summaries, warnings and failures as plain JSON values.
 
@@ -119,6 +124,7 @@ def to_json(run: Run) -> dict[str, Any]:
         "metric": run.metric,
         "split": run.split,
         "rules": [asdict(s) for s in summary(run)],
+        "warm_start": None if (warm := warm_start(run)) is None else asdict(warm),
         "warnings": run.warnings,
         "failures": run.failures,
         "notes": run.notes,
@@ -141,7 +147,9 @@ def _summary_of(run: Run, rule: RuleInfo) -> RuleSummary:
     metric, seeds = run.metric, run.seeds(rule.name)
     rows = [run.of("eval", rule.name, seed) for seed in run.counted(rule.name)]
     last = [r[-1] for r in rows]
-    trained = [[row for row in r if row["step"] > 0] for r in rows]
+    # After a warm start the first row is what was handed over, not what the rule has done.
+    starts = [0 if run.warm_start is None else r[0]["step"] for r in rows]
+    trained = [[row for row in r if row["step"] > start] for r, start in zip(rows, starts, strict=True)]
     trained = [r for r in trained if r]
     pick = max if metric == "test_accuracy" else min
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from beyondprop.report import _words as words
 from beyondprop.report._run import Run
-from beyondprop.report._summary import RuleSummary, best_of, summary
+from beyondprop.report._summary import RuleSummary, best_of, summary, warm_start
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,6 +83,8 @@ def _caption(run: Run, summaries: list[RuleSummary]) -> str:
         for s in summaries
         if s.final and not s.seeds_done
     ]
+    said = words.warm_start(warm_start(run))
+    lines += [said] if said else []
     counts = [(len(run.failures), "failure"), (len(run.warnings), "warning")]
     said = [words.plural(n, noun) for n, noun in counts if n]
     lines += [", ".join(said) + " recorded: " + _first_message(run)] if said else []
@@ -93,4 +95,6 @@ def _first_message(run: Run) -> str:
     row = (run.failures or run.warnings)[0]
     seed = f", seed {row['seed']}" if "seed" in row else ""
     more = len(run.failures) + len(run.warnings) - 1
-    return f"{row['rule']}{seed}: {row['message']}" + (f" (and {more} more)" if more else "")
+    return f"{run.title(row['rule']) if '=' in row['rule'] else row['rule']}{seed}: {row['message']}" + (
+        f" (and {more} more)" if more else ""
+    )

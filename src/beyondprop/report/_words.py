@@ -75,6 +75,19 @@ def seeds(summary: RuleSummary) -> str:
     return ", ".join(parts)
 
 
+def warm_start(summary: RuleSummary | None) -> str:
+    """Say what every rule started with; nothing where there was no warm start."""
+    if summary is None:
+        return ""
+    found = ""
+    if summary.final is not None:
+        unit = " %" if summary.metric == "test_accuracy" else ""
+        found = f", {'accuracy' if unit else 'loss'} {mean(summary.metric, summary.final)}{unit}"
+    epochs = "" if summary.epochs is None else f" after {summary.epochs:.3g} epochs{found}"
+    title = summary.title.removesuffix(", warm start")
+    return f"All rules start from the weights of {title}{epochs}; its samples, work and seconds are counted in."
+
+
 def metric_name(metric: str, split: str) -> str:
     """Name a metric on the split it was measured on, with its unit."""
     return f"{split} accuracy (%)" if metric == "test_accuracy" else f"{split} loss"

@@ -157,6 +157,9 @@ class LearningRule(abc.ABC):
     def end_epoch(self) -> None:
         """Advance the rule's own schedules; the training loop calls it after every epoch."""
 
+    def end_task(self) -> None:
+        """Know that a task of a stream is over; `streaming.run_stream` calls it. Most rules need not know."""
+
     def check_finite(self) -> None:
         """Wait for the device and raise `NonFiniteError` if a step with deferred checking was skipped."""
         self._guard.wait()

@@ -1,0 +1,140 @@
+"""Online elastic weight consolidation: backpropagation that holds on to the weights that past tasks need.
+
+Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796, in the online form of
+Schwarz et al., "Progress & Compress", ICML 2018, arXiv 1805.10370, equations 8 and 9:
+
+    loss + strength / 2 * sum_i F_i (w_i - w*_i)^2        w*: weights at the end of the last task
+    F <- decay F + F_task                                 F_task: diagonal of the Fisher information there
+
+One pass and nothing stored, so F_task is a moving average over the batches as they pass. For each, labels are drawn from the
+network's own prediction; their gradients are independent with mean 0, so that batch size times the squared mean gradient has
+the Fisher's diagonal as its expectation, whatever the batch size. It costs a second backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.losses import LossFunction
+from beyondprop.rules.base import LearningRule, StepResult
+from beyondprop.solvers.base import OptimizerFactory
+from beyondprop.solvers.descent import adam
+
+
+class OnlineEWC(LearningRule):
+    """Backpropagation with a quadratic penalty on leaving the weights of past tasks; `end_task` ends one.
+
+    Args:
+        model: any module that gives `(N, classes)`.
+        loss: `nn.CrossEntropyLoss`: labels must be drawn from what the outputs predict.
+        optimizer: factory called with the trainable parameters; default Adam, lr 3e-3.
+        strength: lambda >= 0 of the penalty; the loss is a mean over samples, so as many as a task has weigh it up.
+        decay: gamma in [0, 1]: what is kept of the Fisher information of the tasks before.
+        rate: in (0, 1]: weight of the newest batch in the present task's Fisher information.
+        nonfinite: see `LearningRule`.
+
+    Raises:
+        ValueError: if an argument is out of its range, or nothing requires a gradient.
+        TypeError: if the loss is another.
+    """
+
+    defers_update = False  # the Fisher information changes outside the optimizer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        optimizer: OptimizerFactory | None = None,
+        *,
+        strength: float = 100.0,
+        decay: float = 1.0,
+        rate: float = 0.01,
+        nonfinite: str | None = None,
+    ) -> None:
+        super().__init__(model, loss, nonfinite=nonfinite)
+        if not isinstance(loss, nn.CrossEntropyLoss):
+            raise TypeError(
+                f"loss must be nn.CrossEntropyLoss, whose labels OnlineEWC can draw, got {type(loss).__name__}."
+            )
+        self.strength = _checks.non_negative("strength", strength)
+        for name, value in (("decay", decay), ("rate", rate)):
+            if not 0 <= _checks.non_negative(name, value) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
+        self.decay = decay
+        self.rate = _checks.positive("rate", rate)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        if not self._trained:
+            raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
+        self.optimizers = ((optimizer or adam())(self._trained),)
+        self.fisher: list[Tensor] = []  # of past tasks, by trained parameter; empty in the first
+        self.anchor: list[Tensor] = []
+        self._present = [torch.zeros_like(p) for p in self._trained]
+        self._pending: list[list[Tensor]] = []
+        self.batches = 0
+
+    def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
+        """See `LearningRule.backward`; the penalty's gradient is added, the loss that is returned is the task's alone."""
+        del diagnostics
+        output = self.model(x)
+        if output.ndim != 2:
+            raise ValueError(f"OnlineEWC needs a model with outputs (N, classes), got {tuple(output.shape)}.")
+        self.loss.check(output, y)
+        drawn = torch.multinomial(output.detach().nan_to_num().softmax(1), 1).squeeze(1)
+        surprise = nn.functional.cross_entropy(output, drawn)
+        found = torch.autograd.grad(surprise, self._trained, retain_graph=True, allow_unused=True)
+        self._pending.append([
+            torch.zeros_like(p) if g is None else len(x) * g.square() for p, g in zip(self._trained, found, strict=True)
+        ])
+        loss = self.loss(output, y)
+        (loss if scale == 1.0 else loss * scale).backward()
+        with torch.no_grad():
+            for p, fisher, anchor in zip(self._trained, self.fisher, self.anchor, strict=False):
+                pull = fisher * (p - anchor)
+                p.grad = (
+                    pull * (scale * self.strength) if p.grad is None else p.grad.add_(pull, alpha=scale * self.strength)
+                )
+        return StepResult(loss.detach(), output.detach())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """See `LearningRule.update`."""
+        pending, self._pending = self._pending, []
+        for squares in pending:
+            self.batches += 1
+            for present, square in zip(self._present, squares, strict=True):
+                present.lerp_(square, max(self.rate, 1 / self.batches))
+        super().update()
+
+    def discard(self) -> None:
+        """See `LearningRule.discard`."""
+        super().discard()
+        self._pending = []
+
+    def end_task(self) -> None:
+        """Take the task's Fisher information and weights into the penalty."""
+        if not self.batches:
+            return
+        past = self.fisher or [torch.zeros_like(p) for p in self._trained]
+        self.fisher = [f * self.decay + present for f, present in zip(past, self._present, strict=True)]
+        self.anchor = [p.detach().clone() for p in self._trained]
+        self._present = [torch.zeros_like(p) for p in self._trained]
+        self.batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `LearningRule.state_dict`."""
+        kept = {"fisher": self.fisher, "anchor": self.anchor, "present": self._present}
+        copies = {name: [value.clone() for value in values] for name, values in kept.items()}
+        return {**super().state_dict(), **copies, "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `LearningRule.load_state_dict`."""
+        super().load_state_dict(state)
+        self.fisher, self.anchor, self._present = (
+            [value.to(p.device, copy=True) for value, p in zip(state[name], self._trained, strict=False)]
+            for name in ("fisher", "anchor", "present")
+        )
+        self.batches = int(state["batches"])
