@@ -25,6 +25,7 @@ from beyondprop._files import write_atomically
 from beyondprop.data import Dataset
 from beyondprop.data.streams import PermutedStream, SplitStream, Stream
 from beyondprop.losses import LossFunction
+from beyondprop.recipes._base import Context, Recipe, Row
 from beyondprop.registry import Build
 from beyondprop.report._style import drawing
 from beyondprop.rules.altmin import AltMin
@@ -298,3 +299,33 @@ def draw(table: Sequence[Mapping[str, Any]], trials: Sequence[Trial]) -> Figure:
     panels[0].set_ylabel("test accuracy, mean of the tasks so far (%)")
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=min(5, 2 * len(streams) - 1))
     return figure
+
+
+def reproduce(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
+    """Run all streams; two rows for each contender on each of them."""
+    found = run(context.quick, context.out, say=context.say)
+    (context.out / "streams.png").replace(context.out / "figure.png")
+    trials = [trial for trial in found["trials"] if not trial["tuning"]]
+    rows, rates = [], {}
+    for line in found["table"]:
+        key = (line["stream"], line["contender"])
+        own = [trial for trial in trials if (trial["stream"], trial["contender"]) == key]
+        name = ": ".join(key)
+        rates[name] = line["lr"]
+        for what in ("average_accuracy", "forgetting"):
+            values = tuple(float("nan") if trial["failure"] else 100 * trial[what] for trial in own)
+            rows.append(Row(f"{name}, {what.replace('_', ' ')}", values, "%", digits=1))
+    return rows, {"chosen on a held-out stream": {"lr": rates}}
+
+
+RECIPE = Recipe(
+    title="Streams: Split-MNIST and Permuted-MNIST, one pass, no stored data",
+    source="no published number of these rules; measures of Chaudhry et al., ECCV 2018, arXiv 1801.10112",
+    about=(
+        "784-100-100-10, batch 100; three learning rates for each contender, chosen by average accuracy on a held-out stream, "
+        "then three seeds."
+    ),
+    measure=reproduce,
+    minutes=90,
+    needs=("mnist",),
+)
