@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from beyondprop.optim.affine_projection import AffineProjection
     from beyondprop.optim.locoprop import LocoProp
     from beyondprop.registry import RuleSpec, register
+    from beyondprop.rules.admm import ADMM
     from beyondprop.rules.altmin import AltMin
     from beyondprop.rules.backprop import Backprop
     from beyondprop.rules.base import LearningRule, StepResult
+    from beyondprop.rules.bcd import BCD
     from beyondprop.rules.local import LocalRule
+    from beyondprop.rules.mac import MAC
+    from beyondprop.rules.offline import OfflineRule
+    from beyondprop.rules.offline_altmin import OfflineAltMin
     from beyondprop.solvers.base import Solver
     from beyondprop.solvers.descent import Descent
     from beyondprop.solvers.memory import Memory
@@ -40,10 +45,15 @@ _HOMES = {
     "beyondprop.optim.affine_projection": ("AffineProjection",),
     "beyondprop.optim.locoprop": ("LocoProp",),
     "beyondprop.registry": ("RuleSpec", "register"),
+    "beyondprop.rules.admm": ("ADMM",),
     "beyondprop.rules.altmin": ("AltMin",),
     "beyondprop.rules.backprop": ("Backprop",),
     "beyondprop.rules.base": ("LearningRule", "StepResult"),
+    "beyondprop.rules.bcd": ("BCD",),
     "beyondprop.rules.local": ("LocalRule",),
+    "beyondprop.rules.mac": ("MAC",),
+    "beyondprop.rules.offline": ("OfflineRule",),
+    "beyondprop.rules.offline_altmin": ("OfflineAltMin",),
     "beyondprop.solvers.base": ("Solver",),
     "beyondprop.solvers.descent": ("Descent",),
     "beyondprop.solvers.memory": ("Memory",),
@@ -53,10 +63,12 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ADMM",
     "AffineProjection",
     "Alignment",
     "AltMin",
     "Assignment",
+    "BCD",
     "Backprop",
     "Chain",
     "CodeProblem",
@@ -67,8 +79,11 @@ __all__ = [
     "LearningRule",
     "LocalRule",
     "LocoProp",
+    "MAC",
     "Memory",
     "NonFiniteError",
+    "OfflineAltMin",
+    "OfflineRule",
     "Pullback",
     "RuleSpec",
     "Solver",

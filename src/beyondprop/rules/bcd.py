@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.losses import LossFunction
-from beyondprop.rules.offline import OfflineRule, OfflineState, Weights, code_gaps, empty_codes, nested, rows
+from beyondprop.rules.offline import (
+    OfflineRule,
+    OfflineState,
+    Weights,
+    code_gaps,
+    empty_codes,
+    nested,
+    rows,
+    split_penalty,
+)
 from beyondprop.solvers.least_squares import Moments
 from beyondprop.solvers.proximal import IDENTITY, FeatureProx, piecewise_prox
 
@@ -153,14 +162,7 @@ class BCD(OfflineRule):
         """See `OfflineRule.energy`."""
         pre, post = state.codes["pre"], state.codes["post"]
         total = self.output_loss.values(post[-1], targets).double().sum()
-        for index, (weight, bias) in enumerate(weights):
-            above = self.layers[index + 1] if index + 1 < len(self.layers) else None
-            below = post[index - 1] if index else features
-            for part in rows(len(features)):
-                active = pre[index][part] if above is None else above.features(pre[index][part])
-                total += 0.5 * self.gamma * (post[index][part] - active).double().square().sum()
-                rest = pre[index][part] - nn.functional.linear(below[part], weight, bias)
-                total += 0.5 * self.rho * rest.double().square().sum()
+        total += split_penalty(self.layers, weights, features, pre, post, gamma=self.gamma, rho=self.rho)
         return total / len(features)
 
     def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:

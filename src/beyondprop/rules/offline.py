@@ -375,10 +375,10 @@ class OfflineRule(LearningRule):
         return {**self.__dict__, "_seen": (None, None)}  # weak references are not copied
 
     def _check_codes(self, state: OfflineState) -> None:
-        for codes in state.codes.values():
+        for group, codes in state.codes.items():
             for index, code in enumerate(codes):
                 if not math.isfinite(float(code.sum())):
-                    name = self.layers[min(index, len(self.layers) - 1)].name
+                    name = self.layers[-1 if group == "multiplier" else index].name
                     raise NonFiniteError(
                         f"Stage {name!r} is not finite at step {self._guard.steps + 1}: its codes overflow. No weight was "
                         "changed. Check the inputs, or raise the damping.",
@@ -444,7 +444,7 @@ def code_gaps(
             z = torch.nn.functional.linear(z, weight, bias)
             code = u[part]
             distances = {"constraint_gap": (torch.nn.functional.linear(below, weight, bias), code), "nested_gap": (z, code)}
-            if post is not None:
+            if post is not None and index < len(post):
                 distances["activation_gap"] = after(code), post[index][part]
             z = after(z)
             own = found.setdefault(layer.name, {})
@@ -452,6 +452,39 @@ def code_gaps(
                 sums = torch.stack([(is_now - wanted).square().sum(), is_now.square().sum()]).double()
                 own.setdefault(name, []).append(sums)
     return {name: {key: _ratio(sums, features) for key, sums in own.items()} for name, own in found.items()}
+
+
+def split_penalty(
+    layers: Sequence[Layer],
+    weights: Sequence[Weights],
+    features: Tensor,
+    pre: Sequence[Tensor],
+    post: Sequence[Tensor],
+    *,
+    gamma: float,
+    rho: float,
+) -> Tensor:
+    """Return `gamma |v - s(u)|^2 / 2 + rho |u - W v_below - b|^2 / 2`, summed over layers and rows, 0-d in float64.
+
+    Args:
+        layers: the layers.
+        weights: their weights.
+        features: inputs of the first Linear `(N, in)`.
+        pre: u, one tensor `(N, width)` a layer.
+        post: v, one a layer; the output's may be left out.
+        gamma: weight of the activations.
+        rho: weight of the affine maps.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=features.device)
+    for index, (weight, bias) in enumerate(weights):
+        below = post[index - 1] if index else features
+        after = layers[index + 1].features if index + 1 < len(layers) else _same
+        for part in rows(len(features)):
+            rest = pre[index][part] - torch.nn.functional.linear(below[part], weight, bias)
+            total += 0.5 * rho * rest.double().square().sum()
+            if index < len(post):
+                total += 0.5 * gamma * (post[index][part] - after(pre[index][part])).double().square().sum()
+    return total
 
 
 def _same(code: Tensor) -> Tensor:

@@ -119,13 +119,17 @@ class Moments:
         rest = self.target_sum - new @ self.input_sum
         return new, (rest.mul_(rho) + alpha * bias.double()) / (rho * self.rows + alpha)
 
-    def _augmented(self, bias: bool) -> tuple[Tensor, Tensor]:
+    def input_gram(self, *, bias: bool) -> Tensor:
+        """Return the sum of `x x^T` over the rows, for a layer with a bias with a last entry of one in every x."""
         if not bias:
-            return self.gram.clone(), self.cross
+            return self.gram.clone()
         column = self.input_sum.unsqueeze(1)
         corner = torch.full((1, 1), float(self.rows), dtype=column.dtype, device=column.device)
-        gram = torch.cat([torch.cat([self.gram, column], 1), torch.cat([column.t(), corner], 1)])
-        return gram, torch.cat([self.cross, self.target_sum.unsqueeze(1)], 1)
+        return torch.cat([torch.cat([self.gram, column], 1), torch.cat([column.t(), corner], 1)])
+
+    def _augmented(self, bias: bool) -> tuple[Tensor, Tensor]:
+        cross = torch.cat([self.cross, self.target_sum.unsqueeze(1)], 1) if bias else self.cross
+        return self.input_gram(bias=bias), cross
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
