@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from beyondprop.activations import closed_form
 from beyondprop.solvers.layer_fits import fit_output, fit_units
 from beyondprop.solvers.least_squares import Moments
-from beyondprop.solvers.proximal import FeatureProx, hinge_prox, piecewise_prox, pieces_of, relu_prox, squared_prox
+from beyondprop.solvers.proximal import FeatureProx, hinge_prox, pieces_of, piecewise_prox, relu_prox, squared_prox
 from beyondprop.solvers.row_descent import AffineAfter, AffineBefore, Anchor, Goal, descend
 from beyondprop.solvers.row_losses import ROW_LOSSES
 
@@ -99,7 +100,9 @@ def test_output_proxes_are_the_lowest_points(weight: float) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_feature_prox_is_the_published_inverse(inputs: int, outputs: int, bias: bool) -> None:
     g = torch.Generator().manual_seed(1)
-    w, b, s, t = (torch.randn(*n, generator=g).double() for n in ((outputs, inputs), (outputs,), (5, inputs), (5, outputs)))
+    w, b, s, t = (
+        torch.randn(*n, generator=g).double() for n in ((outputs, inputs), (outputs,), (5, inputs), (5, outputs))
+    )
     gamma, rho = 0.7, 2.5
     rest = t - b if bias else t
     expected = (rho * rest @ w + gamma * s) @ torch.linalg.inv(rho * w.t() @ w + gamma * torch.eye(inputs).double())
@@ -136,6 +139,17 @@ def test_moments_give_the_least_squares_fit(bias: bool) -> None:
     assert (offset is None) is not bias
     if offset is not None:
         assert relative(offset, expected[:, 450]) < 1e-9
+
+
+def test_moments_without_damping_are_the_pseudo_inverse() -> None:
+    x, t = _rows(60, 10)
+    x = torch.cat([x, x[:, :3] - x[:, 3:6], torch.zeros(60, 1).double()], 1)  # columns that say nothing new
+    moments = Moments(14, 4)
+    moments.add(x, t)
+    weight, _ = moments.solve(0.0, bias=False)
+    assert relative(weight, (torch.linalg.pinv(x) @ t).t()) < 1e-9
+    near, _ = moments.solve(1e-9, bias=False)
+    assert relative(near, weight) < 1e-6
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -203,9 +217,11 @@ def test_output_steps_descend_to_the_minimum(bias: bool) -> None:
     weight, offset = torch.zeros(3, 6).double(), torch.zeros(3).double() if bias else None
     values = [float(loss.values(F.linear(x, weight, offset), y).sum())]
     for _ in range(20):
-        weight, offset = fit_output(lambda: [(x[:90], y[:90]), (x[90:], y[90:])], weight, offset, loss, steps=30, damping=1e-9)
+        weight, offset = fit_output(
+            lambda: [(x[:90], y[:90]), (x[90:], y[90:])], weight, offset, loss, steps=30, damping=1e-9
+        )
         values.append(float(loss.values(F.linear(x, weight, offset), y).sum()))
-    assert all(after <= before + 1e-10 for before, after in zip(values, values[1:], strict=False))
+    assert all(after <= before + 1e-10 for before, after in itertools.pairwise(values))
     leaves = [weight.requires_grad_(), *([] if offset is None else [offset.requires_grad_()])]
     gradients = torch.autograd.grad(loss.values(F.linear(x, *leaves), y).sum(), leaves)
     assert max(float(g.abs().max()) for g in gradients) < 1e-6 * 200
@@ -230,7 +246,9 @@ def test_unit_fits_never_rise_and_find_a_planted_layer(activation: nn.Module | N
     bias = torch.zeros(6).double()
     losses = [(value(F.linear(x, weight, bias)) - t).square().sum(0)]
     for _ in range(40):
-        weight, new = fit_units(lambda: [(x[:100], t[:100]), (x[100:], t[100:])], weight, bias, function, steps=3, damping=1e-9)
+        weight, new = fit_units(
+            lambda: [(x[:100], t[:100]), (x[100:], t[100:])], weight, bias, function, steps=3, damping=1e-9
+        )
         assert new is not None
         bias = new
         losses.append((value(F.linear(x, weight, bias)) - t).square().sum(0))
@@ -283,6 +301,11 @@ def test_row_descent_is_exact_along_the_gradient_of_a_quadratic() -> None:
 def test_a_row_that_cannot_descend_stays() -> None:
     """A kink: along the gradient the loss rises at once."""
     w = torch.tensor([[1.0], [1.0]]).double()
-    above = AffineAfter(closed_form(nn.ReLU()), w, torch.tensor([0.0, 0.0]).double(), Goal(torch.zeros(1, 2).double(), ROW_LOSSES["squared"]))
+    above = AffineAfter(
+        closed_form(nn.ReLU()),
+        w,
+        torch.tensor([0.0, 0.0]).double(),
+        Goal(torch.zeros(1, 2).double(), ROW_LOSSES["squared"]),
+    )
     v = torch.zeros(1, 1).double()
     assert torch.equal(descend(v, above, Anchor(v.clone(), 1.0), 3), v)

@@ -64,11 +64,12 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ADMM",
+    "BCD",
+    "MAC",
     "AffineProjection",
     "Alignment",
     "AltMin",
     "Assignment",
-    "BCD",
     "Backprop",
     "Chain",
     "CodeProblem",
@@ -79,7 +80,6 @@ __all__ = [
     "LearningRule",
     "LocalRule",
     "LocoProp",
-    "MAC",
     "Memory",
     "NonFiniteError",
     "OfflineAltMin",

@@ -20,7 +20,10 @@ def inventory(plugins: Sequence[str] = ()) -> dict[str, Any]:
     """
     load_plugins(plugins)
     rules = [
-        {key: getattr(spec, key) for key in ("name", "title", "summary", "source", "lr", "grid", "schedule", "whole_set")}
+        {
+            key: getattr(spec, key)
+            for key in ("name", "title", "summary", "source", "lr", "grid", "schedule", "whole_set")
+        }
         for spec in map(registry.get, registry.names())
     ]
     sets = [_about(data.describe(name)) for name in data.names()]

@@ -82,7 +82,9 @@ class BCD(OfflineRule):
         self.alpha = _checks.positive("alpha", alpha)
 
     @classmethod
-    def paper(cls, model: nn.Module, loss: LossFunction, *, generator: torch.Generator | None = None, **changes: float) -> BCD:
+    def paper(
+        cls, model: nn.Module, loss: LossFunction, *, generator: torch.Generator | None = None, **changes: float
+    ) -> BCD:
         """Return the published settings for three hidden layers of 1500 units, with the published initial weights.
 
         gamma = rho = 1, alpha = 5, squared error on one-hot labels; the model's weights are drawn anew, 0.01 times a standard

@@ -443,7 +443,10 @@ def code_gaps(
             below = z if not index else layer.features(pre[index - 1][part]) if post is None else post[index - 1][part]
             z = torch.nn.functional.linear(z, weight, bias)
             code = u[part]
-            distances = {"constraint_gap": (torch.nn.functional.linear(below, weight, bias), code), "nested_gap": (z, code)}
+            distances = {
+                "constraint_gap": (torch.nn.functional.linear(below, weight, bias), code),
+                "nested_gap": (z, code),
+            }
             if post is not None and index < len(post):
                 distances["activation_gap"] = after(code), post[index][part]
             z = after(z)

@@ -99,7 +99,7 @@ class OfflineAltMin(OfflineRule):
         for index, (layer, own) in enumerate(zip(self.layers, moments, strict=False)):
             if layer.trains:
                 with self.solving(layer):
-                    alpha = self.damping * max(float(own.gram.diagonal().mean()), 1e-30)
+                    alpha = self.damping * max(own.mean_square(), 1e-30)  # inputs may all be 0
                     weight, bias = own.proximal(*weights[index], alpha=alpha)
                 weights[index] = weight.to(features.dtype), None if bias is None else bias.to(features.dtype)
         if self.layers[-1].trains:
@@ -138,9 +138,7 @@ class OfflineAltMin(OfflineRule):
 
         layer = self.layers[-1]
         with self.solving(layer):
-            return fit_output(
-                chunks, *weights, self.output_loss, steps=self.output_steps, damping=self.damping
-            )
+            return fit_output(chunks, *weights, self.output_loss, steps=self.output_steps, damping=self.damping)
 
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
         """See `OfflineRule.energy`."""

@@ -143,7 +143,9 @@ class _InverseGram:
         return torch.cholesky_solve(gradient.t(), self.factor).t()
 
 
-def _moved(weight: Tensor, bias: Tensor | None, direction: Tensor, lengths: Tensor | float) -> tuple[Tensor, Tensor | None]:
+def _moved(
+    weight: Tensor, bias: Tensor | None, direction: Tensor, lengths: Tensor | float
+) -> tuple[Tensor, Tensor | None]:
     step = direction.to(weight.dtype) * lengths
     if bias is None:
         return weight - step, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,19 +59,32 @@ class Moments:
         self.target_sum += targets.sum(0)
         self.cross += targets.t() @ inputs
 
+    def mean_square(self) -> float:
+        """Return the inputs' mean second moment, summed over the rows: what shares of damping are of.
+
+        Raises:
+            LinAlgError: if it is not finite.
+        """
+        value = float(self.gram.diagonal().mean())
+        if not math.isfinite(value):
+            raise torch.linalg.LinAlgError("The inputs' second moments are not finite.")  # pyright: ignore[reportPrivateImportUsage]
+        return value
+
     def solve(self, damping: float, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the least-squares fit, `(out, in)` and `(out,)` in float64.
 
         Args:
-            damping: >= 0, ridge on weights and bias as a share of the moments' mean diagonal; small, it makes of the
-                inverse the pseudo-inverse.
+            damping: >= 0, ridge on weights and bias as a share of the moments' mean diagonal; 0 is the pseudo-inverse,
+                singular values of the inputs below 1e-6 of the largest taken for 0.
             bias: whether there is one.
 
         Raises:
-            LinAlgError: if the moments are singular, or not finite, and the damping does not mend it.
+            LinAlgError: if the moments are not finite, or all 0 where there is a damping.
         """
         _checks.non_negative("damping", damping)
         gram, cross = self._augmented(bias)
+        if damping == 0.0:
+            return _split(cross @ torch.linalg.pinv(gram, rtol=1e-12, hermitian=True), bias)
         gram.diagonal().add_(damping * float(gram.diagonal().mean()))
         return _split(_solve(gram, cross), bias)
 

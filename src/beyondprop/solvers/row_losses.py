@@ -46,11 +46,19 @@ class RowLoss:
         """
         if y.ndim == 1 and y.dtype == torch.int64:
             if len(y) and not 0 <= int(y.min()) <= int(y.max()) < outputs:
-                raise ValueError(f"y has labels {int(y.min())} to {int(y.max())}; {outputs} outputs accept 0 to {outputs - 1}.")
+                raise ValueError(
+                    f"y has labels {int(y.min())} to {int(y.max())}; {outputs} outputs accept 0 to {outputs - 1}."
+                )
             return y if self.takes_labels else F.one_hot(y, outputs).to(like.dtype)
         if self.takes_labels or y.shape[1:] != (outputs,) or y.dtype != like.dtype:
-            accepted = "int64 labels (N,)" if self.takes_labels else f"int64 labels (N,), or rows (N, {outputs}) of {like.dtype}"
-            raise ValueError(f"y of shape {tuple(y.shape)} and dtype {y.dtype} does not fit: {self.name} takes {accepted}.")
+            accepted = (
+                "int64 labels (N,)"
+                if self.takes_labels
+                else f"int64 labels (N,), or rows (N, {outputs}) of {like.dtype}"
+            )
+            raise ValueError(
+                f"y of shape {tuple(y.shape)} and dtype {y.dtype} does not fit: {self.name} takes {accepted}."
+            )
         if self.name == "hinge" and not bool(((y == 0) | (y == 1)).all()):
             raise ValueError("y has entries other than 0 and 1, which is all that the hinge loss takes.")
         return y
