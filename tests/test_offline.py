@@ -25,7 +25,7 @@ from beyondprop import (
     alignment,
     data,
 )
-from beyondprop.rules import offline
+from beyondprop.rules import _layers
 
 RULES: dict[str, Callable[..., OfflineRule]] = {
     "OfflineAltMin": OfflineAltMin,
@@ -177,7 +177,7 @@ def test_chunks_change_nothing_but_rounding(name: str, monkeypatch: pytest.Monke
     x, y = _data()
     whole, parts = _rule(name), _rule(name)
     _sweeps(whole, x, y, 3)
-    monkeypatch.setattr(offline, "CHUNK", 16)
+    monkeypatch.setattr(_layers, "CHUNK", 16)
     _sweeps(parts, x, y, 3)
     for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)

@@ -62,14 +62,13 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of sorted(), as a test has it
     "ADMM",
-    "BCD",
-    "MAC",
     "AffineProjection",
     "Alignment",
     "AltMin",
     "Assignment",
+    "BCD",
     "Backprop",
     "Chain",
     "CodeProblem",
@@ -80,6 +79,7 @@ __all__ = [
     "LearningRule",
     "LocalRule",
     "LocoProp",
+    "MAC",
     "Memory",
     "NonFiniteError",
     "OfflineAltMin",

@@ -21,16 +21,8 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.losses import LossFunction
-from beyondprop.rules.offline import (
-    OfflineRule,
-    OfflineState,
-    Weights,
-    code_gaps,
-    empty_codes,
-    nested,
-    rows,
-    split_penalty,
-)
+from beyondprop.rules._layers import Weights, code_gaps, empty_codes, nested, rows, split_penalty
+from beyondprop.rules.offline import OfflineRule, OfflineState
 from beyondprop.solvers.least_squares import Moments
 from beyondprop.solvers.proximal import FeatureProx, piecewise_prox
 

@@ -22,16 +22,8 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.losses import LossFunction
-from beyondprop.rules.offline import (
-    OfflineRule,
-    OfflineState,
-    Weights,
-    code_gaps,
-    empty_codes,
-    nested,
-    rows,
-    split_penalty,
-)
+from beyondprop.rules._layers import Weights, code_gaps, empty_codes, nested, rows, split_penalty
+from beyondprop.rules.offline import OfflineRule, OfflineState
 from beyondprop.solvers.least_squares import Moments
 from beyondprop.solvers.proximal import IDENTITY, FeatureProx, piecewise_prox
 
@@ -39,8 +31,8 @@ from beyondprop.solvers.proximal import IDENTITY, FeatureProx, piecewise_prox
 class BCD(OfflineRule):
     """Three-splitting block coordinate descent; the relaxed objective never rises.
 
-    The relaxed optimum is not the network's: `gaps` says how far the two are from each other. Keeps three numbers a unit and
-    row during a sweep, two of them the codes.
+    The relaxed optimum is not the network's: `gaps` says how far the two are from each other. The codes are two numbers a unit
+    and row; during a sweep the old and the new ones are there.
 
     Args:
         model: `nn.Sequential` of Linear layers behind reshapes and piecewise linear activations.

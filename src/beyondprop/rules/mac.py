@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.losses import LossFunction
-from beyondprop.rules.offline import OfflineRule, OfflineState, Weights, empty_codes, nested, rows
+from beyondprop.rules._layers import Weights, empty_codes, nested, rows
+from beyondprop.rules.offline import OfflineRule, OfflineState
 from beyondprop.solvers.layer_fits import fit_output, fit_units
 from beyondprop.solvers.row_descent import AffineBefore, Anchor, Goal, descend
 from beyondprop.solvers.row_losses import ROW_LOSSES

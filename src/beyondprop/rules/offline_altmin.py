@@ -22,15 +22,8 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.losses import LossFunction
-from beyondprop.rules.offline import (
-    OfflineRule,
-    OfflineState,
-    Weights,
-    code_gaps,
-    empty_codes,
-    nested,
-    rows,
-)
+from beyondprop.rules._layers import Weights, code_gaps, empty_codes, nested, rows
+from beyondprop.rules.offline import OfflineRule, OfflineState
 from beyondprop.solvers.layer_fits import fit_output
 from beyondprop.solvers.least_squares import Moments
 from beyondprop.solvers.row_descent import AffineAfter, Anchor, Goal, descend
