@@ -237,6 +237,29 @@ def test_a_sweep_happens_whole_or_not_at_all(name: str) -> None:
 
 
 @every_rule
+@pytest.mark.parametrize("what", ["codes", "weights"])
+def test_a_sweep_that_ends_in_nan_is_not_written(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = _rule(name)
+    x, y = _data()
+    sweep = rule.sweep
+
+    def poisoned(*given: Any) -> Any:
+        after, weights = sweep(*given)
+        (weights[1][0] if what == "weights" else next(iter(after.codes.values()))[0])[2, 1] = float("nan")
+        return after, weights
+
+    for sweeps in (0, 2):
+        _sweeps(rule, x, y, sweeps)
+        before = rule_state(rule)
+        with monkeypatch.context() as patch:
+            patch.setattr(rule, "sweep", poisoned)
+            with pytest.raises(NonFiniteError, match=r"^Stage '[13]' is not finite at step .* No weight was"):
+                rule.step(x, y)
+        assert equal(before, rule_state(rule))
+        assert rule._pending is None
+
+
+@every_rule
 def test_an_overflow_inside_names_a_stage_and_changes_nothing(name: str) -> None:
     rule = _rule(name, dtype=torch.float32, activation="relu")
     with torch.no_grad():

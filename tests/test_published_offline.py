@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import mlp, relative
 from torch import Tensor, nn
 
-from beyondprop import ADMM, BCD, data
+from beyondprop import ADMM, BCD, OfflineAltMin, data
 
 CE = nn.CrossEntropyLoss()
 
@@ -154,6 +154,48 @@ def test_every_block_of_bcd_lowers_the_objective(monkeypatch: pytest.MonkeyPatch
         rule.step(x, y)
     assert len(energies) == 1 + 4 * 6
     assert all(after <= before + 1e-13 for before, after in itertools.pairwise(energies))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_offline_codes_move_last_first_each_seeing_the_moved_code_above(activation: str) -> None:
+    """Problems (4) and (5) by autograd: one exact line search for every row, on top of codes that were moved already."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Flatten(), *mlp(64, 9, 8, 7, 10, activation=activation)).double()
+    _, x, y = _setup()
+    mu = 0.3
+    rule = OfflineAltMin(model, CE, mu=mu)
+    rule.step(x, y)
+    assert rule._state is not None
+    codes = [c.clone() for c in rule._state.codes["pre"]]
+    weights = [(w.clone(), None if b is None else b.clone()) for w, b in rule._weights]  # those before the next step
+    function = getattr(torch, activation)
+    rule.step(x, y)
+
+    def below(index: int) -> Tensor:
+        return function(codes[index - 1]) if index else x.flatten(1)
+
+    checked = 0
+    old = [c.clone() for c in codes]
+    for index in (2, 1, 0):
+        center = F.linear(below(index), *weights[index])
+
+        def value(c: Tensor, index: int = index, center: Tensor = center) -> Tensor:
+            above = F.linear(function(c), *weights[index + 1])
+            own = 0.5 * mu * (c - center).square().sum(1)
+            if index == 2:
+                return own + F.cross_entropy(above, y, reduction="none")
+            return own + 0.5 * mu * (codes[index + 1] - above).square().sum(1)
+
+        moved = rule._state.codes["pre"][index]
+        leaf = old[index].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(value(leaf).sum(), leaf)
+        step = old[index] - moved
+        cosine = F.cosine_similarity(step, gradient, dim=1)
+        assert float(cosine[step.norm(dim=1) > 1e-9].min()) > 1 - 1e-8  # along this very gradient
+        assert bool((value(moved) <= value(old[index]) + 1e-12).all())
+        checked += int((step.norm(dim=1) > 1e-9).sum())
+        codes[index] = moved
+    assert checked > 3 * 100
 
 
 def test_paper_settings() -> None:

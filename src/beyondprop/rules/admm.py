@@ -69,7 +69,7 @@ class ADMM(OfflineRule):
         gamma: float = 10.0,
         beta: float = 1.0,
         warm_start: int = 10,
-        damping: float = 1e-3,
+        damping: float = 1e-2,
         initial_codes: str = "forward",
         generator: torch.Generator | None = None,
     ) -> None:
