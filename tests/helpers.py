@@ -28,7 +28,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU("tanh"),
     "hardtanh": lambda: nn.Hardtanh(-0.5, 1.5),
     "relu6": nn.ReLU6,
-    "hardsigmoid": nn.Hardsigmoid,
 }
 
 

@@ -129,7 +129,7 @@ def test_curved_activations_descend_too(name: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["BCD", "ADMM"])
-@pytest.mark.parametrize("activation", ["hardtanh", "relu6", "hardsigmoid", "identity"])
+@pytest.mark.parametrize("activation", ["hardtanh", "relu6", "identity"])
 def test_closed_forms_serve_all_piecewise_linear_activations(name: str, activation: str) -> None:
     rule = _rule(name, activation=activation)
     x, y = _data()

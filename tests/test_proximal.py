@@ -309,3 +309,18 @@ def test_a_row_that_cannot_descend_stays() -> None:
     )
     v = torch.zeros(1, 1).double()
     assert torch.equal(descend(v, above, Anchor(v.clone(), 1.0), 3), v)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Hardtanh(-0.5, 1.5), nn.ReLU6(), nn.Hardsigmoid()], ids=lambda m: type(m).__name__
+)
+def test_slopes_of_clipped_activations_are_autograds(module: nn.Module) -> None:
+    z = torch.tensor([-4.0, -3.0, -0.5, -0.2, 0.0, 0.3, 1.5, 2.0, 3.0, 6.0, 7.0]).double().requires_grad_()
+    activation = closed_form(module)
+    assert activation is not None
+    (expected,) = torch.autograd.grad(module(z).sum(), z)
+    value = activation.value(z.detach())
+    torch.testing.assert_close(value, module(z).detach(), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        activation.slope(z.detach(), value), expected, rtol=0, atol=1e-8
+    )  # torch's 1/6 is float32
