@@ -26,6 +26,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": lambda: nn.Softplus(beta=2.0, threshold=3.0),
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU("tanh"),
+    "hardtanh": lambda: nn.Hardtanh(-0.5, 1.5),
+    "relu6": nn.ReLU6,
 }
 
 

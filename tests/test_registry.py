@@ -12,7 +12,18 @@ import torch
 from helpers import mlp
 from torch import nn
 
-from beyondprop import AltMin, Backprop, Memory, RuleSpec, register, registry
+from beyondprop import (
+    ADMM,
+    BCD,
+    MAC,
+    AltMin,
+    Backprop,
+    Memory,
+    OfflineAltMin,
+    RuleSpec,
+    register,
+    registry,
+)
 
 PLUGIN = '''
 """Sign-symmetric feedback: wishes go down through the signs of the weights (Liao et al., AAAI 2016)."""
@@ -184,9 +195,19 @@ def test_specs_have_sane_rates() -> None:
 def test_the_named_rules_are_what_their_names_say() -> None:
     built = {n: registry.get(n).build(mlp(6, 5, 4, 3), nn.CrossEntropyLoss(), 0.25) for n in registry.names()}
     for name, rule in built.items():
+        assert rule.whole_set == registry.get(name).whole_set
+        if rule.whole_set:
+            continue
         assert isinstance(rule, AltMin if name.startswith("am") else Backprop)
         rates = [o.param_groups[0]["lr"] for o in rule.optimizers]
         assert 0.25 in rates, name  # the rate that is asked for is the rate that is used
+    offline, mac, bcd, admm = (built[n] for n in ("offline-am", "mac", "bcd", "admm"))
+    assert isinstance(offline, OfflineAltMin)
+    assert isinstance(mac, MAC)
+    assert isinstance(bcd, BCD)
+    assert isinstance(admm, ADMM)
+    assert (offline.mu, mac.mu, bcd.gamma, bcd.rho, bcd.alpha, admm.beta, admm.gamma) == (4, 4, 4, 4, 5, 4, 40)
+    assert (bcd.output_loss.name, admm.output_loss.name) == ("squared", "hinge")
     memory = built["am-mem"]
     assert isinstance(memory, AltMin)
     assert isinstance(memory.solver, Memory)

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from beyondprop.optim.affine_projection import AffineProjection
     from beyondprop.optim.locoprop import LocoProp
     from beyondprop.registry import RuleSpec, register
+    from beyondprop.rules.admm import ADMM
     from beyondprop.rules.altmin import AltMin
     from beyondprop.rules.backprop import Backprop
     from beyondprop.rules.base import LearningRule, StepResult
+    from beyondprop.rules.bcd import BCD
     from beyondprop.rules.ewc import OnlineEWC
     from beyondprop.rules.local import LocalRule
+    from beyondprop.rules.mac import MAC
+    from beyondprop.rules.offline import OfflineRule
+    from beyondprop.rules.offline_altmin import OfflineAltMin
     from beyondprop.solvers.base import Solver
     from beyondprop.solvers.descent import Descent
     from beyondprop.solvers.memory import Memory
@@ -41,11 +46,16 @@ _HOMES = {
     "beyondprop.optim.affine_projection": ("AffineProjection",),
     "beyondprop.optim.locoprop": ("LocoProp",),
     "beyondprop.registry": ("RuleSpec", "register"),
+    "beyondprop.rules.admm": ("ADMM",),
     "beyondprop.rules.altmin": ("AltMin",),
     "beyondprop.rules.backprop": ("Backprop",),
     "beyondprop.rules.base": ("LearningRule", "StepResult"),
+    "beyondprop.rules.bcd": ("BCD",),
     "beyondprop.rules.ewc": ("OnlineEWC",),
     "beyondprop.rules.local": ("LocalRule",),
+    "beyondprop.rules.mac": ("MAC",),
+    "beyondprop.rules.offline": ("OfflineRule",),
+    "beyondprop.rules.offline_altmin": ("OfflineAltMin",),
     "beyondprop.solvers.base": ("Solver",),
     "beyondprop.solvers.descent": ("Descent",),
     "beyondprop.solvers.memory": ("Memory",),
@@ -54,11 +64,13 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of sorted(), as a test has it
+    "ADMM",
     "AffineProjection",
     "Alignment",
     "AltMin",
     "Assignment",
+    "BCD",
     "Backprop",
     "Chain",
     "CodeProblem",
@@ -69,8 +81,11 @@ __all__ = [
     "LearningRule",
     "LocalRule",
     "LocoProp",
+    "MAC",
     "Memory",
     "NonFiniteError",
+    "OfflineAltMin",
+    "OfflineRule",
     "OnlineEWC",
     "Pullback",
     "RuleSpec",

@@ -20,7 +20,10 @@ def inventory(plugins: Sequence[str] = ()) -> dict[str, Any]:
     """
     load_plugins(plugins)
     rules = [
-        {key: getattr(spec, key) for key in ("name", "title", "summary", "source", "lr", "grid", "schedule")}
+        {
+            key: getattr(spec, key)
+            for key in ("name", "title", "summary", "source", "lr", "grid", "schedule", "whole_set")
+        }
         for spec in map(registry.get, registry.names())
     ]
     sets = [_about(data.describe(name)) for name in data.names()]
@@ -31,7 +34,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     """Print what `inventory` returned as tables."""
     rules = _table("Rules (--rule)", "name", "what it does", "source")
     for rule in found["rules"]:
-        rules.add_row(rule["name"], rule["summary"], rule["source"])
+        whole = " (whole set a step)" if rule["whole_set"] else ""
+        rules.add_row(rule["name"], rule["summary"] + whole, rule["source"])
     forms = []
     for title, key in (("Networks (--net)", "nets"), ("Schedules (--schedule)", "schedules")):
         forms.append(_table(title, "form", "what it is"))

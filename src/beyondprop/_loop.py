@@ -84,6 +84,7 @@ class Loop:
     save: Callable[[State], None] | None
     save_every: float
     interrupted: Callable[[], bool] | None
+    whole_set: bool = False
 
     def __post_init__(self) -> None:
         _checks.positive("epochs", self.epochs)
@@ -95,9 +96,12 @@ class Loop:
         _checks.batch(self.data.x_train, self.data.y_train)
         _checks.batch(self.data.x_test, self.data.y_test)
         self.steps_per_epoch, self.rows_per_epoch = epoch_of(self.rule.model, len(self.data.x_train), self.batch_size)
-        self.steps = max(1, round(self.epochs * self.steps_per_epoch))
         every = self.steps_per_epoch if self.evaluate_every is None else self.evaluate_every
         self.every = _checks.at_least("evaluate_every", every, 1)
+        if self.whole_set:  # what other rules call an epoch is one step here
+            self.every = max(1, round(self.every / self.steps_per_epoch))
+            self.steps_per_epoch, self.rows_per_epoch = 1, len(self.data.x_train)
+        self.steps = max(1, round(self.epochs * self.steps_per_epoch))
         self.first, self.seconds, self.work_before = self._handed_over()
         self.last = self.steps if self.stop is None else stop_step(self.stop, self.steps, self.steps_per_epoch)
         if self.first >= self.last:
@@ -148,7 +152,10 @@ class Loop:
         """Train to the end."""
         if not self.resumed:
             first = next(self._batches(0, 0))
-            self.work = work_per_step(self.rule, *first)
+            # A sweep over a whole set is counted once, its start among it; it stands for all batches of an epoch.
+            self.work = work_per_step(self.rule, *first, steps=1 if self.whole_set else 10)
+            if self.whole_set:
+                self.work *= len(self.data.x_train) / self.batch_size
             self._evaluate()
             self._save()
         while self.step < self.last and not self.history.stopped_early:
@@ -194,6 +201,8 @@ class Loop:
         self.seconds += self._now() - began
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.whole_set:
+            return iter([(self.data.x_train, self.data.y_train)])
         # Seeded by both numbers, so that no epoch's order depends on what was drawn before it.
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % _SEEDS)
         return batches(self.data.x_train, self.data.y_train, self.batch_size, generator=generator, start=start)
@@ -231,10 +240,12 @@ class Loop:
             self.progress(self.step - self.first, self.last - self.first)
 
     def _align(self) -> None:
-        rows = len(self.data.x_train)
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.seed))
-        chosen = order[: self.batch_size].to(self.device)
-        found = measure_alignment(self.rule, self.data.x_train[chosen], self.data.y_train[chosen])
+        x, y = self.data.x_train, self.data.y_train
+        if not self.whole_set:
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
+            chosen = order[: self.batch_size].to(self.device)
+            x, y = x[chosen], y[chosen]
+        found = measure_alignment(self.rule, x, y)
         stages = {
             name: {key: _finite(getattr(a, key)) for key in ("cosine", "angle", "norm_ratio")}
             for name, a in found.items()

@@ -80,6 +80,16 @@ def _gelu(module: nn.GELU) -> Activation:
     return Activation(lambda z: F.gelu(z, approximate=approximate), slope)
 
 
+def _hardtanh(module: nn.Hardtanh) -> Activation:
+    low, high = module.min_val, module.max_val
+    return Activation(lambda z: z.clamp(low, high), lambda z, a: ((z > low) & (z < high)).to(z.dtype))
+
+
+def _hardsigmoid(module: nn.Hardsigmoid) -> Activation:
+    del module
+    return Activation(F.hardsigmoid, lambda z, a: ((z > -3) & (z < 3)).to(z.dtype) / 6)
+
+
 _FACTORIES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.ReLU: _relu,
     nn.LeakyReLU: _leaky_relu,
@@ -87,6 +97,9 @@ _FACTORIES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Sigmoid: _sigmoid,
     nn.Softplus: _softplus,
     nn.GELU: _gelu,
+    nn.Hardtanh: _hardtanh,
+    nn.ReLU6: _hardtanh,
+    nn.Hardsigmoid: _hardsigmoid,
 }
 
 

@@ -179,6 +179,7 @@ def _train(member: Member, dataset: Dataset, plan: Plan, directory: RunDirectory
                 save=lambda tree: directory.save(name, seed, tree),
                 resume=state,
                 interrupted=interrupted,
+                whole_set=member.spec.whole_set or None,
             )
     observer.end(member)
 

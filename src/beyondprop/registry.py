@@ -17,9 +17,13 @@ from beyondprop import _checks
 from beyondprop.losses import LossFunction
 from beyondprop.optim.affine_projection import AffineProjection
 from beyondprop.optim.locoprop import LocoProp
+from beyondprop.rules.admm import ADMM
 from beyondprop.rules.altmin import AltMin
 from beyondprop.rules.backprop import Backprop
 from beyondprop.rules.base import LearningRule
+from beyondprop.rules.bcd import BCD
+from beyondprop.rules.mac import MAC
+from beyondprop.rules.offline_altmin import OfflineAltMin
 from beyondprop.solvers.descent import adam
 from beyondprop.solvers.memory import Memory
 
@@ -36,9 +40,10 @@ class RuleSpec:
         summary: one line for `beyondprop list`.
         source: paper, with what part of it.
         build: `build(model, loss, lr)` returns the rule.
-        lr: learning rate where none is given.
+        lr: learning rate where none is given; for a rule without one, 1 over the weight of its penalties.
         grid: learning rates that `--tune` tries, the same number for every rule.
         schedule: learning-rate schedule where none is given; None: the run's own.
+        whole_set: whether a step takes the whole training set: one step an epoch, its rows in one order.
     """
 
     name: str
@@ -49,6 +54,7 @@ class RuleSpec:
     lr: float
     grid: tuple[float, ...]
     schedule: str | None = None
+    whole_set: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or any(c.isspace() or c in "/=:," for c in self.name):
@@ -247,6 +253,51 @@ for _spec in (
         lambda model, loss, lr: Backprop(model, loss, _sgd(lr)),
         lr=0.1,
         grid=_SGD_GRID,
+    ),
+    # Rules that keep codes for the whole set have no learning rate; 1 / lr is the weight of their penalties.
+    RuleSpec(
+        "offline-am",
+        "Offline AM",
+        "alternating minimization over the codes of the whole set, line-search codes, least-squares weights",
+        f"{_AM}, the offline baseline",
+        lambda model, loss, lr: OfflineAltMin(model, loss, mu=1 / lr),
+        lr=1.0,
+        grid=(0.3, 1.0, 10.0, 100.0),
+        schedule="constant",
+        whole_set=True,
+    ),
+    RuleSpec(
+        "mac",
+        "MAC",
+        "method of auxiliary coordinates: codes after the nonlinearity, penalties growing by 1.1 a sweep",
+        "Carreira-Perpinan & Wang, AISTATS 2014, arXiv 1212.5921",
+        lambda model, loss, lr: MAC(model, loss, mu=1 / lr),
+        lr=100.0,
+        grid=(1.0, 10.0, 100.0, 1000.0),
+        schedule="constant",
+        whole_set=True,
+    ),
+    RuleSpec(
+        "bcd",
+        "BCD (three-splitting)",
+        "block coordinate descent in closed forms, squared error on one-hot labels",
+        "Zeng et al., ICML 2019, arXiv 1803.00225, Algorithm 2",
+        lambda model, loss, lr: BCD(model, loss, output_loss="squared", gamma=1 / lr, rho=1 / lr),
+        lr=1.0,
+        grid=(0.3, 1.0, 3.0, 10.0),
+        schedule="constant",
+        whole_set=True,
+    ),
+    RuleSpec(
+        "admm",
+        "ADMM",
+        "no gradients: least squares, closed-form codes, a multiplier on the output, hinge loss on one-hot labels",
+        "Taylor et al., ICML 2016, arXiv 1605.02026, Algorithm 1",
+        lambda model, loss, lr: ADMM(model, loss, output_loss="hinge", beta=1 / lr, gamma=10 / lr),
+        lr=1.0,
+        grid=(0.3, 1.0, 3.0, 10.0),
+        schedule="constant",
+        whole_set=True,
     ),
 ):
     register(_spec)

@@ -39,6 +39,7 @@ def fit(
     save_every: float = 30.0,
     resume: State | None = None,
     interrupted: Callable[[], bool] | None = None,
+    whole_set: bool | None = None,
 ) -> History:
     """Train a rule's model, evaluating it on the test rows as it goes.
 
@@ -46,6 +47,10 @@ def fit(
     from torch's global random state, which is yours to seed. The model trains in the mode that it is in: a part that you
     put in evaluation mode stays there. A last batch of a single row is left out where the model has a BatchNorm, which
     could not normalise it.
+
+    A rule that wants the whole set gets all training rows at every step, in their own order: its epoch is one step. Its rows
+    line up with those of other rules by epoch: `evaluate_every` is rounded to whole epochs, and `work` stays in units of a
+    gradient on `batch_size` rows.
 
     Rows have: `step`; `epoch`; `samples` seen; `work`, in gradient-equivalents: what a step of plain backpropagation on the
     same batch costs in floating-point operations is 1; `seconds` of training, without evaluations, alignments and
@@ -72,6 +77,7 @@ def fit(
         save_every: seconds between two saves.
         resume: a state that `save` got; rule, data and arguments must be as they were then.
         interrupted: asked after every step; where it says true, the state is saved and `KeyboardInterrupt` raised.
+        whole_set: whether a step takes all training rows, not shuffled; default: what the rule itself says.
 
     Raises:
         ValueError: if an argument is out of its range; the message has the range.
@@ -95,6 +101,7 @@ def fit(
         save=save,
         save_every=save_every,
         interrupted=interrupted,
+        whole_set=rule.whole_set if whole_set is None else whole_set,
     )
     if resume is not None:
         loop.restore(resume)

@@ -98,6 +98,7 @@ def tune(
                 evaluate_every=_NEVER,
                 progress=lambda step, steps: observer.progress(member, step, steps),
                 interrupted=interrupted,
+                whole_set=member.spec.whole_set or None,
             )
         except Failed as error:
             row |= {"validation_loss": None, "validation_accuracy": None, "message": " ".join(str(error).split())}

@@ -57,6 +57,8 @@ class LearningRule(abc.ABC):
     optimizers: tuple[torch.optim.Optimizer, ...]
     defers_update: bool = True
     """Whether all that `update` changes is inside optimizers, so that these can skip a step on the device."""
+    whole_set: bool = False
+    """Whether every step takes the whole training set, its rows in one order."""
 
     def __init__(self, model: nn.Module, loss: LossFunction, *, nonfinite: str | None = None) -> None:
         if not isinstance(model, nn.Module):
