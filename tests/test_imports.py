@@ -17,7 +17,7 @@ ROOT = Path(beyondprop.__file__).parent
 # A file imports from its own floor or from lower ones. Anything that is not listed is the laboratory, on top.
 FLOORS = (
     {"_checks", "errors"},
-    {"activations", "stage", "affine", "block", "chain", "losses"},
+    {"activations", "transport", "stage", "affine", "block", "chain", "losses", "nn"},
     {"credit", "solvers", "watchdog"},
     {"rules", "optim", "diagnostics"},
     {"registry", "__init__"},

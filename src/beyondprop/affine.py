@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from beyondprop.activations import Activation, closed_form
 from beyondprop.stage import Pullback, Stage, add_to_gradient
+from beyondprop.transport import counterpart
 
 _RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _GATE = torch.ops.aten.threshold_backward.grad_input  # zero where the value is not positive, in one pass
@@ -99,11 +100,22 @@ class AffinePullback(Pullback):
 
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
-        stage = self.map
+        stage, weight = self.map, self.map.weight
+        if stage.feedback:
+            weight = stage.feedback[stage.weight] = counterpart(stage.weight, stage.feedback[stage.weight])
         if stage.is_linear:
-            gradient = _whole(torch.matmul(cotangent, stage.weight), cotangent)
+            gradient = _whole(torch.matmul(cotangent, weight), cotangent)
         else:
-            gradient = self._convolution_backward(cotangent, (True, False, False))[0]
+            gradient = self._convolution_backward(cotangent, weight, (True, False, False))[0]
+        return self.pull_features(gradient)
+
+    def pull_features(self, gradient: Tensor) -> Tensor:
+        """Return the input's cotangent for one of `features`: reshaped and times the slope.
+
+        Args:
+            gradient: shape of `features`; overwritten.
+        """
+        stage = self.map
         if stage.reshapes:
             gradient = gradient.reshape(self.input_shape)
         if stage.activation is None:
@@ -165,12 +177,14 @@ class AffinePullback(Pullback):
             rows = F.pad(rows, (0, 1), value=1.0)
         return rows
 
-    def _convolution_backward(self, cotangent: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+    def _convolution_backward(
+        self, cotangent: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, ...]:
         affine = self.map.affine
         return torch.ops.aten.convolution_backward(
             cotangent,
             self.features,
-            affine.weight,
+            weight,
             None if affine.bias is None else list(affine.bias.shape),
             affine.stride,
             affine.padding,
@@ -184,7 +198,7 @@ class AffinePullback(Pullback):
     def _add_convolution_gradients(self, cotangent: Tensor, factor: float) -> None:
         weight, bias = self.map.weight, self.map.bias
         if weight.requires_grad:
-            gradient = self._convolution_backward(cotangent, (False, True, False))[1]
+            gradient = self._convolution_backward(cotangent, weight, (False, True, False))[1]
             add_to_gradient(weight, gradient, factor)
         if bias is not None and bias.requires_grad:
             add_to_gradient(bias, cotangent.flatten(2).sum((0, 2)), factor)

@@ -13,6 +13,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,11 +22,13 @@ class Pullback(abc.ABC):
 
     Attributes:
         stage: the stage.
+        input_shape: shape of the input.
         input: the detached input `(N, ...)`; there while codes are kept, see `Chain.record`.
         output: the detached output `(N, ...)`; likewise.
     """
 
     stage: Stage
+    input_shape: torch.Size
     input: Tensor
     output: Tensor
 
@@ -76,6 +79,8 @@ class Stage(abc.ABC):
         name: dotted name, in the user's model, of the module that carries the weights.
         modules: the modules it applies, in order.
         parameters: its parameters.
+        feedback: tensors that its pullbacks use in place of weights, their shapes the same; the weights' own gradients do
+            not. Empty: the pullback is the transposed Jacobian.
     """
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -83,6 +88,7 @@ class Stage(abc.ABC):
         self.names = [n for n, _ in modules]
         self.modules = [m for _, m in modules]
         self.parameters = list(dict.fromkeys(p for m in self.modules for p in m.parameters()))
+        self.feedback: dict[nn.Parameter, Tensor] = {}
 
     @abc.abstractmethod
     def record(self, z: Tensor, *, push: bool = False) -> Pullback:

@@ -1,0 +1,1 @@
+"""Layers with a backward of their own; any optimizer and any rule trains them."""
