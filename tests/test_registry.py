@@ -12,7 +12,7 @@ import torch
 from helpers import mlp
 from torch import nn
 
-from beyondprop import AltMin, Backprop, Memory, RuleSpec, register, registry
+from beyondprop import AltMin, Backprop, DifferenceTargetProp, LocalRule, Memory, RuleSpec, register, registry
 
 PLUGIN = '''
 """Sign-symmetric feedback: wishes go down through the signs of the weights (Liao et al., AAAI 2016)."""
@@ -184,7 +184,8 @@ def test_specs_have_sane_rates() -> None:
 def test_the_named_rules_are_what_their_names_say() -> None:
     built = {n: registry.get(n).build(mlp(6, 5, 4, 3), nn.CrossEntropyLoss(), 0.25) for n in registry.names()}
     for name, rule in built.items():
-        assert isinstance(rule, AltMin if name.startswith("am") else Backprop)
+        kinds = {"fa": LocalRule, "dfa": LocalRule, "dtp": DifferenceTargetProp}
+        assert isinstance(rule, AltMin if name.startswith("am") else kinds.get(name, Backprop))
         rates = [o.param_groups[0]["lr"] for o in rule.optimizers]
         assert 0.25 in rates, name  # the rate that is asked for is the rate that is used
     memory = built["am-mem"]

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from beyondprop.chain import Chain
     from beyondprop.credit.base import Assignment, Credit
     from beyondprop.credit.codes import CodeProblem, Codes
+    from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
+    from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
     from beyondprop.diagnostics import Alignment, alignment
     from beyondprop.errors import FrozenStageWarning, NonFiniteError, UnsupportedModelError
     from beyondprop.optim.affine_projection import AffineProjection
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from beyondprop.rules.backprop import Backprop
     from beyondprop.rules.base import LearningRule, StepResult
     from beyondprop.rules.local import LocalRule
+    from beyondprop.rules.targetprop import DifferenceTargetProp
     from beyondprop.solvers.base import Solver
     from beyondprop.solvers.descent import Descent
     from beyondprop.solvers.memory import Memory
@@ -35,6 +38,8 @@ _HOMES = {
     "beyondprop.chain": ("Chain",),
     "beyondprop.credit.base": ("Assignment", "Credit"),
     "beyondprop.credit.codes": ("CodeProblem", "Codes"),
+    "beyondprop.credit.feedback": ("DirectFeedbackAlignment", "FeedbackAlignment"),
+    "beyondprop.credit.targets": ("DifferenceTargetPropagation", "TargetPropagation"),
     "beyondprop.diagnostics": ("Alignment", "alignment"),
     "beyondprop.errors": ("FrozenStageWarning", "NonFiniteError", "UnsupportedModelError"),
     "beyondprop.optim.affine_projection": ("AffineProjection",),
@@ -44,6 +49,7 @@ _HOMES = {
     "beyondprop.rules.backprop": ("Backprop",),
     "beyondprop.rules.base": ("LearningRule", "StepResult"),
     "beyondprop.rules.local": ("LocalRule",),
+    "beyondprop.rules.targetprop": ("DifferenceTargetProp",),
     "beyondprop.solvers.base": ("Solver",),
     "beyondprop.solvers.descent": ("Descent",),
     "beyondprop.solvers.memory": ("Memory",),
@@ -63,6 +69,10 @@ __all__ = [
     "Codes",
     "Credit",
     "Descent",
+    "DifferenceTargetProp",
+    "DifferenceTargetPropagation",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
     "FrozenStageWarning",
     "LearningRule",
     "LocalRule",
@@ -74,6 +84,7 @@ __all__ = [
     "Solver",
     "Stage",
     "StepResult",
+    "TargetPropagation",
     "UnsupportedModelError",
     "alignment",
     "evaluate",

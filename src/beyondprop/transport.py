@@ -18,7 +18,18 @@ _VIEWS = frozenset(
     f"{name}Backward0"
     for name in (
         *("Alias", "AsStrided", "Detach", "Expand", "Narrow", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice"),
-        *("Split", "SplitWithSizes", "Squeeze", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"),
+        *(
+            "Split",
+            "SplitWithSizes",
+            "Squeeze",
+            "T",
+            "ToCopy",
+            "Transpose",
+            "Unbind",
+            "UnsafeView",
+            "Unsqueeze",
+            "View",
+        ),
     )
 )
 _CARRIERS = (
@@ -78,7 +89,12 @@ class Transport:
         if weight is None:
             return saved.detach()  # an output that is held together with its history would hold itself
         self.met.add(weight)
-        return self.feedback[weight].to(saved.dtype).as_strided(saved.shape, saved.stride(), saved.storage_offset() - start)
+        return (
+            self
+            .feedback[weight]
+            .to(saved.dtype)
+            .as_strided(saved.shape, saved.stride(), saved.storage_offset() - start)
+        )
 
     def _origin(self, saved: Tensor) -> tuple[nn.Parameter | None, int]:
         """Return the weight that `saved` shows, and where its memory starts; None for anything else."""

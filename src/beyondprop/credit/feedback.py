@@ -139,6 +139,7 @@ class DirectFeedbackAlignment(Credit):
         self.feedback: dict[str, Tensor] = {}
         """The matrices `(output size, size before the next weights)`, by the name of the stage whose wish they make."""
         self._stages: list[Stage] = []
+        self._drawn: list[str] = []  # by a batch that may still be refused
 
     def bind(self, chain: Chain) -> None:
         """See `Credit.bind`."""
@@ -175,6 +176,7 @@ class DirectFeedbackAlignment(Credit):
         size = torch.Size((error.shape[1], shape[1:].numel()))
         matrix = self.feedback.get(name)
         if matrix is None:
+            self._drawn.append(name)
             matrix = _normal(size, self.scale / size[1] ** 0.5, _generator(self.seed, index - 1))
         if matrix.shape != size:
             raise ValueError(
@@ -183,6 +185,16 @@ class DirectFeedbackAlignment(Credit):
             )
         matrix = self.feedback[name] = matrix.to(error)
         return torch.matmul(error, matrix).to(error.dtype).view(error.shape[0], *shape[1:])
+
+    def update(self) -> None:
+        """See `Credit.update`."""
+        self._drawn.clear()
+
+    def discard(self) -> None:
+        """See `Credit.discard`; what the batch made necessary to draw will be drawn again, and the same."""
+        for name in self._drawn:
+            del self.feedback[name]
+        self._drawn.clear()
 
     def state_dict(self) -> dict[str, object]:
         """Return the matrices; none before the first batch."""
@@ -198,6 +210,7 @@ class DirectFeedbackAlignment(Credit):
         known = {stage.name for stage in self._stages[:-1]}
         _check_saved(saved, {name: saved[name].shape for name in saved if name in known})
         self.feedback = {name: matrix.detach().clone() for name, matrix in saved.items()}
+        self._drawn.clear()
 
 
 def _head(stage: Stage) -> BlockStage | None:
