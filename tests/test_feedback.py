@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.grad as conv_grad
 from helpers import Attention, Recorder, Residual, blobs, convnet, equal, images, mlp, relative
 from torch import Tensor, nn
 
@@ -49,8 +50,8 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, weight, feedback = ctx.saved_tensors
-        below = nn.grad.conv2d_input(list(x.shape), feedback, g, *ctx.how)
-        own = nn.grad.conv2d_weight(x, list(weight.shape), g, *ctx.how)
+        below = conv_grad.conv2d_input(list(x.shape), feedback, g, *ctx.how)
+        own = conv_grad.conv2d_weight(x, list(weight.shape), g, *ctx.how)
         return below, own, g.sum((0, 2, 3)) if ctx.has_bias else None, None, None
 
 
@@ -314,7 +315,7 @@ def test_checkpointing_is_refused_and_unused_layers_are_not() -> None:
     rule = LocalRule(
         nn.Sequential(nn.Linear(6, 8), _Checkpointed(), nn.Linear(8, 3)), CE, FeedbackAlignment(), Descent()
     )
-    with pytest.raises(UnsupportedModelError, match="Stage '1': .* activation checkpointing"):
+    with pytest.raises(UnsupportedModelError, match=r"Stage '1': .* activation checkpointing"):
         rule.step(*blobs(8))
     LocalRule(nn.Sequential(nn.Linear(6, 8), _Unused(), nn.Linear(8, 3)), CE, FeedbackAlignment(), Descent()).step(
         *blobs(8)

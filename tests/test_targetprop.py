@@ -162,7 +162,7 @@ def _rule(**changes: Any) -> DifferenceTargetProp:
 def test_interleaved_steps_move_weights_and_inverses_together() -> None:
     rule = _rule()
     x, y = blobs(12)
-    before = copy.deepcopy((state(rule.model), rule.credit.state_dict()))
+    before: Any = copy.deepcopy((state(rule.model), rule.credit.state_dict()))
     rule.begin_epoch(iter([(x, y)]))
     assert equal(before, (state(rule.model), rule.credit.state_dict()))  # nothing to do
     rule.backward(x, y)
@@ -232,11 +232,9 @@ def test_a_bad_inverse_refuses_the_whole_step(where: str, training: str) -> None
         else:
             inverse.weight.fill_(3e38)
     before = rule_state(rule)
+    train_on = (lambda x, y: rule.begin_epoch([(x, y)])) if training == "epoch" else rule.step
     with pytest.raises(NonFiniteError, match=r"^Stage 'inverse of 6' is not finite") as caught:
-        if training == "epoch":
-            rule.begin_epoch([(x, y)])
-        else:
-            rule.step(x, y)
+        train_on(x, y)
     assert caught.value.where == "inverse of 6"
     assert equal(before, rule_state(rule))
     assert all(p.grad is None for p in rule._parameters)
@@ -247,9 +245,9 @@ def test_a_bad_batch_in_an_epochs_training_is_named() -> None:
     x, y = blobs(12)
     bad = x.clone()
     bad[2] = float("inf")
-    with pytest.raises(NonFiniteError, match="^x is not finite in the inverses' training"):
+    with pytest.raises(NonFiniteError, match=r"^x is not finite in the inverses' training"):
         rule.begin_epoch([(x, y), (bad, y)])
-    with pytest.raises(ValueError, match="x has dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"x has dtype torch.float64"):
         rule.begin_epoch([(x.double(), y)])
 
 
@@ -404,7 +402,8 @@ def test_it_learns_digits(seed: int) -> None:
     digits = load("digits")
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+        nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
+        nn.Linear(64, 10),
     )  # fmt: skip
     rule = DifferenceTargetProp(model, CE, seed=seed)
     before = state(model)

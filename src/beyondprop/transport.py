@@ -102,7 +102,7 @@ class Transport:
             return None, 0
         storage = saved.untyped_storage()
         for weight in self._homes.get(storage.data_ptr(), ()):
-            start = weight.storage_offset()
+            start = int(weight.storage_offset())
             if start <= saved.storage_offset() and saved.storage_offset() + _extent(saved) <= start + _extent(weight):
                 return weight, start
         node, casts = saved.grad_fn, 0

@@ -85,11 +85,11 @@ class FeedbackAlignment(Credit):
         """See `Credit.assign`."""
         top = len(trace.pullbacks) - 1
         delta = loss.cotangent.neg()
-        for index in range(top, trace.lowest - 1, -1):
-            below = trace[index](delta) if index > trace.lowest else None
-            wish, delta = delta, below
+        for index in range(top, trace.lowest, -1):
+            wish, delta = delta, trace[index](delta)
             yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
             del wish
+        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
 
     def state_dict(self) -> dict[str, object]:
         """Return the feedback."""
@@ -151,12 +151,13 @@ class DirectFeedbackAlignment(Credit):
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
         top = len(trace.pullbacks) - 1
-        delta = wish = loss.cotangent.neg()
-        error = wish.flatten(1)
-        for index in range(top, trace.lowest - 1, -1):
-            below = self._below(index, trace[index], error) if index > trace.lowest else None
-            yield Assignment(index, trace.take(index), delta, below, loss if index == top else None)
-            delta = below
+        delta = loss.cotangent.neg()
+        error = delta.flatten(1)
+        for index in range(top, trace.lowest, -1):
+            wish, delta = delta, self._below(index, trace[index], error)
+            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
+            del wish
+        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
 
     def _below(self, index: int, pullback: Pullback, error: Tensor) -> Tensor:
         """Return the wish at the input of a stage."""

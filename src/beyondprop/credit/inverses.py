@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from beyondprop.stage import Stage
 InverseFactory = Callable[[Stage, Stage], nn.Module]
 """Takes a stage's lower neighbour and the stage; returns the module from the stage's output to its input, `(N, ...)` both."""
 
-_CONVS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
+_CONVS: dict[type[nn.Module], tuple[Callable[..., nn.Module], str]] = {
     nn.Conv1d: (nn.ConvTranspose1d, "linear"),
     nn.Conv2d: (nn.ConvTranspose2d, "bilinear"),
     nn.Conv3d: (nn.ConvTranspose3d, "trilinear"),
@@ -61,15 +62,14 @@ class TransposedConvolution(nn.Module):
         conv: the convolution whose output comes in, after pooling or not.
     """
 
-    def __init__(self, conv: nn.Module) -> None:
+    def __init__(self, conv: Any) -> None:
         super().__init__()
         kind, self.mode = _CONVS[type(conv)]
-        kernel, dilation = conv.kernel_size, conv.dilation  # type: ignore[attr-defined]
-        padding = conv.padding  # type: ignore[attr-defined]
+        kernel, dilation, padding = conv.kernel_size, conv.dilation, conv.padding
         if isinstance(padding, str):
-            same = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]  # type: ignore[arg-type]
+            same = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
             padding = tuple(same) if padding == "same" else tuple(0 for _ in same)
-        self.transposed = kind(
+        self.transposed: Any = kind(
             conv.out_channels,
             conv.in_channels,
             kernel,
@@ -78,15 +78,13 @@ class TransposedConvolution(nn.Module):
             groups=conv.groups,
             dilation=dilation,
         )
-        nn.init.orthogonal_(self.transposed.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.transposed.bias)  # type: ignore[arg-type]
+        nn.init.orthogonal_(self.transposed.weight)
+        nn.init.zeros_(self.transposed.bias)
 
     def forward(self, h: Tensor, size: tuple[int, ...]) -> Tensor:
         """Map `(N, out_channels, ...)` to `(N, in_channels, *size)`."""
         layer = self.transposed
-        geometry = list(
-            zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)  # type: ignore[arg-type]
-        )
+        geometry = list(zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True))
         # What the convolution made of `size` before any pooling.
         whole = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
         if list(h.shape[2:]) != whole and min(whole) > 0:

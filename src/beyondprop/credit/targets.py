@@ -7,7 +7,7 @@ With h_l the output of stage l, f_l the stage, g_l its learned inverse, h'_l the
 | h'_{top} = h - eta dL/dh, top hidden stage | `delta = -step_size dL/dh` |
 | h'_{l-1} = g_l(h'_l), target propagation | `delta_{l-1} = g_l(h_l + delta_l) - h_{l-1}` |
 | h'_{l-1} = h_{l-1} - g_l(h_l) + g_l(h'_l), difference target propagation | `delta_{l-1} = g_l(h_l + delta_l) - g_l(h_l)` |
-| L_inv = \\|g_l(f_l(h + eps)) - (h + eps)\\|^2, eps ~ N(0, sigma^2) | `learn` |
+| L_inv, the squared length of g_l(f_l(h + eps)) - (h + eps), eps ~ N(0, sigma^2) | `learn` |
 
 The last stage descends the loss itself. Where an inverse is imperfect, target propagation asks for its error; the
 difference cancels it.
@@ -107,7 +107,7 @@ class TargetPropagation(Credit):
         return self.noise if self.noise_halving is None else self.noise / (1 + (self.epoch + 1) / self.noise_halving)
 
     def learn(self, trace: Trace, scale: float) -> None:
-        """See `Credit.learn`: the gradient of `|g(f(h + noise)) - (h + noise)|^2`, summed over features, mean over the batch."""
+        """See `Credit.learn`: `|g(f(h + noise)) - (h + noise)|^2`, summed over features, mean over the batch."""
         std = self.noise_now
         for index in range(len(trace.pullbacks) - 2, trace.lowest, -1):
             pullback = trace[index]
@@ -129,13 +129,12 @@ class TargetPropagation(Credit):
         """See `Credit.assign`."""
         top = len(trace.pullbacks) - 1
         delta = loss.cotangent.neg()
-        for index in range(top, trace.lowest - 1, -1):
-            below = None
-            if index > trace.lowest:
-                pullback = trace[index]
-                below = pullback(delta).mul_(self.step_size) if index == top else self._below(index, pullback, delta)
-            wish, delta = delta, below
+        for index in range(top, trace.lowest, -1):
+            pullback, wish = trace[index], delta
+            delta = pullback(wish).mul_(self.step_size) if index == top else self._below(index, pullback, wish)
+            del pullback
             yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
+        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
 
     def _below(self, index: int, pullback: Pullback, delta: Tensor) -> Tensor:
         """Return the wish at a hidden stage's input."""
