@@ -194,6 +194,21 @@ def test_an_epochs_training_moves_the_inverses_alone() -> None:
     assert rule.credit.epoch == 1
 
 
+def test_steps_before_any_epoch_has_begun_warn_once() -> None:
+    rule = _rule(inverse_training="epoch")
+    x, y = blobs(12)
+    with pytest.warns(UserWarning, match=r"The inverses were never trained: call rule.begin_epoch\(batches\)"):
+        rule.step(x, y)
+    rule.step(x, y)  # warnings are errors here
+    trained = _rule(inverse_training="epoch")
+    trained.begin_epoch([(x, y)])
+    trained.step(x, y)
+    resumed = _rule(inverse_training="epoch")
+    resumed.model.load_state_dict(trained.model.state_dict())
+    resumed.load_state_dict(trained.state_dict())
+    resumed.step(x, y)
+
+
 def test_inverses_come_to_invert() -> None:
     rule = _rule(inverse_training="epoch", noise=0.05)
     rule.model.eval()

@@ -70,9 +70,10 @@ class FeedbackAlignment(Credit):
         names = {p: name for name, p in chain.model.named_parameters()}
         for index, stage in enumerate(chain):
             generator = _generator(self.seed, index)
-            for weight in stage.parameters if index else ():
+            for number, weight in enumerate(stage.parameters if index else ()):
                 if weight.ndim >= 2:
-                    self._homes[names[weight]] = stage, weight
+                    name = names.get(weight, f"{stage.name}.{number}")  # a block may have what the model does not list
+                    self._homes[name] = stage, weight
                     drawn = _normal(weight.shape, self.scale * _size(weight), generator)
                     stage.feedback[weight] = counterpart(weight, drawn)
 

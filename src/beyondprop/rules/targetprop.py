@@ -12,6 +12,7 @@ Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015, arXiv 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -104,6 +105,19 @@ class DifferenceTargetProp(LocalRule):
         super().__init__(model, loss, credit, solver, cuts=cuts, nonfinite=nonfinite)
         self.inverse_training = inverse_training
         self.teaches_credit = inverse_training == "interleaved" and bool(credit.optimizers)
+        self._has_warned = False
+
+    def update(self) -> None:
+        """See `LearningRule.update`."""
+        if self.credit.optimizers and not self.teaches_credit and not self._has_warned:
+            if not self.credit.optimizers[0].state:  # nor in the run that is resumed
+                warnings.warn(
+                    "The inverses were never trained: call rule.begin_epoch(batches) before the steps of every epoch, as fit "
+                    "does, or use inverse_training='interleaved'.",
+                    stacklevel=3,
+                )
+            self._has_warned = True
+        super().update()
 
     @torch.no_grad()
     def begin_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
