@@ -451,3 +451,32 @@ def test_direct_feedback_takes_inputs_of_one_size() -> None:
         ValueError, match=r"feedback of stage '0' takes 3 outputs to 72 units, this batch has 3 and 128"
     ):
         rule.step(torch.randn(4, 1, 10, 10), torch.arange(4) % 3)
+
+
+@pytest.mark.parametrize("kind", [FeedbackAlignment, DirectFeedbackAlignment])
+def test_feedback_follows_a_model_that_is_moved(kind: Any) -> None:
+    model, x, y = _case("lenet")
+    model, x = model.float(), x.float()
+    credit = kind()
+    rule = LocalRule(model, CE, credit, Descent())
+    rule.step(x, y)
+    before = {name: tensor.clone() for name, tensor in credit.feedback.items()}
+    model.double()
+    rule.backward(x.double(), y)
+    assert all(tensor.dtype == torch.float64 for tensor in credit.feedback.values())
+    assert equal({n: t.double() for n, t in before.items()}, dict(credit.feedback))
+
+
+@pytest.mark.parametrize("net", ["residual", "attention"])
+def test_weights_that_share_one_memory(net: str) -> None:
+    """As flattened parameters do: each is known by where it starts."""
+    model, x, y = _case(net)
+    expected = _gradients(copy.deepcopy(model), FeedbackAlignment(), x, y)
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = 0
+    for p in model.parameters():
+        p.data = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    found = _gradients(model, FeedbackAlignment(), x, y)
+    for name, gradient in found.items():
+        assert float((gradient - expected[name]).abs().max()) < 1e-12, name
