@@ -124,7 +124,6 @@ def _locoprop(kind: str, steps: int, rows: float | None = None) -> Build:
 
 _AM = "Choromanska et al., ICML 2019, arXiv 1806.09077"
 _ADAM_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
-_FEEDBACK_GRID = (1e-3, 3e-3, 1e-2, 3e-2)
 _LOCOPROP = "Amid, Anil & Warmuth, AISTATS 2022, arXiv 2106.06199"
 _LOCOPROP_GRID = (1e-5, 3e-5, 1e-4, 3e-4)
 _SGD_GRID = (1e-2, 3e-2, 1e-1, 3e-1)
@@ -259,7 +258,7 @@ for _spec in (
         "Lillicrap et al., Nature Communications 2016",
         lambda model, loss, lr: LocalRule(model, loss, FeedbackAlignment(), Descent(adam(lr))),
         lr=3e-3,
-        grid=_FEEDBACK_GRID,
+        grid=_ADAM_GRID,
     ),
     RuleSpec(
         "dfa",
@@ -268,7 +267,7 @@ for _spec in (
         "Nøkland, NIPS 2016, arXiv 1609.01596",
         lambda model, loss, lr: LocalRule(model, loss, DirectFeedbackAlignment(), Descent(adam(lr))),
         lr=3e-3,
-        grid=_FEEDBACK_GRID,
+        grid=_ADAM_GRID,
     ),
     RuleSpec(
         "dtp",
@@ -277,7 +276,7 @@ for _spec in (
         "Lee et al., ECML 2015, arXiv 1412.7525",
         lambda model, loss, lr: DifferenceTargetProp(model, loss, adam(lr)),
         lr=3e-3,
-        grid=_FEEDBACK_GRID,
+        grid=_ADAM_GRID,
     ),
 ):
     register(_spec)
