@@ -128,6 +128,7 @@ class DifferenceTargetProp(LocalRule):
         """
         if self.inverse_training != "epoch" or not self.credit.optimizers:
             return
+        self._has_warned = True  # no reason to: frozen stages may leave nothing to learn
         for x, y in batches:
             _checks.batch(x, y)
             self.check_input(x)
