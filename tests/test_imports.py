@@ -19,6 +19,7 @@ FLOORS = (
     {"_checks", "errors"},
     {
         "activations",
+        "transport",
         "stage",
         "affine",
         "block",

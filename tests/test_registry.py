@@ -18,6 +18,8 @@ from beyondprop import (
     MAC,
     AltMin,
     Backprop,
+    DifferenceTargetProp,
+    LocalRule,
     Memory,
     OfflineAltMin,
     RuleSpec,
@@ -198,7 +200,8 @@ def test_the_named_rules_are_what_their_names_say() -> None:
         assert rule.whole_set == registry.get(name).whole_set
         if rule.whole_set:
             continue
-        assert isinstance(rule, AltMin if name.startswith("am") else Backprop)
+        kinds = {"fa": LocalRule, "dfa": LocalRule, "dtp": DifferenceTargetProp}
+        assert isinstance(rule, AltMin if name.startswith("am") else kinds.get(name, Backprop))
         rates = [o.param_groups[0]["lr"] for o in rule.optimizers]
         assert 0.25 in rates, name  # the rate that is asked for is the rate that is used
     offline, mac, bcd, admm = (built[n] for n in ("offline-am", "mac", "bcd", "admm"))

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from beyondprop.chain import Chain
     from beyondprop.credit.base import Assignment, Credit
     from beyondprop.credit.codes import CodeProblem, Codes
+    from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
+    from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
     from beyondprop.diagnostics import Alignment, alignment
     from beyondprop.errors import FrozenStageWarning, NonFiniteError, UnsupportedModelError
     from beyondprop.optim.affine_projection import AffineProjection
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from beyondprop.rules.mac import MAC
     from beyondprop.rules.offline import OfflineRule
     from beyondprop.rules.offline_altmin import OfflineAltMin
+    from beyondprop.rules.targetprop import DifferenceTargetProp
     from beyondprop.solvers.base import Solver
     from beyondprop.solvers.descent import Descent
     from beyondprop.solvers.memory import Memory
@@ -41,6 +44,8 @@ _HOMES = {
     "beyondprop.chain": ("Chain",),
     "beyondprop.credit.base": ("Assignment", "Credit"),
     "beyondprop.credit.codes": ("CodeProblem", "Codes"),
+    "beyondprop.credit.feedback": ("DirectFeedbackAlignment", "FeedbackAlignment"),
+    "beyondprop.credit.targets": ("DifferenceTargetPropagation", "TargetPropagation"),
     "beyondprop.diagnostics": ("Alignment", "alignment"),
     "beyondprop.errors": ("FrozenStageWarning", "NonFiniteError", "UnsupportedModelError"),
     "beyondprop.optim.affine_projection": ("AffineProjection",),
@@ -56,6 +61,7 @@ _HOMES = {
     "beyondprop.rules.mac": ("MAC",),
     "beyondprop.rules.offline": ("OfflineRule",),
     "beyondprop.rules.offline_altmin": ("OfflineAltMin",),
+    "beyondprop.rules.targetprop": ("DifferenceTargetProp",),
     "beyondprop.solvers.base": ("Solver",),
     "beyondprop.solvers.descent": ("Descent",),
     "beyondprop.solvers.memory": ("Memory",),
@@ -77,6 +83,10 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test has it
     "Codes",
     "Credit",
     "Descent",
+    "DifferenceTargetProp",
+    "DifferenceTargetPropagation",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
     "FrozenStageWarning",
     "LearningRule",
     "LocalRule",
@@ -92,6 +102,7 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test has it
     "Solver",
     "Stage",
     "StepResult",
+    "TargetPropagation",
     "UnsupportedModelError",
     "alignment",
     "evaluate",

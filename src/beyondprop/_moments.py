@@ -132,7 +132,8 @@ class ElmanRun(Run):
     def pull_inputs(self, deltas: list[Tensor]) -> Tensor:
         """See `Run.pull_inputs`."""
         del deltas
-        return self._stacked @ self.moments.cell.weight_ih
+        moments = self.moments
+        return self._stacked @ moments.stage.backward_weight(moments.cell.weight_ih)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
         """See `Run.push_inputs`."""
@@ -163,7 +164,8 @@ class ElmanMoment(Moment):
 
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
-        return (cotangent @ self.moments.cell.weight_hh).mul_(self.slope)
+        moments = self.moments
+        return (cotangent @ moments.stage.backward_weight(moments.cell.weight_hh)).mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""

@@ -52,6 +52,7 @@ def _count(rule: LearningRule, x: Tensor, y: Tensor, steps: int) -> tuple[int, i
         counter = _Counter()
         try:
             with counter:
+                rule.begin_epoch([(x, y)])  # an epoch's batches, one by one
                 rule.step(x, y)
         except (NonFiniteError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             break  # the same batch again and again may diverge where training does not

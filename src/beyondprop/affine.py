@@ -100,10 +100,21 @@ class AffinePullback(Pullback):
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
         stage = self.map
+        weight = stage.backward_weight(stage.weight) if stage.feedback else stage.weight
         if stage.is_linear:
-            gradient = _whole(torch.matmul(cotangent, stage.weight), cotangent)
+            gradient = _whole(torch.matmul(cotangent, weight), cotangent)
         else:
-            gradient = self._convolution_backward(cotangent, (True, False, False))[0]
+            gradient = self._convolution_backward(cotangent, weight, (True, False, False))[0]
+        return self.pull_head(gradient)
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """See `Pullback.head_shape`."""
+        return self.features.shape
+
+    def pull_head(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.pull_head`."""
+        stage, gradient = self.map, cotangent
         if stage.reshapes:
             gradient = gradient.reshape(self.input_shape)
         if stage.activation is None:
@@ -170,12 +181,14 @@ class AffinePullback(Pullback):
             rows = F.pad(rows, (0, 1), value=1.0)
         return rows
 
-    def _convolution_backward(self, cotangent: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+    def _convolution_backward(
+        self, cotangent: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, ...]:
         affine = self.map.affine
         return torch.ops.aten.convolution_backward(
             cotangent,
             self.features,
-            affine.weight,
+            weight,
             None if affine.bias is None else list(affine.bias.shape),
             affine.stride,
             affine.padding,
@@ -189,7 +202,7 @@ class AffinePullback(Pullback):
     def _add_convolution_gradients(self, cotangent: Tensor, factor: float) -> None:
         weight, bias = self.map.weight, self.map.bias
         if weight.requires_grad:
-            gradient = self._convolution_backward(cotangent, (False, True, False))[1]
+            gradient = self._convolution_backward(cotangent, weight, (False, True, False))[1]
             add_to_gradient(weight, gradient, factor)
         if bias is not None and bias.requires_grad:
             add_to_gradient(bias, cotangent.flatten(2).sum((0, 2)), factor)

@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.stage import Pullback, Stage, add_to_gradient, check_normalized
+from beyondprop.transport import Transport, check_met, counterpart
 
 
 class BlockStage(Stage):
@@ -24,6 +25,7 @@ class BlockStage(Stage):
         self._leaves = leaves
         self._has_second_derivative: dict[tuple[bool, ...], bool] = {}
         self._is_checked = False
+        self._is_transport_checked = False
 
     @property
     def couples_batch(self) -> bool:
@@ -53,6 +55,19 @@ class BlockStage(Stage):
             self._check_samples_are_apart(pullback)
             self._is_checked = True
         return pullback
+
+    def run_differentiably(self, z: Tensor) -> Tensor:
+        """Apply the modules such that what goes down goes through `feedback`, where there is any."""
+        if not self.feedback:
+            return self.run(z)
+        for weight, feedback in self.feedback.items():
+            self.feedback[weight] = counterpart(weight, feedback)
+        with Transport(self.feedback) as transport:
+            output = self.run(z)
+        if not self._is_transport_checked:
+            check_met(self.name, self._leaves, transport, output)
+            self._is_transport_checked = True
+        return output
 
     def run(self, z: Tensor) -> Tensor:
         """Apply the modules to a leaf, naming the stage where they refuse."""
@@ -121,9 +136,10 @@ class BlockPullback(Pullback):
         self._makes_dual = push and known is not False
         with torch.enable_grad():
             start = _Start.apply(z, z.new_zeros(0).requires_grad_()) if z.is_floating_point() else z
-            end = stage.run(start)
+            end = stage.run_differentiably(start)
         self._start = get_gradient_edge(start) if z.is_floating_point() else None
         self._end = get_gradient_edge(end) if end.requires_grad else None
+        self.input_shape = z.shape
         self._shapes = z.shape, end.shape
         self._like = z.new_empty(0), end.detach().new_empty(0)
         self.input = z

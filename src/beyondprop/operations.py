@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from beyondprop.activations import Activation, closed_form
 from beyondprop.affine import AffinePullback, AffineStage, is_modified, moves_batch
 from beyondprop.nn.residual import Residual, Shortcut
-from beyondprop.stage import add_to_gradient
+from beyondprop.stage import Stage, add_to_gradient
 
 _aten = torch.ops.aten
 
@@ -52,6 +52,10 @@ class Operation(abc.ABC):
 
     def __init__(self, module: Any) -> None:
         self.module = module
+
+    def share(self, stage: Stage) -> None:
+        """Take part in the feedback of the stage that the operation belongs to."""
+        del stage
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -158,6 +162,9 @@ class _Affine(Operation):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.stage = AffineStage("", [("", module)])
+
+    def share(self, stage: Stage) -> None:
+        self.stage.feedback = stage.feedback
 
     def record(self, z: Tensor, first: Any = None) -> Recorded:
         del first
@@ -391,6 +398,11 @@ class _Residual(Operation):
     @staticmethod
     def fits(module: Any) -> bool:
         return all(operation(m) is not None for part in _parts(module) for m in part)
+
+    def share(self, stage: Stage) -> None:
+        for run in (self.branch, self.skip, self.after):
+            for each in run:
+                each.share(stage)
 
     @property
     def couples_batch(self) -> bool:

@@ -21,6 +21,9 @@ class PipelineStage(Stage):
         super().__init__(name, modules)
         found = [operation(m) for m in self.modules]
         self.operations: list[Operation] = [o for o in found if o is not None]
+        for each in self.operations:
+            each.share(self)
+        self.head = next((i for i, o in enumerate(self.operations) if o.has_weights), len(self.operations))
 
     @staticmethod
     def fits(modules: Sequence[nn.Module]) -> bool:
@@ -49,6 +52,7 @@ class PipelinePullback(Pullback):
     def __init__(self, stage: PipelineStage, z: Tensor, first: RecordedRun | None = None) -> None:
         self.stage = self.pipeline = stage
         self.input = z
+        self.input_shape = z.shape
         self.run = RecordedRun(stage.operations, z, first)
         self.output = self.run.output
 
@@ -60,6 +64,18 @@ class PipelinePullback(Pullback):
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
         return self.run.pull(cotangent)
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """See `Pullback.head_shape`."""
+        head = self.run.recorded[: self.pipeline.head]
+        return head[-1].output.shape if head else self.input_shape
+
+    def pull_head(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.pull_head`."""
+        for each in reversed(self.run.recorded[: self.pipeline.head]):
+            cotangent = each.pull(cotangent)
+        return cotangent
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""

@@ -41,6 +41,8 @@ class RecurrentStage(Stage):
         self.heads: list[Operation] = [o for m in self.modules[:-1] if (o := operation(m)) is not None]
         is_elman = type(self.layer.cell) is ElmanCell and not is_modified(self.layer.cell)
         self.moments = ElmanMoments(self) if is_elman else CellMoments(self)
+        if isinstance(self.moments, CellMoments):
+            self.moments.feedback = self.feedback
 
     @staticmethod
     def fits(modules: Sequence[nn.Module]) -> bool:
@@ -78,6 +80,7 @@ class RecurrentPullback(Pullback):
     def __init__(self, stage: RecurrentStage, z: Tensor, push: bool, first: RecurrentPullback | None = None) -> None:
         self.stage = self.recurrent = stage
         self.input = z
+        self.input_shape = z.shape
         self.heads: list[Recorded] = []
         for index, each in enumerate(stage.heads):
             self.heads.append(each.record(z, None if first is None else first.heads[index]))
@@ -149,10 +152,18 @@ class RecurrentPullback(Pullback):
 
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`; by the deltas of the last sweep, if it was for this cotangent."""
-        gradient = self.run.pull_inputs(self._deltas(cotangent))
+        return self.pull_head(self.run.pull_inputs(self._deltas(cotangent)))
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """See `Pullback.head_shape`."""
+        return self.heads[-1].output.shape if self.heads else self.input_shape
+
+    def pull_head(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.pull_head`."""
         for each in reversed(self.heads):
-            gradient = each.pull(gradient)
-        return gradient
+            cotangent = each.pull(cotangent)
+        return cotangent
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""

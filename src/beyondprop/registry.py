@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from beyondprop import _checks
+from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
 from beyondprop.losses import LossFunction
 from beyondprop.optim.affine_projection import AffineProjection
 from beyondprop.optim.locoprop import LocoProp
@@ -22,9 +23,11 @@ from beyondprop.rules.altmin import AltMin
 from beyondprop.rules.backprop import Backprop
 from beyondprop.rules.base import LearningRule
 from beyondprop.rules.bcd import BCD
+from beyondprop.rules.local import LocalRule
 from beyondprop.rules.mac import MAC
 from beyondprop.rules.offline_altmin import OfflineAltMin
-from beyondprop.solvers.descent import adam
+from beyondprop.rules.targetprop import DifferenceTargetProp
+from beyondprop.solvers.descent import Descent, adam
 from beyondprop.solvers.memory import Memory
 
 Build = Callable[[nn.Module, LossFunction, float], LearningRule]
@@ -298,6 +301,33 @@ for _spec in (
         grid=(0.3, 1.0, 3.0, 10.0),
         schedule="constant",
         whole_set=True,
+    ),
+    RuleSpec(
+        "fa",
+        "Feedback alignment",
+        "errors through fixed random tensors in place of the weights, Adam weight steps",
+        "Lillicrap et al., Nature Communications 2016",
+        lambda model, loss, lr: LocalRule(model, loss, FeedbackAlignment(), Descent(adam(lr))),
+        lr=3e-3,
+        grid=_ADAM_GRID,
+    ),
+    RuleSpec(
+        "dfa",
+        "Direct feedback alignment",
+        "the output error through one fixed random matrix a stage, Adam weight steps",
+        "Nøkland, NIPS 2016, arXiv 1609.01596",
+        lambda model, loss, lr: LocalRule(model, loss, DirectFeedbackAlignment(), Descent(adam(lr))),
+        lr=3e-3,
+        grid=_ADAM_GRID,
+    ),
+    RuleSpec(
+        "dtp",
+        "Difference target propagation",
+        "targets through learned inverses, Adam weight steps",
+        "Lee et al., ECML 2015, arXiv 1412.7525",
+        lambda model, loss, lr: DifferenceTargetProp(model, loss, adam(lr)),
+        lr=3e-3,
+        grid=_ADAM_GRID,
     ),
 ):
     register(_spec)

@@ -13,7 +13,10 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from beyondprop.transport import counterpart
 
 
 class Pullback(abc.ABC):
@@ -21,11 +24,13 @@ class Pullback(abc.ABC):
 
     Attributes:
         stage: the stage.
+        input_shape: shape of the input.
         input: the detached input `(N, ...)`; there while codes are kept, see `Chain.record`.
         output: the detached output `(N, ...)`; likewise.
     """
 
     stage: Stage
+    input_shape: torch.Size
     input: Tensor
     output: Tensor
 
@@ -45,6 +50,15 @@ class Pullback(abc.ABC):
     def is_closed_form(self) -> bool:
         """Whether tangents are pushed without autograd, each sample by itself."""
         return False
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """Shape of what the stage hands to its first weights."""
+        return self.input_shape
+
+    def pull_head(self, cotangent: Tensor) -> Tensor:
+        """Return the input's cotangent for one of what the stage hands to its first weights; may overwrite it."""
+        return cotangent
 
     @abc.abstractmethod
     def __call__(self, cotangent: Tensor) -> Tensor:
@@ -81,6 +95,8 @@ class Stage(abc.ABC):
         name: dotted name, in the user's model, of the module that carries the weights.
         modules: the modules it applies, in order.
         parameters: its parameters.
+        feedback: tensors that its pullbacks use in place of weights, their shapes the same; the weights' own gradients do
+            not. Empty: the pullback is the transposed Jacobian.
     """
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -88,10 +104,18 @@ class Stage(abc.ABC):
         self.names = [n for n, _ in modules]
         self.modules = [m for _, m in modules]
         self.parameters = list(dict.fromkeys(p for m in self.modules for p in m.parameters()))
+        self.feedback: dict[nn.Parameter, Tensor] = {}
 
     @abc.abstractmethod
     def record(self, z: Tensor, *, push: bool = False) -> Pullback:
         """Run the stage on `z` and return its linearisation there; `push` says whether tangents will be pushed."""
+
+    def backward_weight(self, weight: nn.Parameter) -> Tensor:
+        """Return what a pullback uses in place of a weight: its feedback where there is one, else the weight."""
+        if not self.feedback or weight not in self.feedback:
+            return weight
+        found = self.feedback[weight] = counterpart(weight, self.feedback[weight])
+        return found
 
     @property
     def is_trainable(self) -> bool:

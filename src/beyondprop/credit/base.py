@@ -6,6 +6,7 @@ import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from beyondprop.chain import Chain, Trace
@@ -51,10 +52,13 @@ class Credit(abc.ABC):
     Attributes:
         pushes: whether `assign` pushes tangents forward through stages.
         needs_codes: whether it looks at the stages' inputs and outputs; False saves their memory.
+        optimizers: of weights that the credit learns itself, such as inverses; there after `bind`. The rule lists them with
+            its own, checks their gradients with the model's and steps them in the same update.
     """
 
     pushes: bool = False
     needs_codes: bool = True
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
     def bind(self, chain: Chain) -> None:
         """Look at the chain once, when the rule is built; refuse what cannot be served, naming the stage."""
@@ -68,6 +72,23 @@ class Credit(abc.ABC):
         stage i, `trace[i].push(tangent)` sends a tangent up, `trace.take(i)` is `trace[i]` used for the last time.
         """
 
+    def learn(self, trace: Trace, scale: float) -> None:
+        """Add this batch's part, times `scale`, to the `.grad` of the credit's own weights; called before `assign`."""
+        del trace, scale
+
+    def update(self) -> None:
+        """Change the credit's own weights by what `learn` gathered, and forget it; the rule's update calls it."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        """Forget what the last batch left behind, apart from gradients; a refused step calls it."""
+
+    def locate_nonfinite(self) -> str | None:
+        """Return the name of what is not finite among the credit's own weights and their gradients, or None."""
+        return None
+
     def energy(self, assignments: Sequence[Assignment]) -> Tensor | None:
         """Return the relaxed objective that the deltas lower, 0-d, where this credit has one."""
         del assignments
@@ -75,6 +96,10 @@ class Credit(abc.ABC):
 
     def end_epoch(self) -> None:
         """Advance the credit's own schedules, where it has any."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the credit's own weights, where it has any that optimizers write."""
+        del device
 
     def state_dict(self) -> dict[str, object]:
         """Return the credit's own state (learned or random feedback weights, schedules)."""

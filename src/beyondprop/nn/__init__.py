@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from beyondprop.nn.binary import Sign
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.nn.residual import Residual, Shortcut
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
-__all__ = ["ElmanCell", "MeanOverPositions", "Patches", "Positions", "Recurrent", "Residual", "Shortcut"]
+__all__ = ["ElmanCell", "MeanOverPositions", "Patches", "Positions", "Recurrent", "Residual", "Shortcut", "Sign"]

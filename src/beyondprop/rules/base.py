@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +156,13 @@ class LearningRule(abc.ABC):
                     if value is not None and not bool(value.isfinite().all()):
                         return name
         return None
+
+    def begin_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Do what the rule does before an epoch; the training loop calls it with the batches that the epoch will have.
+
+        A run that is resumed in the middle of an epoch does not repeat it.
+        """
+        del batches
 
     def end_epoch(self) -> None:
         """Advance the rule's own schedules; the training loop calls it after every epoch."""

@@ -29,6 +29,10 @@ class LocalRule(LearningRule):
             `"new"`: at the input that the stage below wishes to send (the published order; one more forward pass).
         nonfinite: see `LearningRule`.
 
+    Attributes:
+        teaches_credit: whether `backward` also gathers the gradients of weights that the credit learns itself, for the
+            next `update`; the targets of a batch come from those weights as they are before it.
+
     Raises:
         UnsupportedModelError: if the model cannot be cut; the message names the module and the way out.
     """
@@ -54,7 +58,9 @@ class LocalRule(LearningRule):
         self.weight_inputs = weight_inputs
         credit.bind(self.chain)
         solver.bind(self.chain)
-        self.optimizers = solver.optimizers
+        self.optimizers = (*solver.optimizers, *credit.optimizers)
+        self.teaches_credit = bool(credit.optimizers)
+        self._parameters += tuple(p for o in credit.optimizers for group in o.param_groups for p in group["params"])
         self.defers_update = solver.defers_update
 
     @torch.no_grad()
@@ -62,6 +68,8 @@ class LocalRule(LearningRule):
         """See `LearningRule.backward`."""
         keep_codes = diagnostics or self.credit.needs_codes or self.solver.needs_codes or self.weight_inputs == "new"
         trace = self.chain.record(x, push=self.credit.pushes, keep_codes=keep_codes)
+        if self.teaches_credit:
+            self.credit.learn(trace, scale)
         output = trace.output
         loss = self.loss.at(output, y)
         factor = -loss.scale * scale
@@ -81,11 +89,13 @@ class LocalRule(LearningRule):
     def update(self) -> None:
         """See `LearningRule.update`."""
         self.solver.update()
+        self.credit.update()
 
     def discard(self) -> None:
         """See `LearningRule.discard`."""
         super().discard()
         self.solver.discard()
+        self.credit.discard()
 
     def end_epoch(self) -> None:
         """See `LearningRule.end_epoch`."""
@@ -107,7 +117,13 @@ class LocalRule(LearningRule):
         for stage, pullback in zip(self.chain, self.chain.record(x).pullbacks, strict=True):
             if pullback is not None and not bool(pullback.output.isfinite().all()):
                 return stage.name
-        return super().locate_nonfinite(x, y)
+        return self.credit.locate_nonfinite() or super().locate_nonfinite(x, y)
+
+    def to(self, device: torch.device | str) -> LearningRule:
+        """See `LearningRule.to`."""
+        self.check_finite()
+        self.credit.to(device)
+        return super().to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """See `LearningRule.state_dict`; holds the credit's and the solver's own state."""

@@ -1,0 +1,254 @@
+"""Fixed random feedback: feedback alignment and direct feedback alignment.
+
+With W_l the weights of stage l, f the nonlinearity before them, e the gradient of a sample's loss at the output and B fixed
+random tensors:
+
+| rule | wish at the output of stage l |
+|---|---|
+| backpropagation | `W_{l+1}^T delta_{l+1} * f'(z_l)` |
+| feedback alignment | `B_{l+1}^T delta_{l+1} * f'(z_l)` |
+| direct feedback alignment | `-B_l e * f'(z_l)` |
+
+Sources: Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep
+learning", Nature Communications 7, 2016; Nøkland, "Direct feedback alignment provides learning in deep neural networks", NIPS
+2016, arXiv 1609.01596, equations 4 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.block import BlockPullback, BlockStage
+from beyondprop.chain import Chain, Trace
+from beyondprop.credit.base import Assignment, Credit
+from beyondprop.losses import LossPoint
+from beyondprop.stage import Pullback, Stage
+from beyondprop.transport import counterpart
+
+
+class FeedbackAlignment(Credit):
+    """Wishes go down through fixed random tensors instead of the weights; slopes are those of the forward pass.
+
+    Every weight of two or more dimensions above the first stage has a feedback tensor of its shape, normally distributed. A
+    block (attention, recurrence, BatchNorm, a residual block) sends wishes through the feedback of all its weights and keeps
+    its skips, which have no weights.
+
+    Args:
+        scale: > 0; standard deviation of the feedback, in units of the root mean square of the weights when the rule is
+            built. Where these are all 0, their unit is `1 / sqrt(fan-in)`.
+        seed: >= 0, of the feedback; torch's global random state has no part in it.
+
+    Raises:
+        ValueError: if an argument is out of its range; the message has the range.
+
+    Example:
+        >>> from beyondprop import Descent, LocalRule
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> rule = LocalRule(model, nn.CrossEntropyLoss(), FeedbackAlignment(), Descent())
+        >>> result = rule.step(torch.randn(16, 4), torch.randint(3, (16,)))
+
+    Source: Lillicrap et al., Nature Communications 2016.
+    """
+
+    needs_codes = False
+
+    def __init__(self, *, scale: float = 1.0, seed: int = 0) -> None:
+        self.scale = _checks.positive("scale", scale)
+        self.seed = _checks.at_least("seed", seed, 0)
+        self._homes: dict[str, tuple[Stage, nn.Parameter]] = {}
+
+    def bind(self, chain: Chain) -> None:
+        """See `Credit.bind`; draws the feedback."""
+        _bind_once(self, bool(self._homes))
+        names = {p: name for name, p in chain.model.named_parameters()}
+        for index, stage in enumerate(chain):
+            generator = _generator(self.seed, index)
+            for number, weight in enumerate(stage.parameters if index else ()):
+                if weight.ndim >= 2:
+                    name = names.get(weight, f"{stage.name}.{number}")  # a block may have what the model does not list
+                    self._homes[name] = stage, weight
+                    drawn = _normal(weight.shape, self.scale * _size(weight), generator)
+                    stage.feedback[weight] = counterpart(weight, drawn)
+
+    @property
+    def feedback(self) -> dict[str, Tensor]:
+        """The feedback by the name of the weight whose place it takes."""
+        return {name: stage.feedback[weight] for name, (stage, weight) in self._homes.items()}
+
+    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
+        """See `Credit.assign`."""
+        top = len(trace.pullbacks) - 1
+        delta = loss.cotangent.neg()
+        for index in range(top, trace.lowest, -1):
+            wish, delta = delta, trace[index](delta)
+            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
+            del wish
+        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the feedback."""
+        return {"feedback": self.feedback}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if it is of another network.
+        """
+        saved: Any = state["feedback"]
+        _check_saved(saved, {name: weight.shape for name, (_, weight) in self._homes.items()})
+        for name, (stage, weight) in self._homes.items():
+            stage.feedback[weight] = counterpart(weight, saved[name].detach().clone())
+
+
+class DirectFeedbackAlignment(Credit):
+    """Every stage's wish is the output error times a fixed random matrix, times the slope of the nonlinearity that follows.
+
+    One path a stage: nothing comes down through weights, blocks or skips, so that all wishes are known as soon as the loss
+    is. The slope is that of what the stage above does before its first parameter (nonlinearity, pooling, dropout); the
+    matrix has one column for each number that this hands to the stage above's weights. Where the stage above is a residual
+    block, the projected error is the wish at the block's input as it is.
+
+    Args:
+        scale: > 0; the entries' standard deviation is `scale / sqrt(columns)`: an error keeps its length, as it does in
+            backpropagation under He's initialisation.
+        seed: >= 0, of the matrices; torch's global random state has no part in it. They are drawn with the first batch,
+            whose shape says how large they are, each by its own seed.
+
+    Raises:
+        ValueError: if an argument is out of its range; the message has the range.
+
+    Example:
+        >>> from beyondprop import Descent, LocalRule
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> rule = LocalRule(model, nn.CrossEntropyLoss(), DirectFeedbackAlignment(), Descent())
+        >>> result = rule.step(torch.randn(16, 4), torch.randint(3, (16,)))
+
+    Source: Nøkland, NIPS 2016.
+    """
+
+    def __init__(self, *, scale: float = 1.0, seed: int = 0) -> None:
+        self.scale = _checks.positive("scale", scale)
+        self.seed = _checks.at_least("seed", seed, 0)
+        self.feedback: dict[str, Tensor] = {}
+        """The matrices `(output size, size before the next weights)`, by the name of the stage whose wish they make."""
+        self._stages: list[Stage] = []
+        self._drawn: list[str] = []  # by a batch that may still be refused
+
+    def bind(self, chain: Chain) -> None:
+        """See `Credit.bind`."""
+        _bind_once(self, bool(self._stages))
+        self._stages = list(chain)
+        self._heads: list[BlockStage | None] = [_head(stage) for stage in chain]
+        self.needs_codes = any(self._heads)
+
+    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
+        """See `Credit.assign`."""
+        top = len(trace.pullbacks) - 1
+        delta = loss.cotangent.neg()
+        error = delta.flatten(1)
+        for index in range(top, trace.lowest, -1):
+            wish, delta = delta, self._below(index, trace[index], error)
+            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
+            del wish
+        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+
+    def _below(self, index: int, pullback: Pullback, error: Tensor) -> Tensor:
+        """Return the wish at the input of a stage."""
+        head = self._heads[index]
+        if head is None:
+            return pullback.pull_head(self._project(index, error, pullback.head_shape))
+        assert isinstance(pullback, BlockPullback)
+        # The head comes first in its stage, so that the same random state draws the same masks.
+        with head.replayed(pullback.random_state, pullback.input.device):
+            slope = BlockPullback(head, pullback.input, False, pullback.random_state)
+        return slope(self._project(index, error, slope.output.shape))
+
+    def _project(self, index: int, error: Tensor, shape: torch.Size) -> Tensor:
+        name = self._stages[index - 1].name
+        size = torch.Size((error.shape[1], shape[1:].numel()))
+        matrix = self.feedback.get(name)
+        if matrix is None:
+            self._drawn.append(name)
+            matrix = _normal(size, self.scale / size[1] ** 0.5, _generator(self.seed, index - 1))
+        if matrix.shape != size:
+            raise ValueError(
+                f"The feedback of stage {name!r} takes {matrix.shape[0]} outputs to {matrix.shape[1]} units, this batch has "
+                f"{size[0]} and {size[1]}: direct feedback needs inputs of one size."
+            )
+        matrix = self.feedback[name] = matrix.to(error)
+        return torch.matmul(error, matrix).to(error.dtype).view(error.shape[0], *shape[1:])
+
+    def update(self) -> None:
+        """See `Credit.update`."""
+        self._drawn.clear()
+
+    def discard(self) -> None:
+        """See `Credit.discard`; what the batch made necessary to draw will be drawn again, and the same."""
+        for name in self._drawn:
+            del self.feedback[name]
+        self._drawn.clear()
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the matrices; none before the first batch."""
+        return {"feedback": dict(self.feedback)}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if it is of another network.
+        """
+        saved: Any = state["feedback"]
+        known = {stage.name for stage in self._stages[:-1]}
+        _check_saved(saved, {name: saved[name].shape for name in saved if name in known})
+        self.feedback = {name: matrix.detach().clone() for name, matrix in saved.items()}
+        self._drawn.clear()
+
+
+def _head(stage: Stage) -> BlockStage | None:
+    """Return what a stage without closed forms does before its first parameter, as a stage of its own."""
+    if not isinstance(stage, BlockStage):
+        return None
+    head = list(
+        takewhile(
+            lambda named: not any(True for _ in named[1].parameters()), zip(stage.names, stage.modules, strict=True)
+        )
+    )
+    return BlockStage(stage.name, head) if head else None
+
+
+def _bind_once(credit: Credit, is_bound: bool) -> None:
+    if is_bound:
+        raise ValueError(f"This {type(credit).__name__} serves another rule already; one instance serves one rule.")
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    # One for each stage, so that none's feedback depends on how many numbers the others took.
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63)
+
+
+def _normal(shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
+    # In float32 on the CPU whatever the weights are: the same numbers for every dtype and device.
+    return torch.randn(shape, generator=generator) * std
+
+
+def _size(weight: Tensor) -> float:
+    """Return the root mean square of a weight, or `1 / sqrt(fan-in)` where it is 0."""
+    size = float(weight.detach().double().square().mean().sqrt())
+    return size if size > 0 else weight[0].numel() ** -0.5
+
+
+def _check_saved(saved: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if shapes != {name: tuple(shape) for name, shape in expected.items()}:
+        raise ValueError(
+            f"This state holds feedback of shapes {shapes}, this network takes "
+            f"{ {name: tuple(shape) for name, shape in expected.items()} }."
+        )

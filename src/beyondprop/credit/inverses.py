@@ -1,0 +1,126 @@
+"""Small modules that map a stage's output back to its input: what target propagation learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beyondprop.activations import closed_form
+from beyondprop.errors import UnsupportedModelError
+from beyondprop.stage import Stage
+
+InverseFactory = Callable[[Stage, Stage], nn.Module]
+"""Takes a stage's lower neighbour and the stage; returns the module from the stage's output to its input, `(N, ...)` both."""
+
+_CONVS: dict[type[nn.Module], tuple[Callable[..., nn.Module], str]] = {
+    nn.Conv1d: (nn.ConvTranspose1d, "linear"),
+    nn.Conv2d: (nn.ConvTranspose2d, "bilinear"),
+    nn.Conv3d: (nn.ConvTranspose3d, "trilinear"),
+}
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+
+
+def mirror(below: Stage, stage: Stage) -> nn.Module:
+    """Return one Linear or transposed convolution, then the nonlinearity that the stage's input went through.
+
+    Weights start orthogonal, biases at 0. A convolution's pooling is undone by interpolation. The nonlinearity is the last
+    one of the stage below where its output is what came out of it (pooling and dropout may follow), none where codes are
+    pre-activations.
+
+    Args:
+        below: the stage whose output is to be found.
+        stage: the stage to be inverted; it must have one Linear or Conv, and else only normalisations have weights.
+
+    Raises:
+        UnsupportedModelError: if the stage has another form; the message names it and the way out.
+    """
+    carriers = [m for m in stage.modules if any(True for _ in m.parameters()) and not isinstance(m, _NORMS)]
+    affine = carriers[0] if len(carriers) == 1 else None
+    if type(affine) is nn.Linear:
+        inverse: nn.Module = nn.Linear(affine.out_features, affine.in_features)
+        nn.init.orthogonal_(inverse.weight)
+        nn.init.zeros_(inverse.bias)
+    elif affine is not None and type(affine) in _CONVS:
+        inverse = TransposedConvolution(affine)
+    else:
+        kinds = ", ".join(type(m).__name__ for m in carriers)
+        raise UnsupportedModelError(
+            f"Stage {stage.name!r} ({kinds}) has no inverse by default: one Linear or Conv a stage has. Pass "
+            "inverse=factory, where factory(below, stage) returns a module from the stage's output to its input."
+        )
+    activation = _last_activation(below)
+    return inverse if activation is None else _Sequence(inverse, type(activation)(**_settings(activation)))
+
+
+class TransposedConvolution(nn.Module):
+    """The transposed convolution of a Conv, with interpolation where the spatial sizes need it.
+
+    Args:
+        conv: the convolution whose output comes in, after pooling or not.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        kind, self.mode = _CONVS[type(conv)]
+        kernel, dilation, padding = conv.kernel_size, conv.dilation, conv.padding
+        if isinstance(padding, str):
+            same = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
+            padding = tuple(same) if padding == "same" else tuple(0 for _ in same)
+        self.transposed: Any = kind(
+            conv.out_channels,
+            conv.in_channels,
+            kernel,
+            conv.stride,
+            padding,
+            groups=conv.groups,
+            dilation=dilation,
+        )
+        nn.init.orthogonal_(self.transposed.weight)
+        nn.init.zeros_(self.transposed.bias)
+
+    def forward(self, h: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Map `(N, out_channels, ...)` to `(N, in_channels, *size)`."""
+        layer = self.transposed
+        geometry = list(zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True))
+        # What the convolution made of `size` before any pooling.
+        whole = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
+        if list(h.shape[2:]) != whole and min(whole) > 0:
+            h = F.interpolate(h, size=whole, mode=self.mode, align_corners=False)
+        found = layer(h, output_size=size) if min(whole) > 0 else layer(h)
+        if tuple(found.shape[2:]) != tuple(size):
+            found = F.interpolate(found, size=size, mode=self.mode, align_corners=False)
+        return found
+
+
+class _Sequence(nn.Module):
+    """An inverse and the nonlinearity after it; hands on the wanted size."""
+
+    def __init__(self, inverse: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.inverse, self.activation = inverse, activation
+
+    def forward(self, h: Tensor, size: tuple[int, ...] = ()) -> Tensor:
+        """Map a stage's output to its input."""
+        return self.activation(apply(self.inverse, h, size))
+
+
+def apply(inverse: nn.Module, h: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return `inverse(h)`; the library's own are told the spatial size that is wanted."""
+    return inverse(h, size) if isinstance(inverse, TransposedConvolution | _Sequence) else inverse(h)
+
+
+def _last_activation(stage: Stage) -> nn.Module | None:
+    for module in reversed(stage.modules):
+        if closed_form(module) is not None:
+            return module
+        if any(True for _ in module.parameters()):
+            return None
+    return None
+
+
+def _settings(activation: nn.Module) -> dict[str, object]:
+    names = ("negative_slope", "beta", "threshold", "approximate")
+    return {name: getattr(activation, name) for name in names if hasattr(activation, name)}

@@ -1,0 +1,202 @@
+"""Targets through learned inverses: target propagation and difference target propagation.
+
+With h_l the output of stage l, f_l the stage, g_l its learned inverse, h'_l the target, L a sample's loss:
+
+| paper | here |
+|---|---|
+| h'_{top} = h - eta dL/dh, top hidden stage | `delta = -step_size dL/dh` |
+| h'_{l-1} = g_l(h'_l), target propagation | `delta_{l-1} = g_l(h_l + delta_l) - h_{l-1}` |
+| h'_{l-1} = h_{l-1} - g_l(h_l) + g_l(h'_l), difference target propagation | `delta_{l-1} = g_l(h_l + delta_l) - g_l(h_l)` |
+| L_inv, the squared length of g_l(f_l(h + eps)) - (h + eps), eps ~ N(0, sigma^2) | `learn` |
+
+The last stage descends the loss itself. Where an inverse is imperfect, target propagation asks for its error; the
+difference cancels it.
+
+Sources: Bengio, "How auto-encoders could provide credit assignment in deep networks via target propagation", 2014, arXiv
+1407.7906; Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015, arXiv 1412.7525, equations 9 to 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.chain import Chain, Trace
+from beyondprop.credit.base import Assignment, Credit
+from beyondprop.credit.inverses import InverseFactory, apply, mirror
+from beyondprop.errors import UnsupportedModelError
+from beyondprop.losses import LossPoint
+from beyondprop.solvers.base import OptimizerFactory
+from beyondprop.solvers.descent import adam
+from beyondprop.stage import Pullback, add_to_gradient
+
+
+class TargetPropagation(Credit):
+    """Targets come down through learned inverses of the hidden stages.
+
+    In every step the rule also trains the inverses on the batch, by an optimizer of their own; the targets come from the
+    inverses as they were before. Their codes are the outputs of the stages: cut the network after its nonlinearities
+    (`cuts=[names]`) for the published form.
+
+    Args:
+        inverse: `inverse(below, stage)` returns the module from a stage's output to its input; default `inverses.mirror`, a
+            Linear or transposed convolution and the nonlinearity that the input went through.
+        step_size: > 0; the top hidden target is its output minus this times the gradient of each sample's loss. (Published
+            step sizes multiply the gradient of the mean: they are larger by the batch size.)
+        noise: >= 0, standard deviation of the corruption that inverses are trained under.
+        noise_halving: > 0; in epoch e, counted from 1, the noise is `noise / (1 + e / noise_halving)`. None: constant.
+        optimizer: factory over the inverses' parameters; default Adam, lr 1e-3.
+        seed: >= 0, of the inverses' first weights; the corruption comes from torch's global random state.
+
+    Raises:
+        UnsupportedModelError: if a stage has no default inverse; the message names it.
+        ValueError: if an argument is out of its range; the message has the range.
+    """
+
+    def __init__(
+        self,
+        inverse: InverseFactory = mirror,
+        *,
+        step_size: float = 0.1,
+        noise: float = 0.1,
+        noise_halving: float | None = None,
+        optimizer: OptimizerFactory | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("inverse", inverse), ("optimizer", optimizer)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be a function, got {type(value).__name__}.")
+        self._factory = inverse
+        self._optimizer_factory = optimizer or adam(1e-3)
+        self.step_size = _checks.positive("step_size", step_size)
+        self.noise = _checks.non_negative("noise", noise)
+        self.noise_halving = None if noise_halving is None else _checks.positive("noise_halving", noise_halving)
+        self.seed = _checks.at_least("seed", seed, 0)
+        self.epoch = 0
+        self._names: list[str] = []
+        self.inverses: dict[str, nn.Module] = {}
+        """The inverses by the name of the stage that they invert: every hidden stage but the first."""
+
+    def bind(self, chain: Chain) -> None:
+        """See `Credit.bind`; builds the inverses."""
+        if self._names:
+            raise ValueError(f"This {type(self).__name__} serves another rule already; one instance serves one rule.")
+        self._names = [stage.name for stage in chain]
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            for below, stage in zip(chain, list(chain)[1:-1], strict=False):
+                module = self._factory(below, stage)
+                if not isinstance(module, nn.Module):
+                    raise TypeError(
+                        f"inverse(below, stage) must return a torch.nn.Module, got {type(module).__name__} for stage "
+                        f"{stage.name!r}."
+                    )
+                like = stage.parameters[0]
+                self.inverses[stage.name] = module.to(device=like.device, dtype=like.dtype)
+        parameters = [p for module in self.inverses.values() for p in module.parameters() if p.requires_grad]
+        if parameters:
+            self.optimizers = (self._optimizer_factory(parameters),)
+
+    @property
+    def noise_now(self) -> float:
+        """Standard deviation of the corruption in the present epoch."""
+        return self.noise if self.noise_halving is None else self.noise / (1 + (self.epoch + 1) / self.noise_halving)
+
+    def learn(self, trace: Trace, scale: float) -> None:
+        """See `Credit.learn`: `|g(f(h + noise)) - (h + noise)|^2`, summed over features, mean over the batch."""
+        std = self.noise_now
+        for index in range(len(trace.pullbacks) - 2, trace.lowest, -1):
+            pullback = trace[index]
+            wanted, image = pullback.input, pullback.output
+            if std > 0:
+                wanted = wanted + std * torch.randn_like(wanted)
+                image = pullback.at(wanted).output
+            parameters = [p for p in self.inverses[self._names[index]].parameters() if p.requires_grad]
+            if not parameters:
+                continue
+            with torch.enable_grad():
+                error = (self._invert(index, image, wanted) - wanted).square().sum() / len(wanted)
+                found = torch.autograd.grad(error, parameters, allow_unused=True)
+            for p, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    add_to_gradient(p, gradient, scale)
+
+    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
+        """See `Credit.assign`."""
+        top = len(trace.pullbacks) - 1
+        delta = loss.cotangent.neg()
+        for index in range(top, trace.lowest, -1):
+            pullback, wish = trace[index], delta
+            delta = pullback(wish).mul_(self.step_size) if index == top else self._below(index, pullback, wish)
+            del pullback
+            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
+        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+
+    def _below(self, index: int, pullback: Pullback, delta: Tensor) -> Tensor:
+        """Return the wish at a hidden stage's input."""
+        with torch.no_grad():
+            return self._invert(index, pullback.output + delta, pullback.input) - pullback.input
+
+    def _invert(self, index: int, h: Tensor, like: Tensor) -> Tensor:
+        name = self._names[index]
+        # Differences of inverses are small: whole precision also under autocast.
+        with torch.autocast(h.device.type, enabled=False):
+            found = apply(self.inverses[name], h, tuple(like.shape[2:]))
+        if not isinstance(found, Tensor) or found.shape[:1] != like.shape[:1] or found.numel() != like.numel():
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UnsupportedModelError(
+                f"The inverse of stage {name!r} maps its output {tuple(h.shape)} to {got}; its input is {tuple(like.shape)}."
+            )
+        return found.view_as(like)
+
+    def end_epoch(self) -> None:
+        """Count an epoch, for the noise."""
+        self.epoch += 1
+
+    def to(self, device: torch.device | str) -> None:
+        """See `Credit.to`."""
+        for module in self.inverses.values():
+            module.to(device)
+
+    def locate_nonfinite(self) -> str | None:
+        """See `Credit.locate_nonfinite`."""
+        for name, module in self.inverses.items():
+            for p in module.parameters():
+                if not bool(p.isfinite().all()) or (p.grad is not None and not bool(p.grad.isfinite().all())):
+                    return f"inverse of {name}"
+        return None
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the inverses and the count of epochs."""
+        return {"epoch": self.epoch, "inverses": {n: dict(m.state_dict()) for n, m in self.inverses.items()}}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if it is of another network.
+        """
+        saved: Any = state["inverses"]
+        if list(saved) != list(self.inverses):
+            raise ValueError(f"This state holds inverses of {list(saved)}, this network has {list(self.inverses)}.")
+        for name, module in self.inverses.items():
+            module.load_state_dict(saved[name])
+        self.epoch = int(state["epoch"])  # type: ignore[call-overload]
+
+
+class DifferenceTargetPropagation(TargetPropagation):
+    """Target propagation whose inverses need not be exact: a target moves as the inverse moves.
+
+    See `TargetPropagation` for the arguments.
+
+    Source: Lee, Zhang, Fischer & Bengio, ECML 2015, equation 15.
+    """
+
+    def _below(self, index: int, pullback: Pullback, delta: Tensor) -> Tensor:
+        with torch.no_grad():
+            moved = self._invert(index, pullback.output + delta, pullback.input)
+            return moved - self._invert(index, pullback.output, pullback.input)

@@ -1,0 +1,237 @@
+"""Difference target propagation, and target propagation without the difference.
+
+Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015, arXiv 1412.7525. Algorithm 1 here:
+
+| paper | here |
+|---|---|
+| compute unit values for all layers | `Chain.record`, cut after the nonlinearities |
+| first target, associated targets for lower layers | `credit.DifferenceTargetPropagation.assign` |
+| training feedback (inverse) mapping | `credit.DifferenceTargetPropagation.learn` |
+| training feedforward mapping | `solvers.Descent` |
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.chain import Cuts
+from beyondprop.credit.inverses import InverseFactory, mirror
+from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
+from beyondprop.errors import NonFiniteError
+from beyondprop.losses import LossFunction
+from beyondprop.nn.binary import Sign
+from beyondprop.rules._guard import Snapshot
+from beyondprop.rules.local import LocalRule
+from beyondprop.solvers.base import OptimizerFactory, Solver
+from beyondprop.solvers.centered import centered_rmsprop
+from beyondprop.solvers.descent import Descent
+from beyondprop.stage import Stage
+
+
+class DifferenceTargetProp(LocalRule):
+    """Difference target propagation: targets come down through learned inverses.
+
+    `optimizers` has the weights' optimizers first and the inverses' last: schedulers attached to all of them decay both,
+    which is what a schedule over a run means; attach to `rule.solver.optimizers` or `rule.credit.optimizers` for one side.
+    An inverse's gradients are part of the check before every update, so that a step is whole or not at all for both.
+
+    Args:
+        model: `nn.Sequential`, or any module with `cuts` naming its blocks; it stays yours and is trained in place.
+        loss: `loss(output, y)`, mean or sum over the batch.
+        weight_solver: a solver, or an optimizer factory for `Descent`; default Adam, lr 3e-3, one step.
+        inverse: `inverse(below, stage)` returns the module from a stage's output to its input; see `TargetPropagation`.
+        inverse_optimizer: factory over the inverses' parameters; default Adam, lr 1e-3.
+        inverse_training: `"interleaved"`: every step trains the inverses on its batch, too, and its targets come from those
+            of the step before; `"epoch"`: `begin_epoch` trains them on one whole pass (the published order), which
+            `training.fit` calls, and your own loop must.
+        difference: False leaves the difference out: target propagation.
+        step_size: > 0, of the top hidden target along each sample's gradient; see `TargetPropagation`.
+        noise: >= 0, of the inverses' training.
+        noise_halving: epochs after which the noise is halved; None: constant.
+        seed: >= 0, of the inverses' first weights.
+        cuts: `"activation"`: stages end after their nonlinearity and pooling, see `activation_cuts`; or see `Chain`.
+        nonfinite: see `LearningRule`.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be cut, or a stage has no default inverse; the message names it.
+        ValueError: if an argument is out of its range; the message has the range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> rule = DifferenceTargetProp(model, nn.CrossEntropyLoss())
+        >>> result = rule.step(torch.randn(16, 4), torch.randint(3, (16,)))
+        >>> rule.credit.inverses.keys()
+        dict_keys(['2'])
+    """
+
+    credit: TargetPropagation
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        weight_solver: Solver | OptimizerFactory | None = None,
+        *,
+        inverse: InverseFactory = mirror,
+        inverse_optimizer: OptimizerFactory | None = None,
+        inverse_training: str = "interleaved",
+        difference: bool = True,
+        step_size: float = 0.1,
+        noise: float = 0.1,
+        noise_halving: float | None = None,
+        seed: int = 0,
+        cuts: Cuts = "activation",
+        nonfinite: str | None = None,
+    ) -> None:
+        _checks.one_of("inverse_training", inverse_training, ("interleaved", "epoch"))
+        kind = DifferenceTargetPropagation if difference else TargetPropagation
+        credit = kind(
+            inverse,
+            step_size=step_size,
+            noise=noise,
+            noise_halving=noise_halving,
+            optimizer=inverse_optimizer,
+            seed=seed,
+        )
+        solver = weight_solver if isinstance(weight_solver, Solver) else Descent(weight_solver)
+        if cuts == "activation":
+            cuts = activation_cuts(model) if isinstance(model, nn.Sequential) else "linear"  # which says what to do
+        super().__init__(model, loss, credit, solver, cuts=cuts, nonfinite=nonfinite)
+        self.inverse_training = inverse_training
+        self.teaches_credit = inverse_training == "interleaved" and bool(credit.optimizers)
+        self._has_warned = False
+
+    def update(self) -> None:
+        """See `LearningRule.update`."""
+        if self.credit.optimizers and not self.teaches_credit and not self._has_warned:
+            if not self.credit.optimizers[0].state:  # nor in the run that is resumed
+                warnings.warn(
+                    "The inverses were never trained: call rule.begin_epoch(batches) before the steps of every epoch, as fit "
+                    "does, or use inverse_training='interleaved'.",
+                    stacklevel=3,
+                )
+            self._has_warned = True
+        super().update()
+
+    @torch.no_grad()
+    def begin_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Where `inverse_training` is `"epoch"`, train the inverses once on every batch; weights and statistics stay.
+
+        Raises:
+            NonFiniteError: if a NaN or Inf appears; the inverses are as they were before its batch.
+        """
+        if self.inverse_training != "epoch" or not self.credit.optimizers:
+            return
+        self._has_warned = True  # no reason to: frozen stages may leave nothing to learn
+        for x, y in batches:
+            _checks.batch(x, y)
+            self.check_input(x)
+            snapshot = Snapshot([b for place, name in self._buffers if (b := place[name]) is not None])
+            try:
+                self.credit.learn(self.chain.record(x), 1.0)
+                self._check_inverses(x, y)
+                self.credit.update()
+            finally:
+                snapshot.restore()
+                self.discard()
+
+    def _check_inverses(self, x: Tensor, y: Tensor) -> None:
+        groups = (group for optimizer in self.credit.optimizers for group in optimizer.param_groups)
+        sums = [p.grad.sum() for group in groups for p in group["params"] if p.grad is not None]
+        if sums and not bool(torch.stack(sums).sum().isfinite()):
+            where = self.locate_nonfinite(x, y) or "inverse"
+            what = where if where in ("x", "y") else f"Stage {where!r}"
+            raise NonFiniteError(
+                f"{what} is not finite in the inverses' training. No inverse was changed by this batch. Check the inputs, "
+                "or lower the inverses' learning rate.",
+                where=where,
+            )
+
+    @classmethod
+    def paper_discrete(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> DifferenceTargetProp:
+        """Return the published settings for signs between hidden layers; `discrete_network` builds their network.
+
+        Batches of 100, inputs in [0, 1], constant learning rates. The published step size, 27.97, multiplies the gradient
+        of the batch's mean loss: 0.2797 a sample. The published local loss is `|h - target|^2`, twice the half that is
+        descended here; dividing eps by 4 instead gives the same steps.
+
+        Source: Lee et al., ECML 2015, section 3.2, and the authors' release (`disc_dtp.py`).
+        """
+        settings: dict[str, Any] = {
+            "weight_solver": Descent(
+                centered_rmsprop(0.000660055346131, eps=1e-3 / 4), output=centered_rmsprop(0.000660055346131)
+            ),
+            "inverse": _discrete_inverse,
+            "inverse_optimizer": centered_rmsprop(0.000432831736994),
+            "inverse_training": "epoch",
+            "step_size": 27.965482616 / 100,
+            "noise": 0.5,
+            "noise_halving": 50.0,
+        }
+        return cls(model, loss, **{**settings, **changes})
+
+
+def discrete_network(widths: Sequence[int] = (784, 500, 500, 10)) -> nn.Sequential:
+    """Return the published network with signs between hidden layers: `h1 = tanh(W1 x)`, `h2 = tanh(W2 sign(h1))`, `W3 h2`.
+
+    Weights are orthogonal (all singular values 1), biases 0, as published; they come from torch's global random state.
+
+    Args:
+        widths: of the input, the hidden layers and the output; 3 or more.
+    """
+    if len(widths) < 3:
+        raise ValueError(f"widths must have an input, hidden layers and an output, got {tuple(widths)}.")
+    layers: list[nn.Module] = [nn.Flatten()]
+    for index in range(1, len(widths) - 1):
+        layers += [Sign()] if index > 1 else []
+        layers += [nn.Linear(widths[index - 1], widths[index]), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    for module in model:
+        if isinstance(module, nn.Linear):
+            nn.init.orthogonal_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def activation_cuts(model: nn.Sequential) -> list[str]:
+    """Return the names of the modules that end a stage if every stage ends after its nonlinearity.
+
+    A stage takes, after its weights, all that has none, up to its last nonlinearity or pooling; dropout, reshapes and `Sign`
+    after that belong to the stage above, so that codes are what the nonlinearity sent.
+    """
+    named = _flattened(model)
+    ends: list[str] = []
+    end: str | None = None
+    for name, module in named:
+        is_norm = isinstance(module, _NORMS)
+        if any(True for _ in module.parameters()) and not is_norm:
+            ends += [end] if end is not None else []
+            end = name
+        elif end is not None and not isinstance(module, _STAY_ABOVE):
+            end = name
+    return ends if end is None else [*ends, end]
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_STAY_ABOVE = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, Sign)
+
+
+def _flattened(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in model._modules.items():
+        if type(child) is nn.Sequential:
+            found += _flattened(child, f"{prefix}{name}.")
+        elif child is not None:
+            found.append((prefix + name, child))
+    return found
+
+
+def _discrete_inverse(below: Stage, stage: Stage) -> nn.Module:
+    """Return `h -> tanh(V sign(h) + c)`."""
+    return nn.Sequential(Sign(), mirror(below, stage))
