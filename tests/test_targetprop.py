@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import statistics
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -428,20 +430,20 @@ def test_it_learns_digits(seed: int) -> None:
         assert float((p.detach() - before[name]).norm() / before[name].norm().clamp_min(0.1)) > 0.05, name
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_signs_between_layers_learn_digits(seed: int) -> None:
+def test_signs_between_layers_learn_digits() -> None:
     """No derivative of a step is used: the first layer's targets cross the signs through the inverse."""
     digits = load("digits")
-    accuracies = []
-    for trains in (True, False):
+    accuracies: dict[bool, list[float]] = {True: [], False: []}
+    for seed, trains in product((0, 1, 2), (True, False)):
         torch.manual_seed(seed)
         model = discrete_network((64, 64, 64, 10))
         model[1].requires_grad_(trains)
         rule = DifferenceTargetProp.paper_discrete(model, CE, seed=seed, step_size=1.0)
         history = fit(rule, digits, epochs=10, batch_size=50, seed=seed, schedule="constant", evaluate_every=10_000)
-        accuracies.append(history.evaluations[-1]["test_accuracy"])
-    assert accuracies[0] > 0.9
-    assert accuracies[0] > accuracies[1] + 0.01  # the layer below the signs has its part in it
+        accuracies[trains].append(history.evaluations[-1]["test_accuracy"])
+    assert min(accuracies[True]) > 0.9
+    # The layer below the signs has its part in it.
+    assert statistics.fmean(accuracies[True]) > statistics.fmean(accuracies[False]) + 0.01
 
 
 @pytest.mark.slow
