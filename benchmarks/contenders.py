@@ -195,7 +195,7 @@ CONTENDERS: dict[str, Contender] = {
         "second",
         "grafted to the Adam of this table; roots every 10 steps",
     ),
-    "soap": Contender("SOAP", "heavyball", _soap, (2e-3, 4e-3, 6e-3, 8e-3), "second", "eigenbases every 10 steps"),
+    "soap": Contender("SOAP", "heavyball", _soap, (4e-3, 8e-3, 1.6e-2, 3.2e-2), "second", "eigenbases every 10 steps"),
     "kfac": Contender(
         "K-FAC",
         "kfac",
@@ -224,10 +224,10 @@ CONTENDERS: dict[str, Contender] = {
         "T = 10",
     ),
     "projection-momentum": Contender(
-        "Projection + momentum", "beyondprop", _projected(MOMENTUM), (3e-2, 1e-1, 2e-1, 3e-1), "projection", "damping 1"
+        "Projection + momentum", "beyondprop", _projected(MOMENTUM), (1e-2, 3e-2, 1e-1, 2e-1), "projection", "damping 1"
     ),
     "projection-nesterov": Contender(
-        "Projection + Nesterov", "beyondprop", _projected(NESTEROV), (3e-2, 1e-1, 2e-1, 3e-1), "projection", "damping 1"
+        "Projection + Nesterov", "beyondprop", _projected(NESTEROV), (1e-2, 3e-2, 1e-1, 2e-1), "projection", "damping 1"
     ),
     "projection-rmsprop": Contender(
         "Projection + RMSProp", "beyondprop", _projected(RMSPROP), (3e-5, 1e-4, 2e-4, 3e-4), "projection", "damping 1"

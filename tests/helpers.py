@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from beyondprop import Assignment, Credit, LearningRule
+from beyondprop import AffineProjection, Assignment, Credit, LearningRule
 from beyondprop.chain import Chain, Trace
 from beyondprop.losses import LossFunction, OutputLoss
 
@@ -56,6 +57,18 @@ class Attention(nn.Module):
         return x + self.attend(y, y, y, need_weights=not self.fused)[0]
 
 
+class Branch(nn.Module):
+    """A layer, and one of two behind it, as `way` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.left, self.right = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.way = "left"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.way)(torch.tanh(self.inner(x)))
+
+
 class Recorder(Credit):
     """Any credit, whose assignments are kept."""
 
@@ -68,6 +81,23 @@ class Recorder(Credit):
         for assignment in self.inner.assign(trace, loss):
             self.kept.append(assignment)
             yield assignment
+
+
+def descend(
+    model: nn.Module, owner: Any, x: Tensor, y: Tensor, steps: int = 3, loss: Any = F.cross_entropy
+) -> list[float]:
+    """Steps of a drop-in optimizer, or of SGD behind a projection; returns the losses."""
+    behind = torch.optim.SGD(model.parameters(), lr=0.05) if isinstance(owner, AffineProjection) else None
+    losses = []
+    for _ in range(steps):
+        model.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        owner.step()
+        if behind is not None:
+            behind.step()
+        losses.append(float(value.detach()))
+    return losses
 
 
 def mlp(*widths: int, activation: str = "relu", norm: bool = False, dropout: float = 0.0) -> nn.Sequential:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import blobs, convnet, difference, equal, images, mixed, mlp, relative, state
+from helpers import Branch, blobs, convnet, difference, equal, images, mixed, mlp, relative, state
 from torch import Tensor, nn
 from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
@@ -93,18 +93,6 @@ def _model() -> nn.Module:
 def _batches() -> list[tuple[Tensor, Tensor]]:
     x, y = images(72, torch.float64)
     return list(zip(x.split(24), y.split(24), strict=True))
-
-
-class Branch(nn.Module):
-    """Each rank takes another way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.left, self.right = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-        self.way = "left"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self.way)(torch.tanh(self.inner(x)))
 
 
 class Words(nn.Module):

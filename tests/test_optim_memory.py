@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import blobs, convnet, difference, images, mlp, state
+from helpers import blobs, convnet, descend, difference, images, mlp, state
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -273,19 +273,8 @@ KINDS: dict[str, Callable[[nn.Module], LocoProp | AffineProjection]] = {
 every_use = pytest.mark.parametrize("kind", list(KINDS))
 
 
-def _train(model: nn.Module, owner: Any, x: Tensor, y: Tensor, steps: int = 3) -> list[float]:
-    """Steps, with SGD behind a projection; return the losses."""
-    behind = SGD(model.parameters(), lr=0.05) if isinstance(owner, AffineProjection) else None
-    losses = []
-    for _ in range(steps):
-        model.zero_grad()
-        loss = F.cross_entropy(model(x), y, reduction="sum") / max(len(x), 1)
-        loss.backward()
-        owner.step()
-        if behind is not None:
-            behind.step()
-        losses.append(float(loss.detach()))
-    return losses
+def _mean(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output, y, reduction="sum") / max(len(output), 1)  # also of no sample
 
 
 @every_use
@@ -294,9 +283,9 @@ def test_batches_of_no_and_of_one_sample(kind: str) -> None:
     owner = KINDS[kind](model)
     x, y = blobs(1)
     before = state(model)
-    _train(model, owner, x[:0], y[:0])
+    descend(model, owner, x[:0], y[:0], loss=_mean)
     assert difference(before.values(), model.parameters()) == 0
-    losses = _train(model, owner, x, y, 5)
+    losses = descend(model, owner, x, y, 5)
     assert losses[-1] < losses[0]
 
 
@@ -315,8 +304,8 @@ def test_the_layout_of_inputs_does_not_matter(kind: str, layout: str) -> None:
         given = torch.empty(12, 3, 8, 16, dtype=torch.float64)[..., ::2].copy_(whole)
     assert not given.is_contiguous()
     start = state(model)
-    _train(model, KINDS[kind](model), whole, y)
-    _train(twin, KINDS[kind](twin), given, y)
+    descend(model, KINDS[kind](model), whole, y)
+    descend(twin, KINDS[kind](twin), given, y)
     assert difference(start.values(), model.parameters()) > 1e-4
     assert difference(twin.parameters(), model.parameters()) < 1e-12
 
@@ -326,13 +315,13 @@ def test_a_model_that_is_converted_later(kind: str) -> None:
     model = _net()
     owner = KINDS[kind](model)
     x, y = blobs(N)
-    _train(model, owner, x, y)
+    descend(model, owner, x, y)
     model.double()
     twin = copy.deepcopy(model)
     other = KINDS[kind](twin)
     other.load_state_dict(copy.deepcopy(owner.state_dict()))
     start = state(model)
-    losses = _train(model, owner, x.double(), y), _train(twin, other, x.double(), y)
+    losses = descend(model, owner, x.double(), y), descend(twin, other, x.double(), y)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert difference(start.values(), model.parameters()) > 1e-4
     assert all(p.dtype is torch.float64 for p in model.parameters())
@@ -342,13 +331,13 @@ def test_a_model_that_is_converted_later(kind: str) -> None:
 def test_a_layer_that_is_frozen_later_stays(kind: str) -> None:
     model = _net()
     owner = KINDS[kind](model)
-    _train(model, owner, *blobs(N))
+    descend(model, owner, *blobs(N))
     model[2].requires_grad_(False)
     model[4].bias.requires_grad_(False)  # type: ignore[operator]
     before = state(model)
-    _train(model, owner, *blobs(N))
+    descend(model, owner, *blobs(N))
     still = {n for n, p in model.named_parameters() if torch.equal(before[n], p)}
     assert still == {"2.weight", "2.bias", "4.bias"}
     model.requires_grad_(True)
-    _train(model, owner, *blobs(N))
+    descend(model, owner, *blobs(N))
     assert not any(torch.equal(before[n], p) for n, p in model.named_parameters())

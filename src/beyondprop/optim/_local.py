@@ -117,11 +117,7 @@ class _Direct:
         self.bias: nn.Parameter | None = getattr(module, "bias", None)
         self.x = self.map.prepare(_whole(call.x, self.weight))
         if f is not None:
-            z = call.z
-            # Half precision rounds away what a small step changes; an in-place operation has written over it.
-            if z is None or z.dtype is not self.weight.dtype or z._version != call.version:
-                z = self.map(self.x, _old(self.weight, before), _old(self.bias, before))
-            self.z = self.map.prepare_output(z)
+            self.z = _output(call, self.x, before)
         self._h: Tensor | None = None
 
     def add(self, gradients: Buffers, before: Buffers, rows: float | int, step: int) -> None:
@@ -170,10 +166,7 @@ class _Gram:
         if f is not None:
             slopes = self.weight.new_zeros(self.map.units + 1)
             for call, x in zip(calls, inputs, strict=True):
-                z = call.z
-                if z is None or z.dtype is not self.weight.dtype or z._version != call.version:
-                    z = self.map(x, _old(self.weight, before), _old(self.bias, before))
-                slope = f.slope(self.map.prepare_output(z), self.map.features).movedim(self.map.features, 0).flatten(1)
+                slope = f.slope(_output(call, x, before), self.map.features).movedim(self.map.features, 0).flatten(1)
                 slopes += torch.cat([slope.sum(1), slope.new_tensor([slope.shape[1]])])
             sums.append(slopes)
         _ranks.sum_(sums, group)
@@ -244,6 +237,16 @@ def block(samples: int, rows: float | int, step: int) -> slice:
     first = (step - 1) * size % samples
     first = min(first, max(samples - size, 0))
     return slice(first, first + size)
+
+
+def _output(call: Call, x: Tensor, before: Buffers) -> Tensor:
+    """Return a call's output under the old weights, prepared; `x` is its prepared input."""
+    own, z = call.layer.map, call.z
+    weight, bias = own.module.weight, getattr(own.module, "bias", None)
+    # Half precision rounds away what a small step changes; an in-place operation has written over it.
+    if z is None or z.dtype is not weight.dtype or z._version != call.version:
+        z = own(x, _old(weight, before), _old(bias, before))
+    return own.prepare_output(z)
 
 
 def _old(p: nn.Parameter | None, before: Buffers) -> Tensor:

@@ -95,6 +95,7 @@ def uncaptured(model: nn.Module, units: Iterable[Unit]) -> list[tuple[str, nn.Pa
 
 
 def find_layers(root: nn.Module, exclude: tuple[str, ...]) -> list[Layer]:
+    """Return the layers that are captured, frozen ones among them; raise where one cannot be, naming it."""
     names = [name for name, _ in root.named_modules()]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -149,6 +150,7 @@ def _refuse(name: str, module: Any) -> None:
 
 
 def find_units(root: nn.Module, layers: list[Layer]) -> list[Unit]:
+    """Join layers that share parameters; raise where one shares them with what is not captured."""
     captured = {id(layer.module) for layer in layers}
     homes: dict[nn.Parameter, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=True):

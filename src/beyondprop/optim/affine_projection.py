@@ -128,12 +128,13 @@ class AffineProjection:
                 if (unit.calls or self._group is not None) and any(p.grad is not None for p in unit.parameters):
                     solved.append((unit, self._solve(unit)))
                 unit.calls.clear()
-            bad = [unit.name for unit, new in solved if not all(bool(g.sum().isfinite()) for g in new if g is not None)]
-            if bad:
+            sums = [(unit.name, g.sum()) for unit, new in solved for g in new if g is not None]
+            if sums and not bool(torch.stack([s.to(sums[0][1]) for _, s in sums]).sum().isfinite()):
+                where = next((name for name, s in sums if not bool(s.isfinite())), "a sum")
                 raise NonFiniteError(
-                    f"The linear system of layer {bad[0]!r} has no finite solution; no gradient was changed. Check the inputs "
+                    f"The linear system of layer {where!r} has no finite solution; no gradient was changed. Check the inputs "
                     "or raise damping.",
-                    where=bad[0],
+                    where=where,
                 )
             for unit, new in solved:
                 for p, g in zip(unit.layers[0].parameters, new, strict=False):
