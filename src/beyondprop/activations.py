@@ -19,13 +19,15 @@ class Activation(NamedTuple):
     """An elementwise nonlinearity: its value and, from input and value, its slope.
 
     `is_gate`: the slope is 0 or 1, so that applying it twice is applying it once. `needs_input`: the slope is not known
-    from the value alone, so that z must be kept.
+    from the value alone, so that z must be kept. `factors`: of a unit with a target rule; from input and wish, what stands in
+    for the slope from the first wish on.
     """
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
     is_gate: bool = False
     needs_input: bool = True
+    factors: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _relu(module: nn.ReLU) -> Activation:
@@ -101,6 +103,11 @@ _FACTORIES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.ReLU6: _hardtanh,
     nn.Hardsigmoid: _hardsigmoid,
 }
+
+
+def register_closed_form(kind: type[nn.Module], factory: Callable[[Any], Activation]) -> None:
+    """Let stages use a closed form for exactly this type of module (not for types derived from it)."""
+    _FACTORIES[kind] = factory
 
 
 def closed_form(module: nn.Module) -> Activation | None:

@@ -121,6 +121,8 @@ class AffinePullback(Pullback):
             return gradient
         if stage.activation.is_gate:
             return _GATE(gradient, self._value, 0, grad_input=gradient)
+        if stage.activation.factors is not None and self._slope is None and self._z is not None:
+            self._slope = stage.activation.factors(self._z, gradient)
         return gradient.mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.nn.binary import Threshold
 from beyondprop.stage import Pullback, Stage, add_to_gradient, check_normalized
 from beyondprop.transport import Transport, check_met, counterpart
 
@@ -23,6 +24,8 @@ class BlockStage(Stage):
         self.norms = [m for m in leaves if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.is_stochastic = any(not _is_deterministic(m) for m in leaves)
         self._leaves = leaves
+        # In backpropagation a unit's wish is minus what comes back; here, wishes come as they are.
+        self.takes_targets = any(isinstance(m, Threshold) for m in leaves)
         self._has_second_derivative: dict[tuple[bool, ...], bool] = {}
         self._is_checked = False
         self._is_transport_checked = False
@@ -152,10 +155,16 @@ class BlockPullback(Pullback):
     def _gradients(self, cotangent: Tensor, ends: Sequence[Any], *, create_graph: bool = False) -> list[Tensor | None]:
         if self._end is None or not ends:
             return [None] * len(ends)
+        flip = self.block.takes_targets
         found = torch.autograd.grad(
-            self._end, ends, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+            self._end,
+            ends,
+            cotangent.neg() if flip else cotangent,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
         )
-        return list(found)
+        return [g.neg() if flip and g is not None else g for g in found]
 
     def _at_input(self, gradient: Tensor | None) -> Tensor:
         return self._like[0].new_zeros(self._shapes[0]) if gradient is None else gradient

@@ -146,10 +146,15 @@ class _ElementwiseAt(Recorded):
         self.activation = activation
         self.output = activation.value(z)
         self.z = z if activation.needs_input else None
+        self.factors: Tensor | None = None
 
     def pull(self, cotangent: Tensor) -> Tensor:
         if self.activation.is_gate:
             return _aten.threshold_backward(cotangent, self.output, 0)
+        if self.activation.factors is not None and self.z is not None:
+            if self.factors is None:
+                self.factors = self.activation.factors(self.z, cotangent)
+            return cotangent * self.factors
         return cotangent * self.activation.slope(self.output if self.z is None else self.z, self.output)
 
     def push(self, tangent: Tensor) -> Tensor:

@@ -1,62 +1,148 @@
-"""Layers that send signs: forward a step, backward a surrogate."""
+"""Layers that send signs or steps: forward a threshold, backward by a target rule.
+
+A threshold has slope 0 almost everywhere. A wish at its output says which value each unit should send instead, its target; a
+target rule says how strongly the unit's input is to move toward the side of that target, as a factor on the wish.
+Straight-through estimation is a rule that does not look at the target; a hinge is one that lets units rest which already send
+it with a margin.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
+from beyondprop.activations import Activation, register_closed_form
 
-SURROGATES = ("hardtanh", "identity")
-"""What `Sign` accepts as its backward."""
+TargetRule = Callable[[Tensor, Tensor], Tensor]
+"""Maps inputs z and targets in {-1, 0, 1} (0: no wish) to factors >= 0 on the wishes, all of one shape."""
 
 
-class Sign(nn.Module):
-    """Forward 1 where the input is >= 0 and -1 elsewhere; backward straight through.
+def _hardtanh(z: Tensor, target: Tensor) -> Tensor:
+    del target
+    return (z.abs() <= 1).to(z.dtype)
 
-    The step has slope 0 almost everywhere. Straight-through estimation hands the gradient on as if the step were the
-    identity, and, with `"hardtanh"`, only where the input lies in [-1, 1]: beyond, a larger input changes nothing.
+
+def _identity(z: Tensor, target: Tensor) -> Tensor:
+    del target
+    return torch.ones_like(z)
+
+
+def _tanh(z: Tensor, target: Tensor) -> Tensor:
+    del target
+    return 1 - z.tanh().square_()
+
+
+def _hinge(z: Tensor, target: Tensor) -> Tensor:
+    return (z * target <= 1).to(z.dtype)
+
+
+TARGET_RULES: dict[str, TargetRule] = {"hardtanh": _hardtanh, "identity": _identity, "tanh": _tanh, "hinge": _hinge}
+"""Target rules by name.
+
+| name | factor | where it is from |
+|---|---|---|
+| `hardtanh` | 1 where z is in [-1, 1] | straight-through estimation with a window, Hubara et al., NIPS 2016, equation 4 |
+| `identity` | 1 | straight-through estimation, Bengio, Leonard & Courville, arXiv 1308.3432 |
+| `tanh` | 1 - tanh(z)^2: soft hinge on the target's side, weighted by the wish | Friesen & Domingos, ICLR 2018, section 3.2 |
+| `hinge` | 1 where target * z <= 1: a hinge, weighted by the wish | Friesen & Domingos, ICLR 2018, section 3.2 |
+"""
+
+
+def register_target_rule(name: str, rule: TargetRule) -> None:
+    """Let `Sign` and `Step` accept a target rule by name.
 
     Args:
-        surrogate: `"hardtanh"` (default) or `"identity"`.
+        name: not yet taken.
+        rule: see `TargetRule`; elementwise, so that every sample stays its own.
 
     Raises:
-        ValueError: if `surrogate` is neither.
+        ValueError: if the name is taken.
+        TypeError: if `rule` cannot be called.
+    """
+    if name in TARGET_RULES:
+        raise ValueError(f"There is a target rule {name!r} already; registered are {', '.join(TARGET_RULES)}.")
+    if not callable(rule):
+        raise TypeError(f"A target rule is a function (z, target) -> factors, got {type(rule).__name__}.")
+    TARGET_RULES[name] = rule
+
+
+class Threshold(nn.Module):
+    """A unit that sends one of two values; `Sign` and `Step` are those to use.
+
+    Args:
+        target_rule: one of `TARGET_RULES`.
+
+    Raises:
+        ValueError: if there is no such rule.
+    """
+
+    low, high = -1.0, 1.0
+
+    def __init__(self, target_rule: str = "hardtanh") -> None:
+        super().__init__()
+        self.target_rule: str = _checks.one_of("target_rule", target_rule, TARGET_RULES)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map `(N, ...)` to values of the same shape and dtype; a NaN stays one, so that it is found."""
+        return _Thresholded.apply(z, self)  # type: ignore[return-value]
+
+    def send(self, z: Tensor) -> Tensor:
+        """Return what `forward` returns, without a graph."""
+        return torch.where(z.isnan(), z, torch.where(z >= 0, self.high, self.low).to(z.dtype))
+
+    def factors(self, z: Tensor, wish: Tensor) -> Tensor:
+        """Return the target rule's factors on wishes at the output; a wish's sign is the target."""
+        return TARGET_RULES[self.target_rule](z, wish.sign())
+
+    def extra_repr(self) -> str:
+        """Show the target rule."""
+        return f"target_rule={self.target_rule!r}"
+
+
+class Sign(Threshold):
+    """Forward 1 where the input is >= 0 and -1 elsewhere; backward by a target rule, straight through by default.
 
     Example:
         >>> Sign()(torch.tensor([-0.5, 0.0, 2.0]))
         tensor([-1.,  1.,  1.])
-
-    Source: Bengio, Leonard & Courville, arXiv 1308.3432; the window: Hubara et al., NIPS 2016, equation 4.
     """
 
-    def __init__(self, surrogate: str = "hardtanh") -> None:
-        super().__init__()
-        self.surrogate: str = _checks.one_of("surrogate", surrogate, SURROGATES)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Map `(N, ...)` to signs of the same shape and dtype; a NaN stays one, so that it is found."""
-        return _StraightThrough.apply(z, self.surrogate == "hardtanh")  # type: ignore[return-value]
+class Step(Threshold):
+    """Forward 1 where the input is >= 0 and 0 elsewhere; backward by a target rule, straight through by default.
 
-    def extra_repr(self) -> str:
-        """Show the surrogate."""
-        return f"surrogate={self.surrogate!r}"
+    Example:
+        >>> Step()(torch.tensor([-0.5, 0.0, 2.0]))
+        tensor([0., 1., 1.])
+    """
+
+    low = 0.0
 
 
-class _StraightThrough(torch.autograd.Function):
+class _Thresholded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, windowed: bool) -> Tensor:
-        ctx.windowed = windowed
-        if windowed:
-            ctx.save_for_backward(z.abs() <= 1)
-        signs = torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
-        return torch.where(z.isnan(), z, signs)
+    def forward(ctx: Any, z: Tensor, unit: Threshold) -> Tensor:
+        ctx.unit, ctx.kept = unit, None
+        ctx.save_for_backward(z)
+        return unit.send(z)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        if ctx.windowed:
-            (window,) = ctx.saved_tensors
-            gradient = gradient * window
-        return gradient, None
+        # The first wish sets the targets: later passes through the same graph see one linear map. A wish is minus a gradient.
+        if ctx.kept is None:
+            (z,) = ctx.saved_tensors
+            with torch.no_grad():
+                ctx.kept = ctx.unit.factors(z, -gradient)
+        return gradient * ctx.kept, None
+
+
+def _closed_form(module: Threshold) -> Activation:
+    return Activation(module.send, lambda z, a: module.factors(z, torch.zeros_like(z)), factors=module.factors)
+
+
+for _kind in (Sign, Step):
+    register_closed_form(_kind, _closed_form)

@@ -25,7 +25,7 @@ from beyondprop.credit.inverses import InverseFactory, mirror
 from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
 from beyondprop.errors import NonFiniteError
 from beyondprop.losses import LossFunction
-from beyondprop.nn.binary import Sign
+from beyondprop.nn.binary import Sign, Threshold
 from beyondprop.rules._guard import Snapshot
 from beyondprop.rules.local import LocalRule
 from beyondprop.solvers.base import OptimizerFactory, Solver
@@ -219,7 +219,7 @@ def activation_cuts(model: nn.Sequential) -> list[str]:
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_STAY_ABOVE = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, Sign)
+_STAY_ABOVE = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, Threshold)
 
 
 def _flattened(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
