@@ -49,6 +49,13 @@ def test_higgs() -> None:
     torch.testing.assert_close((raw.x_test - raw.x_train.mean(0)) / raw.x_train.std(0), data.x_test)
 
 
+def test_higgs_is_tested_on_rows_that_are_not_trained_on() -> None:
+    """A published loader tests on the first rows of the training file."""
+    data = _at_hand("higgs", standardize=False)
+    seen = {row.numpy().tobytes() for row in data.x_train}
+    assert sum(row.numpy().tobytes() in seen for row in data.x_test) == 0
+
+
 def test_mnist() -> None:
     data = _load("mnist")
     assert data.y_train.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
