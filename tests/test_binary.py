@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from beyondprop import AltMin
 from beyondprop.affine import AffineStage
 from beyondprop.block import BlockStage
-from beyondprop.nn import Sign, Step, register_target_rule
+from beyondprop.nn import ElmanCell, Recurrent, Sign, Step, register_target_rule
 from beyondprop.nn.binary import TARGET_RULES, Threshold
 from beyondprop.pipeline import PipelineStage
 from beyondprop.solvers.descent import Descent
@@ -115,6 +115,22 @@ def test_gradient_codes_are_backpropagation_through_the_target_rule(rule: str, m
         assert p.grad is not None
         assert bool(p.grad.any())
         assert relative(found, p.grad) < 1e-12
+
+
+@every_rule
+def test_recurrent_signs(rule: str) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(Recurrent(ElmanCell(4, 6, Sign(rule))), Sign(rule), nn.Linear(6, 3)).double()
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(9, 5, 4, dtype=torch.float64), torch.randint(3, (9,))
+    nn.CrossEntropyLoss()(twin(x), y).backward()
+    am = AltMin(model, nn.CrossEntropyLoss(), code_solver="gradient")
+    am.backward(x, y)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        assert bool(expected.grad.any())
+        assert relative(found.grad, expected.grad) < 1e-12
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, nets
 from beyondprop.block import BlockStage
+from beyondprop.nn import Sign
 from beyondprop.pipeline import PipelineStage
 from beyondprop.recurrent import RecurrentStage
 
@@ -84,3 +85,13 @@ def test_a_resnets_blocks_are_those_of_the_paper() -> None:
 def test_what_is_no_net_is_refused(spec: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nets.build(spec, shape, 10)
+
+
+def test_binary_nets_send_signs_in_all_hidden_layers_or_in_the_first() -> None:
+    model = nets.build("binary:20x3:rule=tanh:dropout=0.2", (1, 4, 4), 10)
+    assert [type(m).__name__ for m in model][1:5] == ["Linear", "BatchNorm1d", "Dropout", "Sign"]
+    assert sum(isinstance(m, Sign) and m.target_rule == "tanh" for m in model) == 3
+    model = nets.build("binary:20x3:first", (1, 4, 4), 10)
+    assert [type(m).__name__ for m in model if isinstance(m, Sign | nn.Tanh)] == ["Sign", "Tanh", "Tanh"]
+    with pytest.raises(ValueError, match="unknown option 'tanh'; accepted: first, dropout=P, rule=hardtanh"):
+        nets.build("binary:20x3:tanh", (1, 4, 4), 10)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import nn
 
+from beyondprop.nn.binary import TARGET_RULES, Sign
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.nn.residual import Residual, Shortcut
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
@@ -36,6 +37,9 @@ FORMS: dict[str, str] = {
     "mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]": "fully connected, DEPTH hidden layers of WIDTH units",
     "lenet5": "LeNet-5 with ReLU: 6-16 channels of 5x5, 2x2 max-pooling, 120-84 units",
     "conv:WIDTHxDEPTH[:ACTIVATION][:bn]": "DEPTH 3x3 convolutions from WIDTH channels, pooling and doubling every second one",
+    "binary:WIDTHxDEPTH[:first][:rule=NAME][:dropout=P]": (
+        "fully connected with BatchNorm and units that send signs (`first`: the lowest hidden layer's only, others are tanh)"
+    ),
     "rnn:WIDTH[:ACTIVATION][:pixels|rows][:elman|gru|lstm]": (
         "WIDTH recurrent units over an image, by pixels (one output a step, all read at the end) or by rows (the last state)"
     ),
@@ -61,6 +65,8 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
         return _mlp(spec, parts, input_shape, num_classes)
     if kind == "conv" and parts:
         return _conv(spec, parts, input_shape, num_classes)
+    if kind == "binary" and parts:
+        return _binary(spec, parts, input_shape, num_classes)
     if kind == "transformer" and parts:
         return _transformer(spec, parts, input_shape, num_classes)
     if kind == "rnn" and parts:
@@ -83,6 +89,29 @@ def _mlp(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: i
         layers.append(activation())
         if dropout:
             layers.append(nn.Dropout(dropout))
+        inputs = width
+    return _initialise(nn.Sequential(*layers, nn.Linear(inputs, num_classes)))
+
+
+def _binary(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    width, depth = _size(spec, parts[0])
+    first, rule, dropout = False, "hardtanh", 0.0
+    for option in parts[1:]:
+        if option == "first":
+            first = True
+        elif option.startswith("dropout="):
+            dropout = _probability(spec, option.removeprefix("dropout="))
+        elif option.startswith("rule=") and option.removeprefix("rule=") in TARGET_RULES:
+            rule = option.removeprefix("rule=")
+        else:
+            rules = ", ".join(f"rule={name}" for name in TARGET_RULES)
+            raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: first, dropout=P, {rules}.")
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = math.prod(input_shape)
+    for index in range(depth):
+        layers += [nn.Linear(inputs, width), nn.BatchNorm1d(width)]
+        layers += [nn.Dropout(dropout)] if dropout else []
+        layers.append(nn.Tanh() if first and index else Sign(rule))
         inputs = width
     return _initialise(nn.Sequential(*layers, nn.Linear(inputs, num_classes)))
 

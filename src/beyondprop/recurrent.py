@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop._moments import CellMoments, ElmanMoments, Heard
+from beyondprop.activations import closed_form
 from beyondprop.affine import is_modified
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.operations import Operation, Recorded, operation
@@ -39,7 +40,9 @@ class RecurrentStage(Stage):
         self.is_last = self.layer.outputs == "last"
         self.width: int = self.layer.cell.hidden_size
         self.heads: list[Operation] = [o for m in self.modules[:-1] if (o := operation(m)) is not None]
-        is_elman = type(self.layer.cell) is ElmanCell and not is_modified(self.layer.cell)
+        cell = self.layer.cell
+        known = closed_form(cell.activation) if type(cell) is ElmanCell and not is_modified(cell) else None
+        is_elman = known is not None and known.factors is None  # units with target rules go by autograd
         self.moments = ElmanMoments(self) if is_elman else CellMoments(self)
         if isinstance(self.moments, CellMoments):
             self.moments.feedback = self.feedback
