@@ -244,6 +244,10 @@ def test_tuning_after_a_warm_start_that_fails_says_so(tmp_path: Path) -> None:
             {"warm_start": "am-adam:1", "lr": {"sgd": 1.0}},
             r"lr is given for 'sgd', which is none of the rules adam, am-adam",
         ),
+        (
+            {"warm_start": "bcd:1"},
+            r"warm_start is for rules that take batches; bcd takes the whole training set a step",
+        ),
         ({"warm_start": "am-adam:2.99"}, r"warm_start 'am-adam:2.99' takes all of 18 step\(s\)"),
     ],
 )

@@ -63,6 +63,12 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
     info = data.describe(_known("data", settings.data, data.names()))
     _known("net", settings.net, nets.FORMS, [form.partition(":")[0] for form in nets.FORMS])
     trained = specs if warm_spec is None else tuple(dict.fromkeys((*specs, warm_spec)))
+    whole = [spec.name for spec in trained if spec.whole_set]
+    if warm_spec is not None and whole:
+        raise ValueError(
+            f"warm_start is for rules that take batches; {', '.join(whole)} takes the whole training set a step, and an epoch of it "
+            "is one step."
+        )
     for schedule in {settings.schedule, *(spec.schedule for spec in trained)} - {None}:
         schedules.factor(schedule, 1, 1)
     device = settings.device
