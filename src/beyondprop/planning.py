@@ -66,8 +66,8 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
     whole = [spec.name for spec in trained if spec.whole_set]
     if warm_spec is not None and whole:
         raise ValueError(
-            f"warm_start is for rules that take batches; {', '.join(whole)} takes the whole training set a step, and an epoch of it "
-            "is one step."
+            f"warm_start is for rules that take batches; {', '.join(whole)} takes the whole training set a step, and an "
+            "epoch of it is one step."
         )
     for schedule in {settings.schedule, *(spec.schedule for spec in trained)} - {None}:
         schedules.factor(schedule, 1, 1)
