@@ -25,6 +25,7 @@ from beyondprop import (
     alignment,
     data,
 )
+from beyondprop.nn import Sign
 from beyondprop.rules import _layers
 
 RULES: dict[str, Callable[..., OfflineRule]] = {
@@ -338,8 +339,12 @@ def test_layers_without_biases_and_with_identities(name: str) -> None:
             "stage '2' is ReLU -> Linear -> Softmax",
         ),
         (nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (1, 6)), nn.Linear(6, 3)), "stage '2' has an Unflatten behind"),
+        (
+            nn.Sequential(nn.Linear(6, 5), Sign(), nn.Linear(5, 3)),
+            "stage '2' has Sign, which has none|ReLU, .* '2' has Sign",
+        ),
     ],
-    ids=["batchnorm", "dropout", "conv", "softmax", "tail", "unflatten"],
+    ids=["batchnorm", "dropout", "conv", "softmax", "tail", "unflatten", "sign"],
 )
 def test_models_without_closed_forms_are_refused_by_name(rule: Any, model: nn.Module, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):

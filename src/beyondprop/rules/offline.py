@@ -275,6 +275,10 @@ class OfflineRule(LearningRule):
                 f"{kind} has closed forms for the activations {', '.join(PIECEWISE)}; stage {stage.name!r} has "
                 f"{type(module).__name__}. Use one of them, or OfflineAltMin or MAC, which take any."
             )
+        if stage.activation is not None and stage.activation.factors is not None:
+            raise UnsupportedModelError(
+                f"{kind} moves codes along slopes; stage {stage.name!r} has {type(module).__name__}, which has none. Use AltMin."
+            )
         bias = stage.bias
         if bias is not None and bias.requires_grad != stage.weight.requires_grad:
             raise UnsupportedModelError(
