@@ -277,7 +277,8 @@ class OfflineRule(LearningRule):
             )
         if stage.activation is not None and stage.activation.factors is not None:
             raise UnsupportedModelError(
-                f"{kind} moves codes along slopes; stage {stage.name!r} has {type(module).__name__}, which has none. Use AltMin."
+                f"{kind} moves codes along slopes; stage {stage.name!r} has {type(module).__name__}, which has none. "
+                "Use AltMin, which has targets for it."
             )
         bias = stage.bias
         if bias is not None and bias.requires_grad != stage.weight.requires_grad:
