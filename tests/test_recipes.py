@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from beyondprop import Backprop, data, recipes
+from beyondprop.cli import main
+from beyondprop.data import Dataset, DataUnavailableError
+from beyondprop.recipes import Recipe, Result, Row, bcd_3x1500, higgs
+from beyondprop.recipes._base import Context
+from beyondprop.recipes._compared import at_epoch, compared, error_at
+from beyondprop.recipes._kept import Kept, accuracy_at, trained
+from beyondprop.recipes._ledger import ledger
+from beyondprop.settings import Settings
+from beyondprop.solvers.descent import adam
+
+NAN = math.nan
+
+
+def _classes(name: str, shape: tuple[int, ...], classes: int, rows: int = 240, tests: int = 60) -> Dataset:
+    """Blobs in the shape of a real set."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(rows + tests) % classes
+    x = torch.rand(rows + tests, *shape, generator=g) + 0.5 * torch.rand(classes, *shape, generator=g)[y]
+    return Dataset(name, x[:rows], y[:rows], x[rows:], y[rows:], tuple(map(str, range(classes))))
+
+
+@pytest.fixture
+def small() -> Dataset:
+    return _classes("digits", (1, 8, 8), 10, rows=100)
+
+
+def _context(out: Path, said: list[str] | None = None, quick: bool = True) -> Context:
+    return Context(out, quick, (said if said is not None else []).append)
+
+
+# Rows and results
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict", "asked", "shown"),
+    [
+        (Row("a", (97.5, 98.5), "%", at_least=98), "reached", ">= 98 %", "98.00 % (97.50 to 98.50, 2 seeds)"),
+        (Row("a", (97.5,), "%", at_least=98), "missed", ">= 98 %", "97.50 %"),
+        (Row("a", (0.5,), at_least=0.4, at_most=0.6, digits=1), "reached", ">= 0.4, <= 0.6", "0.5"),
+        (Row("a", (0.7,), at_most=0.6), "missed", "<= 0.6", "0.70"),
+        (Row("a", (1.0,)), "shown", "", "1.00"),
+        (Row("a", (1.0, NAN), at_most=3), "missed", "<= 3", "failed (1 of 2)"),
+        (Row("a", (), at_most=3), "missed", "<= 3", "not run"),
+        (Row("a", (NAN,)), "shown", "", "failed (1 of 1)"),
+    ],
+)
+def test_a_row_judges_its_mean(row: Row, verdict: str, asked: str, shown: str) -> None:
+    assert (row.verdict, row.asked, row.shown) == (verdict, asked, shown)
+
+
+def _result(name: str = "lenet-mnist", **changes: Any) -> Result:
+    rows = (
+        Row("a | b", (1.0, 2.0), "%", "2 to 3", at_least=2.0, note="see\nthere"),
+        Row("good", (1.0,), at_most=2.0),
+        Row("lost", (1.0, NAN), digits=4),
+    )
+    made = {"torch": "2.13.0", "commit": "abc"}
+    settings = {"batch 9": {"lr": {"adam": 0.001, "x": None}}, "other": {}}
+    return replace(Result(name, False, rows, settings, 90.0, "2026-01-31", made), **changes)
+
+
+def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    result = _result()
+    found = Result.read(result.write(tmp_path / "r.json"))
+    assert found.missed == result.missed == 1
+    assert math.isnan(found.rows[2].measured[1])
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][2]["measured"] == [1.0, None]
+    assert replace(found, rows=found.rows[:2]) == replace(result, rows=result.rows[:2])
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "{", "[]", "{}", '{"rows": [{}]}', '{"rows": [{"label": "a", "measured": ["x"]}]}', '{"rows": [], "new": 1}'],
+)
+def test_a_damaged_result_is_named(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "r.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"r\.json' is no recorded result: \w+Error"):
+        Result.read(tmp_path / "r.json")
+
+
+def test_every_recipe_says_what_it_is() -> None:
+    assert {"lenet-mnist", "fully-connected", "higgs", "bcd-3x1500", "dtp-discrete"} <= set(recipes.names())
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        assert recipe.title, name
+        assert recipe.source, name
+        assert recipe.about.endswith("."), name
+        assert recipe.minutes > 0, name
+        assert set(recipe.needs) <= set(data.names()), name
+    with pytest.raises(ValueError, match=r"recipe must be one of .*'higgs'.*, got 'higs'"):
+        recipes.get("higs")
+
+
+# The ledger
+
+
+def test_the_ledger_shows_published_beside_measured(tmp_path: Path) -> None:
+    _result().write(tmp_path / "lenet-mnist.json")
+    _result("higgs", rows=(Row("only", (1.0,)),), settings={}, environment={}).write(tmp_path / "higgs.json")
+    text = ledger(tmp_path)
+    assert text.startswith("# Reproduction\n")
+    assert "| [`lenet-mnist`](#lenet-mnist) | LeNet-5 on MNIST | 1 | 1 | 1 |" in text
+    assert "| [`higgs`](#higgs) |" in text
+    line = "| a \\| b | 2 to 3 | >= 2 % | 1.50 % (1.00 to 2.00, 2 seeds) | **missed**; see there |"
+    assert line in text.splitlines()
+    assert "| lost |  |  | failed (1 of 2) | shown |" in text.splitlines()
+    made = "Recorded 2026-01-31, 2 minutes, torch 2.13.0, commit abc. batch 9: learning rates adam 0.001."
+    assert made in text.splitlines()
+    missing = text.rpartition("## Not yet recorded")[2]
+    assert "`first-epoch`" in missing
+    assert "`higgs`" not in missing
+
+
+def test_the_ledger_takes_whole_results_of_full_runs_only(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no recorded result"):
+        ledger(tmp_path)
+    _result(quick=True).write(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a\.json' is of the short version"):
+        ledger(tmp_path)
+    _result("gone").write(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="got 'gone'"):
+        ledger(tmp_path)
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json' is no recorded result"):
+        ledger(tmp_path)
+
+
+# The command line
+
+
+def _tiny(*needs: str) -> Recipe:
+    def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
+        context.say("training")
+        (context.out / "figure.png").touch()
+        return [Row("accuracy", (1.0,), "%", "2", at_least=2.0, note="of a kind")], {}
+
+    return Recipe("A tiny one", "nowhere", "Nothing.", measure, minutes=1, needs=needs)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(recipes, "names", lambda: ["tiny", "needy"])
+    monkeypatch.setattr(recipes, "get", lambda name: _tiny("mnist") if name == "needy" else _tiny())
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_reproduce_lists_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in recipes.names())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_reproduce_shows_and_records(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["reproduce", "tiny", "--record", "kept"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "tiny: training",
+        ">= 2 %",
+        "1.00 %",
+        "missed",
+        "accuracy: of a kind",
+        "runs/reproduce/tiny/figure.png",
+    ):
+        assert words in out
+    (row,) = Result.read(tmp_path / "kept" / "tiny.json").rows
+    assert row == Row("accuracy", (1.0,), "%", "2", at_least=2.0, note="of a kind")
+    assert main(["ledger", "--recorded", "kept", "--output", "book.md"]) == 0
+    assert capsys.readouterr().out.endswith("book.md\n")
+    assert "**missed**; of a kind" in (tmp_path / "book.md").read_text()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_short_version_is_not_recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["reproduce", "tiny", "--quick", "--json", "--quiet", "--out", "o", "--record", "kept"]) == 0
+    captured = capsys.readouterr()
+    (found,) = json.loads(captured.out)
+    assert found["quick"]
+    assert "its numbers are no reproduction" in captured.err
+    assert "missed" not in captured.err
+    assert "training" not in captured.err
+    assert (tmp_path / "o" / "tiny-quick" / "result.json").is_file()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_an_unknown_recipe_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "higgs", "higs"]) == 2
+    assert "recipe must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_missing_data_is_found_before_anything_is_trained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(name: str) -> None:
+        raise DataUnavailableError(f"{name} was not found.")
+
+    monkeypatch.setattr(data, "load", load)
+    assert main(["reproduce", "needy"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "beyondprop: mnist was not found.\n"
+    assert "training" not in captured.out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "There is no recorded result"), ("{", "is no recorded result"), ("quick", "is of the short version")],
+)
+def test_what_the_ledger_cannot_use_is_wrong_usage(
+    content: str | None, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if content == "quick":
+        _result(quick=True).write(tmp_path / "a.json")
+    elif content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert main(["ledger", "--recorded", str(tmp_path), "--output", str(tmp_path / "book.md")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "book.md").exists()
+
+
+# What recipes are made of
+
+
+def test_a_comparison_of_a_recipe_goes_on_and_takes_no_other_settings(
+    tmp_path: Path, small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", lambda name, progress=None: small)
+    settings = Settings(
+        net="mlp:4x1", rules=("adam", "sgd"), epochs=2, batch_size=20, seeds=(0, 1), lr={"sgd": 1e38}, alignment=False,
+        schedule="constant", device="cpu",
+    )  # fmt: skip
+    said: list[str] = []
+    run = compared(_context(tmp_path, said), "part", settings)
+    assert len(said) == 4
+    assert said[-1] == "part: sgd lr 1e+38 seed 1 (4 of 4)"
+    again = compared(_context(tmp_path, said), "part", settings)
+    assert len(said) == 4
+    accuracies = at_epoch(run, "adam", 2)
+    assert at_epoch(again, "adam", 2) == accuracies
+    assert error_at(run, "adam", 2) == tuple(100 - a for a in accuracies)
+    assert all(map(math.isnan, at_epoch(run, "sgd", 2)))
+    assert all(map(math.isnan, at_epoch(run, "adam", 1.5)))
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        compared(_context(tmp_path), "part", replace(settings, batch_size=10))
+
+
+def test_values_are_measured_once(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    kept = Kept(file, {"seeds": (1, 2)})
+    assert kept.get("a", lambda: [1.5, None]) == [1.5, None]
+    again = Kept(file, {"seeds": (1, 2)})
+    assert again.get("a", lambda: pytest.fail("measured twice")) == [1.5, None]
+    with pytest.raises(ValueError, match=r"runs\.json' is of other settings"):
+        Kept(file, {"seeds": (1,)})
+    for content in ("{", "[]", '{"values": {}}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"runs\.json' is damaged"):
+            Kept(file)
+
+
+def test_sweeps_go_on_where_they_were_stopped(tmp_path: Path, small: Dataset) -> None:
+    widths = (64, 12, 11, 10)
+    whole = bcd_3x1500.train(_context(tmp_path / "whole"), small, widths, 7, 3)
+    said: list[str] = []
+
+    def stopping(line: str) -> None:
+        said.append(line)
+        if "epoch 5" in line:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        bcd_3x1500.train(Context(tmp_path / "parts", True, stopping), small, widths, 7, 3)
+    assert not (tmp_path / "parts" / "64x12x11x10.json").exists()
+    said.clear()
+    parts = bcd_3x1500.train(_context(tmp_path / "parts", said), small, widths, 7, 3)
+    assert [line.split(",")[0][-1] for line in said] == ["4", "5", "6", "7"]  # the checkpoint is of sweep 3
+    for a, b in zip(whole, parts, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+    assert [row["step"] for row in whole if "gaps" in row] == [1, 3, 6, 7]
+    assert len(whole[-1]["gaps"]) == 3
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert bcd_3x1500.train(_context(tmp_path / "parts", said), small, widths, 7, 3) == parts
+    assert len(said) == 4
+    assert accuracy_at(parts, 7) == 100 * parts[-1]["test_accuracy"]
+    assert math.isnan(accuracy_at(parts, 8))
+
+
+def test_a_training_that_fails_ends_with_what_it_had(tmp_path: Path, small: Dataset) -> None:
+    said: list[str] = []
+
+    def build() -> Backprop:
+        return Backprop(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.CrossEntropyLoss(), adam(1e38))
+
+    rows = trained(_context(tmp_path, said), "bad", build, small, seed=0, epochs=2, batch_size=50, schedule="constant")
+    assert [row["step"] for row in rows] == [0]
+    assert "not finite" in said[-1]
+    assert math.isnan(accuracy_at(rows, 2))
+
+
+# Whole recipes, on toy data in the shape of the real sets
+
+
+@pytest.mark.parametrize("name", ["bcd-3x1500", "dtp-discrete", "fully-connected", "higgs"])
+def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("mnist", (1, 28, 28), 10, rows=2000 if name == "fully-connected" else 240)
+    monkeypatch.setattr(bcd_3x1500, "QUICK_SWEEPS", 4)
+    if name == "higgs":
+        toy = _classes("higgs", (28,), 2, rows=1200)
+        monkeypatch.setattr(higgs, "HELD_OUT", 200)
+        monkeypatch.setattr(higgs, "COUNTS", (higgs.FEW,))
+    monkeypatch.setattr(data, "load", lambda *_, **__: toy)
+    recipe, said = recipes.get(name), []
+    result = recipe.run(name, _context(tmp_path, said))
+    assert result.quick
+    assert result.rows
+    assert not any(math.isnan(row.mean) for row in result.rows)
+    assert {row.verdict for row in result.rows} == {"shown"}  # a short version is not judged
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert said
+    trained_before = [file for file in tmp_path.rglob("*.json*") if file.name not in ("result.json", "env.json")]
+    contents = [file.read_bytes() for file in trained_before]
+    again = recipe.run(name, _context(tmp_path))
+    assert again.rows == result.rows
+    assert [file.read_bytes() for file in trained_before] == contents
