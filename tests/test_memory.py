@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import Residual, assignments, blobs, convnet, difference, equal, images, mlp, relative, state
 from torch import Tensor, nn
 
-from beyondprop import AltMin, Codes, Memory, UnsupportedModelError
+from beyondprop import AltMin, Codes, Memory, NonFiniteError, UnsupportedModelError
 
 
 def _batches(count: int, rows: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -290,3 +290,28 @@ def test_memory_learns_images() -> None:
     x, y = images(30)
     losses = [float(rule.step(x, y).loss) for _ in range(20)]
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_moments_that_rounding_makes_indefinite_get_the_damping_that_it_takes() -> None:
+    torch.manual_seed(0)
+    model = mlp(6, 5, 3)
+    rule = AltMin(model, nn.CrossEntropyLoss(), Memory(lr=0.1, damping=1e-9))
+    x = 1e3 * torch.ones(20, 6) + 1e-3 * torch.randn(20, 6)  # 1e6 against 1e-6: seven digits do not hold both
+    rule.step(x, torch.arange(20) % 3)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_moments_without_factorisation_are_refused_by_name_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = mlp(6, 5, 3)
+    rule = AltMin(model, nn.CrossEntropyLoss(), Memory())
+    x, y = torch.randn(20, 6), torch.arange(20) % 3
+    rule.step(x, y)
+    before = copy.deepcopy((state(model), rule.solver.state_dict()))
+    assert isinstance(rule.solver, Memory)
+    memory = list(rule.solver._stages.values())[1]
+    monkeypatch.setattr(memory, "settings", Memory(damping=1e-9, refresh=1))
+    monkeypatch.setattr(memory, "collect", lambda *_: setattr(memory, "pending", -torch.eye(6)))
+    with pytest.raises(NonFiniteError, match="Stage '2': the second moments of its inputs have no factorisation"):
+        rule.step(x, y)
+    assert equal(before, (state(model), rule.solver.state_dict()))

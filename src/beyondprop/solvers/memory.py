@@ -143,6 +143,8 @@ class Memory(Solver):
                 )
         lr = self.optimizers[0].param_groups[0]["lr"]
         for memory in self._stages.values():
+            memory.prepare()  # what can fail comes before what is changed
+        for memory in self._stages.values():
             memory.solve(lr)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -192,6 +194,7 @@ class StageMemory:
         self.residual = weight.new_zeros(weight.shape[0], self.size) if settings.method == "bcd" else None
         self.steps = 0
         self.pending: Tensor | None = None
+        self._fresh: Tensor | None = None
 
     def collect(self, pullback: AffinePullback, weight: float) -> None:
         """Add `weight * a^T a` of a batch to what the next `solve` takes in."""
@@ -200,27 +203,51 @@ class StageMemory:
             self.pending = torch.zeros_like(self.moments, device=rows.device)
         self.pending.addmm_(rows.t(), rows, alpha=weight)
 
+    def prepare(self) -> None:
+        """Where it is time to, factorise what the memory will be with the batch; the memory itself stays.
+
+        Raises:
+            NonFiniteError: if it has no factorisation.
+        """
+        self._fresh = None
+        if self.pending is None or self.residual is not None or self.steps % self.settings.refresh:
+            return
+        self._to(self.pending.device)
+        damped = torch.lerp(self.moments, self.pending, self._share)
+        damped.diagonal().add_(self.settings.damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):  # by rounding, unless the moments are not finite: as much more damping as rounding takes
+            damped.diagonal().add_(torch.finfo(damped.dtype).eps * damped.diagonal().sum())
+            factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):
+            raise NonFiniteError(
+                f"Stage {self.name!r}: the second moments of its inputs have no factorisation. No weight was changed. "
+                "Lower the learning rate, or raise damping.",
+                where=self.name,
+            )
+        self._fresh = torch.cholesky_inverse(factor)
+
     def solve(self, lr: float) -> None:
         """Take the batch into the memory and turn the weights' `.grad` into the step to be made."""
         if self.pending is None:
             return
         self._to(self.pending.device)
+        share = self._share
         self.steps += 1
-        share = max(self.settings.forgetting, 1.0 / self.steps)
         self.moments.lerp_(self.pending, share)
         self.pending = None
         if self.residual is not None:
             self.residual.lerp_(-self._gradient(), share)
             self._descend_blocks(lr)
-        else:
-            self._precondition()
-
-    def _precondition(self) -> None:
-        if (self.steps - 1) % self.settings.refresh == 0:
-            damped = self.moments.clone()
-            damped.diagonal().add_(self.settings.damping)
-            self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+            return
+        if self._fresh is not None:
+            self.inverse, self._fresh = self._fresh, None
         self._write(self._gradient() @ self.inverse)
+
+    @property
+    def _share(self) -> float:
+        """The share of a batch in the memory after it."""
+        return max(self.settings.forgetting, 1.0 / (self.steps + 1))
 
     def _descend_blocks(self, lr: float) -> None:
         """Minimise `Tr(dW A dW^T) / 2 - Tr(dW R^T) + damping |dW|^2 / 2` over the step dW, block by block."""
