@@ -211,6 +211,7 @@ def test_missing_data_is_found_before_anything_is_trained(
         raise DataUnavailableError(f"{name} was not found.")
 
     monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data, "at_hand", lambda name: False)
     assert main(["reproduce", "needy"]) == 1
     captured = capsys.readouterr()
     assert captured.err == "beyondprop: mnist was not found.\n"
@@ -316,6 +317,9 @@ def test_a_training_that_fails_ends_with_what_it_had(tmp_path: Path, small: Data
 # Whole recipes, on toy data in the shape of the real sets
 
 
+_LAST = ("result.json", "seconds.json", "env.json")  # written by every call
+
+
 @pytest.mark.parametrize("name", ["bcd-3x1500", "dtp-discrete", "fully-connected", "higgs"])
 def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = _classes("mnist", (1, 28, 28), 10, rows=2000 if name == "fully-connected" else 240)
@@ -333,8 +337,27 @@ def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypat
     assert {row.verdict for row in result.rows} == {"shown"}  # a short version is not judged
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert said
-    trained_before = [file for file in tmp_path.rglob("*.json*") if file.name not in ("result.json", "env.json")]
+    trained_before = [file for file in tmp_path.rglob("*.json*") if file.name not in _LAST]
     contents = [file.read_bytes() for file in trained_before]
     again = recipe.run(name, _context(tmp_path))
     assert again.rows == result.rows
     assert [file.read_bytes() for file in trained_before] == contents
+
+
+def test_seconds_are_those_of_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    stopped = [True]
+
+    def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+        now[0] += 5.0
+        if stopped.pop():
+            raise KeyboardInterrupt
+        return [Row("a", (1.0,))], {}
+
+    recipe = Recipe("title", "source", "about", measure, 1)
+    context = Context(tmp_path, False, lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run("id", context)
+    stopped.append(False)
+    assert recipe.run("id", context).seconds == 10.0

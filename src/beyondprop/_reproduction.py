@@ -30,7 +30,8 @@ def reproduce(
 ) -> tuple[Result, Path]:
     """Run one recipe in its own directory and return its result and the result's file."""
     for needed in recipe.needs:
-        data.load(needed)  # a missing data set is found before anything is trained
+        if not data.at_hand(needed):  # a missing data set is found before anything is trained
+            data.load(needed)
     path = out / (f"{name}-quick" if quick else name)
 
     def say(line: str) -> None:

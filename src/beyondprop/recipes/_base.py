@@ -168,14 +168,20 @@ class Recipe:
     def run(self, name: str, context: Context) -> Result:
         """Run the recipe and write `result.json` into its directory."""
         context.out.mkdir(parents=True, exist_ok=True)
+        clock = context.out / "seconds.json"  # of all parts of a recipe that was stopped
+        before = float(json.loads(clock.read_text(encoding="utf-8"))) if clock.is_file() else 0.0
         began = time.perf_counter()
-        rows, settings = self.measure(context)
+        try:
+            rows, settings = self.measure(context)
+        finally:
+            seconds = round(before + time.perf_counter() - began, 1)
+            write_atomically(clock, json.dumps(seconds).encode())
         result = Result(
             recipe=name,
             quick=context.quick,
             rows=tuple(rows),
             settings=settings,
-            seconds=round(time.perf_counter() - began, 1),
+            seconds=seconds,
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
             environment=_short(environment("cpu")),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -12,10 +11,10 @@ import torch
 from torch import nn
 
 from beyondprop import AltMin, Backprop, LearningRule, NonFiniteError
-from beyondprop._files import write_atomically
 from beyondprop.data.sequences import ADDING_CHANCE, adding
 from beyondprop.nn import ElmanCell, Recurrent
 from beyondprop.recipes._base import Context, Recipe, Row
+from beyondprop.recipes._kept import Kept
 from beyondprop.report._style import drawing
 
 LENGTH, BATCH, TEST_ROWS, SOLVED = 100, 64, 1000, 0.01
@@ -64,16 +63,15 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     steps = 20 if context.quick else STEPS
     seeds = (0,) if context.quick else (0, 1, 2)
     rates = RATES[1:2] if context.quick else RATES
-    path = context.out / "runs.json"
-    done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = Kept(context.out / "runs.json", {"steps": steps, "length": LENGTH, "batch": BATCH})
 
     def curve(cell: str, rule: str, lr: float, seed: int) -> list[list[float]]:
         key = f"{cell} / {rule} / {lr:g} / {seed}"
-        if key not in done:
-            done[key] = train(cell, rule, lr, seed, steps)
-            write_atomically(path, json.dumps(done, indent=1).encode())
-            context.say(f"{key}: {done[key][-1][1]:.4f}" if done[key] else f"{key}: failed")
-        return done[key]
+        is_new = key not in kept.values
+        found: list[list[float]] = kept.get(key, partial(train, cell, rule, lr, seed, steps))
+        if is_new:
+            context.say(f"{key}: {found[-1][1]:.4f}" if found else f"{key}: failed")
+        return found
 
     def final(found: list[list[float]]) -> float:
         return found[-1][1] if found and found[-1][0] == steps else float("nan")
