@@ -129,7 +129,7 @@ class Trainer:
 def train(problem: Problem, contender: Contender, lr: float, seed: int, steps: int) -> Record:
     """Train and return `final` (None where the run failed, `reason` says how), `seconds` and `curve`.
 
-    The curve holds `[steps done, CPU seconds, score of the first 10,000 scored rows]`; scoring is outside the clock.
+    The curve holds `[steps done, CPU seconds, score of the first problem.curve_rows]`; scoring is outside the clock.
     """
     trainer = Trainer(problem, contender, lr, seed, steps)
     marks = {round(steps * k / POINTS) for k in range(1, POINTS + 1)}
