@@ -129,7 +129,7 @@ class Trainer:
 def train(problem: Problem, contender: Contender, lr: float, seed: int, steps: int) -> Record:
     """Train and return `final` (None where the run failed, `reason` says how), `seconds` and `curve`.
 
-    The curve holds `[steps done, CPU seconds, score of the first 10,000 scored rows]`; scoring is outside the clock.
+    The curve holds `[steps done, CPU seconds, score of the first problem.curve_rows]`; scoring is outside the clock.
     """
     trainer = Trainer(problem, contender, lr, seed, steps)
     marks = {round(steps * k / POINTS) for k in range(1, POINTS + 1)}
@@ -356,7 +356,7 @@ def figure(runs: Sequence[Record], path: Path, title: str, limits: tuple[float, 
             epochs, final = own[0]["epochs"], statistics.mean(run["final"] for run in own)
             axes[0].plot([epochs * s for s in share], losses, **look[name])
             (line,) = axes[1].plot([epochs * own[0]["cost"] * s for s in share], losses, **look[name])
-            entries.append((final, f"{CONTENDERS[name].title}  {final:.1f}", line))
+            entries.append((final, f"{CONTENDERS[name].title}  {final:#.3g}", line))
         for axis, label in zip(
             axes, ("epochs", f"CPU time, in epochs of {CONTENDERS[problem.pacemaker].title}"), strict=True
         ):
@@ -369,13 +369,16 @@ def figure(runs: Sequence[Record], path: Path, title: str, limits: tuple[float, 
         axes[0].yaxis.set_major_locator(FixedLocator(ticks))
         axes[0].yaxis.set_minor_locator(NullLocator())
         axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes[0].set_ylabel(problem.label)
+        rows = len((problem.scored or (problem.x,))[0])
+        axes[0].set_ylabel(
+            problem.label + (f", first {problem.curve_rows:,} rows" if rows > problem.curve_rows else "")
+        )
         entries.sort(key=lambda entry: entry[0])
         canvas.legend(
             [line for *_, line in entries],
             [label for _, label, _ in entries],
             loc="outside right upper",
-            title="at the end, best first",
+            title="at the end, on all rows, best first",
             frameon=False,
             handlelength=3.2,
             alignment="left",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import convnet, difference, mlp, relative
 from torch import Tensor, nn
 
-from beyondprop import AffineProjection, LocoProp, UnsupportedModelError
+from beyondprop import AffineProjection, LocoProp, NonFiniteError, UnsupportedModelError
 from beyondprop.optim.rmsprop import RMSProp
 from beyondprop.solvers.projection import moments, nlms, solve_primal
 
@@ -392,3 +392,36 @@ def test_it_is_the_squared_local_problem_solved_exactly(name: str) -> None:
     for p, g in zip(twin.parameters(), _projected(twin, x, damping=1.0), strict=True):
         p.data.sub_(g)
     assert difference(layer.parameters(), twin.parameters()) < 1e-11
+
+
+def test_a_system_that_overflows_is_refused_by_name_and_no_gradient_changes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(1e25)  # type: ignore[operator]
+        model[1].weight.mul_(1e-25)  # type: ignore[operator]
+    projection = AffineProjection(model)
+    F.cross_entropy(model(torch.randn(20, 6)), torch.arange(20) % 3).backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in before)
+    with pytest.raises(NonFiniteError, match="The linear system of layer '1' has no finite solution"):
+        projection.step()
+    assert all(torch.equal(g, p.grad) for g, p in zip(before, model.parameters(), strict=True) if p.grad is not None)
+
+
+@pytest.mark.parametrize("value", [3e38, float("inf")])  # finite, if only the sum of all is not; or not
+def test_solutions_are_checked_one_by_one(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp(6, 8, 3)
+    projection = AffineProjection(model)
+    F.cross_entropy(model(torch.randn(20, 6)), torch.arange(20) % 3).backward()
+    before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+    found = {p: torch.zeros_like(p).detach() for p in model.parameters()}
+    found[model[0].bias][0], found[model[2].bias][0] = 3e38, value  # type: ignore[index]
+    monkeypatch.setattr(projection, "_solve", lambda unit: tuple(found[p] for p in unit.layers[0].parameters))
+    if value == float("inf"):
+        with pytest.raises(NonFiniteError, match="layer '2' has no finite solution"):
+            projection.step()
+        found = before
+    else:
+        projection.step()
+    assert all(torch.equal(found[p], p.grad) for p in model.parameters() if p.grad is not None)

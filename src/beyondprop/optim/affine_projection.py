@@ -126,16 +126,14 @@ class AffineProjection:
             solved = []
             for unit in self._capture.units:
                 if (unit.calls or self._group is not None) and any(p.grad is not None for p in unit.parameters):
-                    solved.append((unit, self._solve(unit)))
+                    try:
+                        solved.append((unit, self._solve(unit)))
+                    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                        raise _unsolvable(unit.name) from error
                 unit.calls.clear()
-            sums = [(unit.name, g.sum()) for unit, new in solved for g in new if g is not None]
-            if sums and not bool(torch.stack([s.to(sums[0][1]) for _, s in sums]).sum().isfinite()):
-                where = next((name for name, s in sums if not bool(s.isfinite())), "a sum")
-                raise NonFiniteError(
-                    f"The linear system of layer {where!r} has no finite solution; no gradient was changed. Check the inputs "
-                    "or raise damping.",
-                    where=where,
-                )
+            found = [(unit.name, g.sum().isfinite()) for unit, new in solved for g in new if g is not None]
+            if found and not bool(torch.stack([good.to(found[0][1].device) for _, good in found]).all()):
+                raise _unsolvable(next(name for name, good in found if not bool(good)))
             for unit, new in solved:
                 for p, g in zip(unit.layers[0].parameters, new, strict=False):
                     if p.grad is not None and g is not None:
@@ -302,3 +300,11 @@ def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor) -> Tensor:
             "side='inputs'."
         )
     return factor
+
+
+def _unsolvable(name: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"The linear system of layer {name!r} has no finite solution; no gradient was changed. Check the inputs or raise "
+        "damping.",
+        where=name,
+    )
