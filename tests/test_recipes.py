@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import signal
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,19 @@ from torch import nn
 from beyondprop import Backprop, data, recipes
 from beyondprop.cli import main
 from beyondprop.data import Dataset, DataUnavailableError
-from beyondprop.recipes import Recipe, Result, Row, bcd_3x1500, higgs
+from beyondprop.recipes import (
+    Recipe,
+    Result,
+    Row,
+    adding_problem,
+    bcd_3x1500,
+    first_epoch,
+    fully_connected,
+    higgs,
+    theorem_3_2,
+)  # fmt: skip
 from beyondprop.recipes._base import Context
-from beyondprop.recipes._compared import at_epoch, compared, error_at
+from beyondprop.recipes._compared import at_epoch, compared
 from beyondprop.recipes._kept import Kept, accuracy_at, trained
 from beyondprop.recipes._ledger import ledger
 from beyondprop.settings import Settings
@@ -174,7 +186,7 @@ def test_reproduce_shows_and_records(capsys: pytest.CaptureFixture[str], tmp_pat
         ">= 2 %",
         "1.00 %",
         "missed",
-        "accuracy: of a kind",
+        "of a kind",
         "runs/reproduce/tiny/figure.png",
     ):
         assert words in out
@@ -187,7 +199,10 @@ def test_reproduce_shows_and_records(capsys: pytest.CaptureFixture[str], tmp_pat
 
 @pytest.mark.usefixtures("tiny")
 def test_the_short_version_is_not_recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["reproduce", "tiny", "--quick", "--json", "--quiet", "--out", "o", "--record", "kept"]) == 0
+    assert main(["reproduce", "tiny", "--quick", "--out", "o", "--record", "kept"]) == 2
+    assert "--record keeps results of full runs; leave out --quick or --record" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert main(["reproduce", "tiny", "--quick", "--json", "--quiet", "--out", "o"]) == 0
     captured = capsys.readouterr()
     (found,) = json.loads(captured.out)
     assert found["quick"]
@@ -196,6 +211,29 @@ def test_the_short_version_is_not_recorded(capsys: pytest.CaptureFixture[str], t
     assert "training" not in captured.err
     assert (tmp_path / "o" / "tiny-quick" / "result.json").is_file()
     assert not (tmp_path / "kept").exists()
+
+
+def test_recipes_are_listed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["id"] for one in found] == recipes.names()
+    assert found[0]["title"] == recipes.get(recipes.names()[0]).title
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_interrupted_recipe_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
+        warnings.simplefilter("always")  # elsewhere in the tests, a warning is an error
+        warnings.warn("mind the step", stacklevel=2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "get", lambda name: Recipe("Stopped", "nowhere", "Nothing.", measure, minutes=1))
+    assert main(["reproduce", "tiny", "needy", "--quick", "--out", "my runs"]) == 130
+    out = capsys.readouterr().out
+    assert "Warning: mind the step" in out.splitlines()
+    assert "beyondprop reproduce tiny needy --quick --out 'my runs'" in out.splitlines()
 
 
 def test_an_unknown_recipe_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,7 +292,6 @@ def test_a_comparison_of_a_recipe_goes_on_and_takes_no_other_settings(
     assert len(said) == 4
     accuracies = at_epoch(run, "adam", 2)
     assert at_epoch(again, "adam", 2) == accuracies
-    assert error_at(run, "adam", 2) == tuple(100 - a for a in accuracies)
     assert all(map(math.isnan, at_epoch(run, "sgd", 2)))
     assert all(map(math.isnan, at_epoch(run, "adam", 1.5)))
     with pytest.raises(ValueError, match="holds a run with other settings"):
@@ -317,13 +354,18 @@ def test_a_training_that_fails_ends_with_what_it_had(tmp_path: Path, small: Data
 # Whole recipes, on toy data in the shape of the real sets
 
 
-_LAST = ("result.json", "seconds.json", "env.json")  # written by every call
+_LAST = ("result.json", "parts.json", "env.json")  # written by every call
+_NETS = ("lenet-fashion", "lenet-mnist", "first-epoch", "rnn-15", "blocks-cifar10")  # too large for a test
 
 
-@pytest.mark.parametrize("name", ["bcd-3x1500", "dtp-discrete", "fully-connected", "higgs"])
+@pytest.mark.parametrize(
+    "name", [n for n in recipes.names() if not n.startswith(_NETS) and n not in ("adding-problem", "streams")]
+)
 def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = _classes("mnist", (1, 28, 28), 10, rows=2000 if name == "fully-connected" else 240)
     monkeypatch.setattr(bcd_3x1500, "QUICK_SWEEPS", 4)
+    monkeypatch.setattr(theorem_3_2, "QUICK_STEPS", 40)
+    monkeypatch.setattr(theorem_3_2, "QUICK_REPEATS", 3)
     if name == "higgs":
         toy = _classes("higgs", (28,), 2, rows=1200)
         monkeypatch.setattr(higgs, "HELD_OUT", 200)
@@ -339,6 +381,7 @@ def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypat
     assert said
     trained_before = [file for file in tmp_path.rglob("*.json*") if file.name not in _LAST]
     contents = [file.read_bytes() for file in trained_before]
+    (tmp_path / "result.json").unlink()
     again = recipe.run(name, _context(tmp_path))
     assert again.rows == result.rows
     assert [file.read_bytes() for file in trained_before] == contents
@@ -357,7 +400,134 @@ def test_seconds_are_those_of_all_parts(tmp_path: Path, monkeypatch: pytest.Monk
 
     recipe = Recipe("title", "source", "about", measure, 1)
     context = Context(tmp_path, False, lambda line: None)
+    made = iter(["one", "two+"])
+    monkeypatch.setattr("beyondprop.recipes._base.environment", lambda device: {"commit": next(made)})
     with pytest.raises(KeyboardInterrupt):
         recipe.run("id", context)
     stopped.append(False)
-    assert recipe.run("id", context).seconds == 10.0
+    result = recipe.run("id", context)
+    assert result.seconds == 10.0
+    assert result.environment["commit"] == "one, two+"
+    said: list[str] = []
+    assert recipe.run("id", _context(tmp_path, said)) == result  # measured once, and said so
+    assert "was finished before" in said[0]
+    assert now == [10.0]
+
+
+# What they choose on, and what they report
+
+
+def test_higgs_chooses_on_rows_that_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("higgs", (28,), 2, rows=1200)
+    seen: list[tuple[Dataset, int]] = []
+
+    def train(name: str, rows: Dataset, count: int, batch: int, lr: float, seed: int, **_: Any) -> list[float | None]:
+        seen.append((rows, seed))
+        assert batch > 1  # where alternating minimization is backpropagation
+        return [50.0 + (seed in higgs.SEEDS)]
+
+    monkeypatch.setattr(higgs, "train", train)
+    monkeypatch.setattr(higgs, "HELD_OUT", 200)
+    monkeypatch.setattr(higgs, "COUNTS", (higgs.FEW,))
+    monkeypatch.setattr(higgs, "_beside", lambda *_: [])
+    monkeypatch.setattr(data, "load", lambda name: toy)
+    rows, _ = higgs.measure(_context(tmp_path, quick=False))
+    assert {row.mean for row in rows} == {51.0}
+    assert not set(higgs.TUNING_SEEDS) & set(higgs.SEEDS)
+    (held,) = {id(rows): rows for rows, seed in seen if seed in higgs.TUNING_SEEDS}.values()
+    (whole,) = {id(rows): rows for rows, seed in seen if seed in higgs.SEEDS}.values()
+    assert whole is toy
+    assert (len(held.x_train), len(held.x_test)) == (1000, 200)
+    assert {tuple(r) for r in held.x_test.tolist()} <= {tuple(r) for r in toy.x_train.tolist()}
+
+
+def test_drawn_rows_know_no_others() -> None:
+    toy = _classes("higgs", (28,), 2, rows=400)
+    one = higgs.drawn(toy, 50, 3)
+    assert one.x_train.mean(0).abs().max() < 1e-5
+    torch.testing.assert_close(one.x_train.std(0), torch.ones(28))
+    rows = torch.randperm(400, generator=torch.Generator().manual_seed(3))
+    others = toy.x_train.clone()
+    others[rows[50:]] += 100.0
+    torch.testing.assert_close(higgs.drawn(replace(toy, x_train=others), 50, 3).x_train, one.x_train)
+
+
+def test_the_adding_problem_is_chosen_with_sequences_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, int]] = []
+
+    def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[float]]:
+        seen.append((lr, seed))
+        return [[steps, 0.1 if lr == 3e-3 else 0.2]]
+
+    monkeypatch.setattr(adding_problem, "train", train)
+    rows, settings = adding_problem.measure(_context(tmp_path, quick=False))
+    assert {lr for lr, seed in seen if seed == adding_problem.TUNING_SEED} == set(adding_problem.RATES)
+    assert {seed for _, seed in seen if seed != adding_problem.TUNING_SEED} == {0, 1, 2}
+    assert set(settings["batch 64"]["lr"].values()) == {3e-3}
+    assert {row.measured for row in rows} == {(0.1, 0.1, 0.1)}
+
+
+def test_an_infinite_error_ends_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adding_problem, "EVERY", 1)
+    monkeypatch.setattr(adding_problem, "TEST_ROWS", 4)
+    whole = adding_problem.adding
+
+    def adding(rows: int, length: int, *, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = whole(rows, 5, generator=generator)
+        return x, y * (1e38 if rows == 4 else 1)
+
+    monkeypatch.setattr(adding_problem, "adding", adding)
+    before = torch.get_rng_state()
+    assert adding_problem.train("GRU, 64 units", "AM-Adam", 1e-3, 0, 3) == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_first_epoch_reads_the_batch_that_it_names(
+    tmp_path: Path, small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", lambda name, progress=None: small)
+    settings = Settings(
+        net="mlp:4x1", rules=("adam",), epochs=2, batch_size=10, seeds=(0, 1), evaluate_every=5, alignment=False,
+        device="cpu",
+    )  # fmt: skip
+    run = compared(_context(tmp_path), "part", settings)
+    rows = [row for row in run.of("eval", "adam", 1) if row["step"] == 15]
+    assert first_epoch.after(run, "adam", 15)[1] == 100 * rows[0]["test_accuracy"]
+    assert all(map(math.isnan, first_epoch.after(run, "adam", 7)))
+
+
+def test_the_lead_is_over_the_better_offline_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("mnist", (1, 28, 28), 10, rows=2000)
+    monkeypatch.setattr(data, "load", lambda *_, **__: toy)
+    rows, _ = fully_connected.measure(_context(tmp_path))
+    by_label = {row.label: row for row in rows}
+    (lead,) = (row for label, row in by_label.items() if "minus the better offline rule" in label)
+    (ours,) = (row for label, row in by_label.items() if ", AM-Adam, " in label)
+    offline = [row.mean for label, row in by_label.items() if label.endswith("sweeps")]
+    assert len(offline) == 2
+    assert lead.mean == pytest.approx(ours.mean - max(offline))
+
+
+def test_an_interrupted_training_goes_on_with_the_next_step(tmp_path: Path, small: Dataset) -> None:
+    def build() -> Backprop:
+        return Backprop(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.CrossEntropyLoss(), adam(1e-2))
+
+    def go(out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        context = Context(out, True, say)
+        usual: dict[str, Any] = {"seed": 0, "epochs": 3, "batch_size": 50, "schedule": "linear"}
+        return trained(context, "one", build, small, every=1000, **usual)  # by the step, it would be saved at the end
+
+    def stopping(line: str) -> None:
+        if "epoch 1," in line:
+            signal.raise_signal(signal.SIGINT)
+
+    whole = go(tmp_path / "whole", lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "parts", stopping)
+    assert (tmp_path / "parts" / "one.safetensors").is_file()
+    said: list[str] = []
+    parts = go(tmp_path / "parts", said.append)
+    assert [line.split(",")[0][-1] for line in said] == ["2", "3"]
+    assert [row["test_loss"] for row in parts] == [row["test_loss"] for row in whole]

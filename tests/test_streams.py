@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from beyondprop import AltMin, Backprop, Memory, data
 from beyondprop.data import Dataset, DataUnavailableError
 from beyondprop.data.streams import PermutedStream, SplitStream, Task
 from beyondprop.recipes import streams as recipe
+from beyondprop.recipes._base import Context
 from beyondprop.rules.base import StepResult
 from beyondprop.solvers.descent import adam
 from beyondprop.streaming import average_accuracy, backward_transfer, forgetting, run_stream
@@ -222,25 +224,93 @@ def test_memory_keeps_more_than_descent_on_real_digits(seed: int, digits: Datase
     assert memory.average_accuracy > plain.average_accuracy + 0.1  # and some of all stays
 
 
-def test_the_recipe_goes_on_where_it_was_stopped(tmp_path: Path, digits: Dataset) -> None:
-    chosen: Any = {"streams": ["split-mnist, class-incremental", "permuted-mnist"], "contenders": ["SGD", "AM-Adam"]}
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, digits: Dataset) -> Dataset:
+    """The recipe with two streams, two contenders and digits."""
+    monkeypatch.setattr(data, "load", lambda name: digits)
+    for table, names in (("STREAMS", ("split, class-incremental", "permuted")), ("CONTENDERS", ("SGD", "AM-Adam"))):
+        monkeypatch.setattr(recipe, table, {name: getattr(recipe, table)[name] for name in names})
+    return digits
+
+
+def test_the_recipe_goes_on_where_it_was_stopped(tmp_path: Path, short: Dataset) -> None:
     said: list[str] = []
-    found = recipe.run(True, tmp_path, dataset=digits, say=said.append, **chosen)
-    assert len(said) == 2 * 2 * 3  # two rates and one seed
-    assert json.loads((tmp_path / "streams.json").read_text()) == found
-    assert (tmp_path / "streams.png").stat().st_size > 10_000
-    (row, *_) = found["table"]
-    tried = {t["lr"]: t["average_accuracy"] for t in found["trials"] if t["tuning"] and t["contender"] == "SGD"}
-    assert len(found["table"]) == 4
-    assert row["lr"] in tried
-    (last,) = [
-        t for t in found["trials"] if not t["tuning"] and (t["stream"], t["contender"]) == (row["stream"], "SGD")
-    ]
-    assert row["average_accuracy"]["mean"] == pytest.approx(sum(last["accuracy"][-1]) / 5, abs=1e-5)
-    assert recipe.run(True, tmp_path, dataset=digits, say=said.append, **chosen) == found
+
+    def stopping(line: str) -> None:
+        said.append(line)
+        if len(said) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.measure(Context(tmp_path, True, stopping))
+    rows, settings = recipe.measure(Context(tmp_path, True, said.append))
+    assert len(said) == len(set(said)) == 2 * 2 * 3  # two rates and one seed; none of them twice
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    kept = json.loads((tmp_path / "trials.json").read_text())["values"]
+    for row in rows:
+        contender, what = row.label.split(": ")
+        lr = settings["chosen on a held-out stream"]["lr"][contender]
+        stream, contender = contender.rsplit(", ", 1)
+        matrix = torch.tensor(kept[f"{stream} / {contender} / {lr:g} / seed 0"])
+        measure = {"average accuracy": average_accuracy, "forgetting": forgetting}[what]
+        assert row.measured == (pytest.approx(100 * measure(matrix), abs=1e-4),)
+    assert recipe.measure(Context(tmp_path, True, said.append))[0] == rows
     assert len(said) == 12
-    with pytest.raises(FileExistsError, match="is of another run: batch_size differ"):
-        recipe.run(True, tmp_path, dataset=digits, batch_size=7, **chosen)
+
+
+def test_the_recipe_chooses_learning_rates_on_rows_that_are_not_reported(
+    tmp_path: Path, short: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, int, Dataset]] = []
+
+    def train(stream: str, contender: str, lr: float, seed: int, dataset: Dataset) -> list[list[float]] | None:
+        seen.append((lr, seed, dataset))
+        if lr == recipe.CONTENDERS[contender][1][1]:
+            return None  # failed: the other rate is chosen
+        return [[0.5] * 5] * 5
+
+    monkeypatch.setattr(recipe, "train", train)
+    rows, settings = recipe.measure(Context(tmp_path, False, lambda line: None))
+    tuning, final = ([one for one in seen if (one[1] == recipe.TUNING_SEED) is wanted] for wanted in (True, False))
+    assert recipe.TUNING_SEED not in recipe.SEEDS
+    assert len(tuning) == 4 * 5
+    assert len(final) == 4 * 3
+    (held,) = {id(dataset): dataset for *_, dataset in tuning}.values()
+    (whole,) = {id(dataset): dataset for *_, dataset in final}.values()
+    assert torch.equal(whole.x_test, short.x_test)
+    assert len(held.x_train) + len(held.x_test) == len(short.x_train)
+    rows_of = {tuple(row.flatten().tolist()) for row in short.x_train}
+    assert all(tuple(row.flatten().tolist()) in rows_of for row in held.x_test)
+    assert {row.mean for row in rows} == {50.0, 0.0}
+    for name, lr in settings["chosen on a held-out stream"]["lr"].items():
+        assert lr == recipe.CONTENDERS[name.rsplit(", ", 1)[1]][1][0]
+
+
+def test_a_failed_pass_is_no_forgetting(tmp_path: Path, short: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(stream: str, contender: str, lr: float, seed: int, dataset: Dataset) -> list[list[float]] | None:
+        return None if seed == 1 else [[0.5] * 5] * 5
+
+    monkeypatch.setattr(recipe, "train", train)
+    rows, _ = recipe.measure(Context(tmp_path, False, lambda line: None))
+    assert all(math.isnan(row.mean) for row in rows)
+    assert all(row.shown == "failed (1 of 3)" for row in rows)
+
+
+def test_a_batch_of_one_row_is_left_out_for_batch_norm(digits: Dataset) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+    rule = Counting(model, nn.CrossEntropyLoss(), SGD)
+    sizes = [task.train_size for task in SplitStream(digits)]
+    batch = next(n for n in range(10, 60) if any(size % n == 1 for size in sizes))
+    found = run_stream(rule, SplitStream(digits), batch_size=batch)
+    assert 1 not in rule.log
+    assert found.samples == sum(size - (size % batch == 1) for size in sizes)
+
+
+def test_outputs_that_are_too_few_are_refused_before_training(digits: Dataset) -> None:
+    rule = Counting(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), nn.CrossEntropyLoss(), SGD)
+    with pytest.raises(ValueError, match=r"an output for each of the stream's classes, \(N, 10\), got \(N, 2\)"):
+        run_stream(rule, SplitStream(digits))
+    assert rule.log == []
 
 
 @pytest.mark.data

@@ -7,15 +7,16 @@ import json
 import math
 import signal
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import equal
-from torch import nn
+from helpers import SGD, equal
+from torch import Tensor, nn
 
-from beyondprop import data, nets, registry, report
+from beyondprop import Backprop, data, nets, registry, report
 from beyondprop._checkpoint import load_checkpoint
 from beyondprop._work import work_per_step
 from beyondprop.cli import main
@@ -295,3 +296,44 @@ def test_fit_refuses_what_does_not_fit_together() -> None:
     fit(rule(), digits, after=first, save=lambda s: states.append(copy.deepcopy(s)), **call)
     with pytest.raises(ValueError, match="first 3 then, 0 now"):
         fit(rule(), digits, resume=states[0], **call)
+
+
+class Told(Backprop):
+    """Notes what `begin_epoch` is given."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.told: list[list[Tensor]] = []
+
+    def begin_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.told.append([x for x, _ in batches])
+
+
+def test_an_epoch_that_begins_in_its_middle_is_begun(tmp_path: Path) -> None:
+    digits, loss = make_digits(), nn.CrossEntropyLoss()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    usual: dict[str, Any] = {"epochs": 3, "batch_size": 32}
+    steps = 6
+    first = Told(model, loss, SGD)
+    began = fit(first, digits, stop=1.5, **usual)
+    assert [len(xs) for xs in first.told] == [6, 3]
+    saved: list[Any] = []
+    rule = Told(model, loss, SGD)
+    fit(rule, digits, after=began, save=saved.append, evaluate_every=4, **usual)
+    assert [len(xs) for xs in rule.told] == [3, 6]
+    order = torch.Generator().manual_seed(1)
+    second = [x for x, _ in batches(digits.x_train, digits.y_train, 32, generator=order)]
+    assert len(second) == steps
+    assert all(torch.equal(a, b) for a, b in zip(rule.told[0], second[3:], strict=True))
+    again = Told(model, loss, SGD)
+    (mid,) = (state for state in saved if state["step"] == 16)
+    fit(again, digits, after=began, resume=mid, **usual)
+    assert again.told == []  # the epoch was begun before it was interrupted
+
+
+def test_a_warm_start_that_leaves_nothing_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    # 180 rows in batches of 179: BatchNorm could not normalise the last row, so that an epoch is one step.
+    settings = Settings(net="mlp:8x1:bn", rules=("adam",), epochs=1, batch_size=179, warm_start="sgd:0.4")
+    with pytest.raises(ValueError, match=r"'sgd:0.4' takes all of 1 step\(s\)"):
+        compare(settings, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -44,7 +44,7 @@ def totals(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor
     """Return `(2,)` on the device: the mean loss, and the count of correct rows or nan for a task without labels."""
     is_mean = getattr(loss, "is_mean", getattr(loss, "reduction", "mean") == "mean")
     parts = []
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for rows in zip(x.split(ROWS), y.split(ROWS), strict=True):
             output, labels = model(rows[0]), rows[1]
             value = loss(output, labels).to(wide(x.device)) * ((len(labels) if is_mean else 1) / len(x))
@@ -68,7 +68,8 @@ def from_totals(loss: float, correct: float, rows: int) -> Evaluation:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and give every module its own mode back."""
     # Each module's own: a part of the model may be in evaluation mode during training, too.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

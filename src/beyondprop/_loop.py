@@ -170,8 +170,8 @@ class Loop:
         is_mean, interrupted, clock = self.rule.loss.is_mean, self.interrupted, time.perf_counter
         count = min(self.steps_per_epoch - start, self.last - self.step)
         tick = began = self._now()
-        if start == 0:
-            self.rule.begin_epoch(islice(self._batches(epoch, 0), count))
+        if start == 0 or self.step == self.first:  # a training that was handed over may begin in mid-epoch
+            self.rule.begin_epoch(islice(self._batches(epoch, start), count))
         for x, y in islice(self._batches(epoch, start), count):
             result = rule_step(x, y)
             loss_sum.add_(result.loss, alpha=len(x) if is_mean else 1)

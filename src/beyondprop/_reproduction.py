@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from beyondprop import data, recipes
 from beyondprop.recipes._base import MISSED, REACHED, Context, Recipe, Result
@@ -25,20 +25,34 @@ def chosen(names: Sequence[str]) -> list[tuple[str, Recipe]]:
     return [(name, recipes.get(name)) for name in names]
 
 
+def load_data(chosen: Sequence[tuple[str, Recipe]], console: Console) -> None:
+    """Find, or download, what the recipes need before anything is trained.
+
+    Raises:
+        DataUnavailableError: if a data set is not at hand and cannot be downloaded.
+    """
+    for needed in dict.fromkeys(name for _, recipe in chosen for name in recipe.needs):
+        if not data.at_hand(needed):
+            say(console, f"{needed} is not at hand; downloading it")
+            data.load(needed)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 def reproduce(
     name: str, recipe: Recipe, out: Path, *, quick: bool, record: Path | None, console: Console, quiet: bool
 ) -> tuple[Result, Path]:
     """Run one recipe in its own directory and return its result and the result's file."""
-    for needed in recipe.needs:
-        if not data.at_hand(needed):  # a missing data set is found before anything is trained
-            data.load(needed)
     path = out / (f"{name}-quick" if quick else name)
 
-    def say(line: str) -> None:
+    def tell(line: str) -> None:
         if not quiet:
-            console.print(f"{name}: {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{name}: {line}")
 
-    result = recipe.run(name, Context(path, quick, say))
+    result = recipe.run(name, Context(path, quick, tell))
     if record is not None and not quick:
         result.write(record / f"{name}.json")
     return result, path / "result.json"
@@ -50,6 +64,15 @@ def show(result: Result, recipe: Recipe, page: Path, console: Console) -> None:
     for file in (page.parent / "figure.png", page):
         if file.is_file():
             console.print(str(file), soft_wrap=True, markup=False, highlight=False)
+
+
+def inventory() -> list[dict[str, Any]]:
+    """Return what can be reproduced, as JSON has it."""
+    found = [(name, recipes.get(name)) for name in recipes.names()]
+    return [
+        {"id": name, **{key: getattr(recipe, key) for key in ("title", "source", "about", "minutes", "needs")}}
+        for name, recipe in found
+    ]
 
 
 def show_recipes(console: Console) -> None:
@@ -81,13 +104,10 @@ def _table(result: Result, recipe: Recipe) -> Table:
     columns += [("asked for", [row.asked for row in result.rows]), ("measured", [row.shown for row in result.rows])]
     if not result.quick:
         columns.append(("verdict", [row.verdict for row in result.rows]))
+    columns.append(("note", [row.note for row in result.rows]))
     columns = [column for column in columns if any(column[1])]
     for header, _ in columns:
         table.add_column(header, overflow="fold")
     for cells in zip(*(texts for _, texts in columns), strict=True):
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in cells))
-    notes = [f"{row.label}: {row.note}" for row in result.rows if row.note]
-    if notes:
-        table.caption = Text("\n".join(notes))
-        table.caption_justify = "left"
     return table

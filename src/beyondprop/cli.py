@@ -11,7 +11,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -98,7 +98,7 @@ class Compare:
         console = Console(stderr=self.json)
         live = console.is_terminal and not self.quiet
         observer = Bars(console) if live else Lines(console, quiet=self.quiet)
-        with _warnings_to(observer):
+        with _warnings_to(lambda text: observer.note(text)):
             path: Path | None = None
             try:
                 path = self._train(settings, observer)
@@ -216,19 +216,34 @@ class Reproduce:
 
         from beyondprop import _reproduction
 
+        if self.quick and self.record is not None:
+            raise UsageError("--record keeps results of full runs; leave out --quick or --record.")
         console = Console(stderr=self.json)
         if not self.recipe:
-            _reproduction.show_recipes(Console())
+            if self.json:
+                _write_json(_reproduction.inventory())
+            else:
+                _reproduction.show_recipes(console)
             return 0
         with _usage():
             chosen = _reproduction.chosen(self.recipe)
         results = []
-        for name, recipe in chosen:
-            result, page = _reproduction.reproduce(
-                name, recipe, self.out, quick=self.quick, record=self.record, console=console, quiet=self.quiet
-            )
-            results.append(json.loads(page.read_text(encoding="utf-8")))
-            _reproduction.show(result, recipe, page, console)
+        with _warnings_to(lambda text: _reproduction.say(console, text)):
+            _reproduction.load_data(chosen, console)
+            for name, recipe in chosen:
+                try:
+                    result, page = _reproduction.reproduce(
+                        name, recipe, self.out, quick=self.quick, record=self.record, console=console, quiet=self.quiet
+                    )
+                except KeyboardInterrupt:
+                    rest = ["--quick"] * self.quick + ["--out", str(self.out)]
+                    rest += [] if self.record is None else ["--record", str(self.record)]
+                    _reproduction.say(console, "Stopped; what was measured is kept. Go on with:")
+                    left = self.recipe[self.recipe.index(name) :]
+                    _reproduction.say(console, shlex.join(["beyondprop", "reproduce", *left, *rest]))
+                    raise
+                results.append(json.loads(page.read_text(encoding="utf-8")))
+                _reproduction.show(result, recipe, page, console)
         if self.json:
             _write_json(results)
         return 0
@@ -369,9 +384,9 @@ def _usage() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _warnings_to(observer: Lines) -> Iterator[None]:
+def _warnings_to(say: Callable[[str], None]) -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_rest: observer.note(f"Warning: {message}")
+        warnings.showwarning = lambda message, *_rest: say(f"Warning: {message}")
         yield
 
 

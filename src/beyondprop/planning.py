@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from beyondprop import data, nets, registry, schedules
+from beyondprop._loop import epoch_of, stop_step
 from beyondprop.data import Dataset
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.registry import RuleSpec
@@ -92,22 +93,25 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
     evaluated = split if settings.validation and split is not None else full
     plan = Plan(settings, specs, evaluated, split if settings.tune else None, warm_spec)
     if warm_spec is not None:
-        _check_warm_start(plan)
+        with torch.random.fork_rng(devices=[]):
+            _check_warm_start(plan, nets.build(settings.net, info.input_shape, len(info.classes)))
     return plan
 
 
-def _check_warm_start(plan: Plan) -> None:
+def _check_warm_start(plan: Plan, model: nn.Module) -> None:
     settings = plan.settings
     trainings = [(plan.data, settings.epochs)]
     if plan.tuning_data is not None:
         trainings.append((plan.tuning_data, settings.tune_epochs or settings.epochs))
     for dataset, epochs in trainings:
-        per_epoch = -(-len(dataset.x_train) // settings.batch_size)
+        per_epoch, _ = epoch_of(model, len(dataset.x_train), settings.batch_size)
         steps = max(1, round(epochs * per_epoch))
-        if max(1, round(settings.warm_epochs * per_epoch)) >= steps:
+        try:
+            stop_step(settings.warm_epochs, steps, per_epoch)
+        except ValueError:
             raise ValueError(
                 f"warm_start {settings.warm_start!r} takes all of {steps} step(s); take a smaller batch_size or more epochs."
-            )
+            ) from None
 
 
 def load_plugins(plugins: Sequence[str]) -> None:

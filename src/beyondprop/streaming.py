@@ -15,12 +15,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop._evaluation import evaluate
+from beyondprop._evaluation import evaluate, evaluation_mode
+from beyondprop._loop import epoch_of
 from beyondprop.data.streams import Stream
 from beyondprop.rules.base import LearningRule
 
@@ -68,6 +70,7 @@ def run_stream(
     """Train on every task's rows once, in the stream's order, and test on all tasks after each.
 
     Nothing is stored but the rule's own state. Between two tasks only `rule.end_task()` is called; most rules do nothing there.
+    A last batch of a single row is left out where the model has a BatchNorm, which could not normalise it.
 
     Args:
         rule: any learning rule; its model has `stream.num_classes` outputs.
@@ -77,18 +80,21 @@ def run_stream(
         progress: called after each task with the tasks done and all tasks.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range, or the model has not one output for each class.
         NonFiniteError: where the rule does.
     """
     _checks.at_least("seed", seed, 0)
+    _checks.at_least("batch_size", batch_size, 1)
     generator = torch.Generator().manual_seed(seed)
     tasks = list(stream)
     accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     samples = steps = 0
     seconds = 0.0
+    _check_outputs(rule.model, tasks[0].test()[0][:1], stream.num_classes)
     for index, task in enumerate(tasks):
         began = time.perf_counter()
-        for x, y in task.batches(batch_size, generator=generator):
+        count, _ = epoch_of(rule.model, task.train_size, batch_size)
+        for x, y in islice(task.batches(batch_size, generator=generator), count):
             rule.step(x, y)
             samples += len(x)
             steps += 1
@@ -96,15 +102,20 @@ def run_stream(
         rule.check_finite()
         seconds += time.perf_counter() - began
         for other, tested in enumerate(tasks):
-            found = evaluate(rule.model, rule.loss, *tested.test()).accuracy
-            if found is None:
-                raise ValueError(
-                    "The accuracy of a stream needs a model with one output for each class and int64 labels."
-                )
-            accuracy[index, other] = found
+            accuracy[index, other] = evaluate(rule.model, rule.loss, *tested.test()).accuracy or 0.0
         if progress is not None:
             progress(index + 1, len(tasks))
     return StreamResult(accuracy, samples, steps, seconds)
+
+
+def _check_outputs(model: nn.Module, x: Tensor, classes: int) -> None:
+    with evaluation_mode(model), torch.inference_mode():
+        output = model(x)
+    if output.ndim != 2 or output.shape[1] < classes:
+        found = ", ".join(map(str, ("N", *output.shape[1:])))
+        raise ValueError(
+            f"The model must have an output for each of the stream's classes, (N, {classes}), got ({found})."
+        )
 
 
 def average_accuracy(accuracy: Tensor) -> float:

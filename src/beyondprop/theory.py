@@ -146,7 +146,6 @@ def quadratic(
     repeats: int = 60,
     distance: float = 1.0,
     coupling: str = "random",
-    gamma: float | None = None,
     generator: torch.Generator,
 ) -> BlockQuadratic:
     """Draw objectives that have the given constants exactly.
@@ -160,15 +159,16 @@ def quadratic(
         distance: of every block from its optimum at the start.
         coupling: `"random"`: drawn blocks; `"aligned"`: each couples the others' directions of least curvature, in which
             the start lies: the hardest objective with these constants.
-        gamma: norm of the blocks off the diagonal, where it shall differ from the constants'.
         generator: where the objectives come from.
+
+    Raises:
+        ValueError: if an argument is out of its range; the message has the range.
     """
     _checks.at_least("dim", dim, 2)
     _checks.at_least("repeats", repeats, 1)
     _checks.positive("distance", distance)
     _checks.one_of("coupling", coupling, COUPLINGS)
-    gamma = constants.gamma if gamma is None else _checks.non_negative("gamma", gamma)
-    count = constants.blocks
+    count, gamma = constants.blocks, constants.gamma
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(repeats, *shape, dtype=torch.float64, generator=generator)
@@ -250,7 +250,6 @@ def measure(
     distance: float = 1.0,
     radius: float = 2.0,
     coupling: str = "random",
-    gamma: float | None = None,
     seed: int = 0,
 ) -> Measurement:
     """Run block descent with the theorem's step sizes on objectives with the theorem's constants.
@@ -264,7 +263,6 @@ def measure(
         distance: see `quadratic`.
         radius: of the balls that blocks are projected on, >= distance.
         coupling: see `quadratic`.
-        gamma: of the objectives, where it shall not be what the constants say.
         seed: of objectives and noise.
 
     Raises:
@@ -277,14 +275,12 @@ def measure(
             f"radius must be >= distance={distance:g}, so that the optimum is in the ball, got {radius!r}."
         )
     generator = torch.Generator().manual_seed(seed)
-    problem = quadratic(
-        constants, dim=dim, repeats=repeats, distance=distance, coupling=coupling, gamma=gamma, generator=generator
-    )
+    problem = quadratic(constants, dim=dim, repeats=repeats, distance=distance, coupling=coupling, generator=generator)
     t = torch.arange(steps + 1)
     error = descend(problem, constants.step_size(t[:-1]), noise=noise, radius=radius, generator=generator).mean(1)
     # No block is farther than `farthest` from its optimum: the largest gradient, and the noise.
     farthest = radius + distance
-    largest = (constants.mu + (constants.gamma if gamma is None else gamma) * (constants.blocks - 1)) * farthest
+    largest = (constants.mu + constants.gamma * (constants.blocks - 1)) * farthest
     second_moment = constants.blocks * (largest**2 + noise**2)
     bound = constants.bound(t, float(error[0]), second_moment)
     slack = bound / error

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -166,27 +166,52 @@ class Recipe:
     needs: tuple[str, ...] = ()
 
     def run(self, name: str, context: Context) -> Result:
-        """Run the recipe and write `result.json` into its directory."""
+        """Run the recipe, in as many parts as it takes, and write `result.json` into its directory; one that is there is read.
+
+        Raises:
+            ValueError: if what is in the directory is damaged.
+        """
+        file = context.out / "result.json"
+        if file.is_file():
+            context.say(f"was finished before; remove {str(file)!r} to make its table and figure again")
+            return Result.read(file)
         context.out.mkdir(parents=True, exist_ok=True)
-        clock = context.out / "seconds.json"  # of all parts of a recipe that was stopped
-        before = float(json.loads(clock.read_text(encoding="utf-8"))) if clock.is_file() else 0.0
+        made = _short(environment("cpu"))
+        parts = _Parts(context.out / "parts.json")
         began = time.perf_counter()
         try:
             rows, settings = self.measure(context)
         finally:
-            seconds = round(before + time.perf_counter() - began, 1)
-            write_atomically(clock, json.dumps(seconds).encode())
+            parts.add(time.perf_counter() - began, made.get("commit"))
+        if context.quick:  # nothing to judge
+            rows = [replace(row, at_least=None, at_most=None) for row in rows]
         result = Result(
             recipe=name,
             quick=context.quick,
             rows=tuple(rows),
             settings=settings,
-            seconds=seconds,
+            seconds=parts.seconds,
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
-            environment=_short(environment("cpu")),
+            environment=made | ({"commit": ", ".join(parts.commits)} if parts.commits else {}),
         )
-        result.write(context.out / "result.json")
+        result.write(file)
         return result
+
+
+class _Parts:
+    """The time that all parts of a recipe took, and the commits that they ran at."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "commits": []}
+        self.seconds: float = found["seconds"]
+        self.commits: list[str] = found["commits"]
+
+    def add(self, seconds: float, commit: str | None) -> None:
+        self.seconds = round(self.seconds + seconds, 1)
+        if commit is not None and commit not in self.commits:
+            self.commits.append(commit)
+        write_atomically(self.path, json.dumps({"seconds": self.seconds, "commits": self.commits}).encode())
 
 
 def _short(found: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from beyondprop.settings import Settings
 class _Said(Silent):
     """Tells a recipe's context when a training ends."""
 
-    def __init__(self, context: Context, part: str, done: int = 0) -> None:
-        self.context, self.part, self.done, self.total = context, part, done, 0
+    def __init__(self, context: Context, part: str) -> None:
+        self.context, self.part, self.done, self.total = context, part, 0, 0
 
     def start(self, path: Path, members: Sequence[Member]) -> None:
         """See `Observer`."""
@@ -65,11 +65,6 @@ def at_epoch(run: Run, rule: str, epoch: float, key: str = "test_accuracy", scal
         else:
             found.append(scale * number(nearest, key))
     return tuple(found)
-
-
-def error_at(run: Run, rule: str, epoch: float) -> tuple[float, ...]:
-    """Return the test error in percent of every seed at an epoch."""
-    return tuple(100.0 - accuracy for accuracy in at_epoch(run, rule, epoch))
 
 
 def summary(run: Run) -> dict[str, Any]:

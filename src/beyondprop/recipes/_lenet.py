@@ -42,9 +42,9 @@ def curves(context: Context, data: str, published: Published, asked: dict[str, f
     titles = {rule.name: rule.title for rule in run.rules}
     rows = []
     for name in RULES:
-        for epoch in EPOCHS[-1:] if quick else EPOCHS:
-            measured = at_epoch(run, name, settings.epochs if quick else epoch)
+        for epoch in (settings.epochs,) if quick else EPOCHS:
+            measured = at_epoch(run, name, epoch)
             bound = asked.get(name) if epoch == EPOCHS[-1] else None
-            known = published.get(name, published["am-adam"])[epoch]
-            rows.append(Row(f"{titles[name]}, batch 128, after epoch {epoch}", measured, "%", known, at_least=bound))
+            known = published.get(name, published["am-adam"]).get(int(epoch), "")
+            rows.append(Row(f"{titles[name]}, batch 128, after epoch {epoch:g}", measured, "%", known, at_least=bound))
     return run, rows

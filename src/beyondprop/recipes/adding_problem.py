@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -38,8 +39,9 @@ def build(cell: str) -> nn.Sequential:
 
 def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[float]]:
     """Train on fresh batches; return `[step, mean squared error on 1000 test sequences]`, to where it failed."""
-    torch.manual_seed(seed)
-    model = build(cell)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(cell)
     trained = RULES[rule](model, nn.MSELoss(), partial(torch.optim.Adam, lr=lr))
     schedule = torch.optim.lr_scheduler.LinearLR(trained.optimizers[0], 1.0, 0.0, total_iters=steps)
     batches = torch.Generator().manual_seed(seed)
@@ -54,7 +56,10 @@ def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[f
         schedule.step()
         if step % EVERY == 0 or step == steps:
             with torch.no_grad():
-                curve.append([step, float((model(x) - y).square().mean())])
+                error = float((model(x) - y).square().mean())
+            if not math.isfinite(error):
+                break
+            curve.append([step, error])
     return curve
 
 
@@ -74,7 +79,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
         return found
 
     def final(found: list[list[float]]) -> float:
-        return found[-1][1] if found and found[-1][0] == steps else float("nan")
+        return found[-1][1] if found and found[-1][0] == steps else math.nan
 
     rows, chosen, curves = [], {}, {}
     for cell, rule in product(CELLS, RULES):

@@ -35,7 +35,11 @@ OURS, THEIRS, RELEASE = "AM-Adam", "straight-through", "AM as published"
 RULES: dict[str, Callable[[nn.Module, float], LearningRule]] = {
     OURS: lambda model, lr: AltMin(model, nn.CrossEntropyLoss(), adam(lr)),
     THEIRS: lambda model, lr: Backprop(model, nn.CrossEntropyLoss(), adam(lr)),
+    RELEASE: lambda model, lr: AltMin.paper_binary(
+        model, nn.CrossEntropyLoss(), weight_solver=partial(torch.optim.Adam, lr=lr)
+    ),
 }
+TUNED, RELEASE_RATE = (OURS, THEIRS), 8e-3
 PUBLISHED = {THEIRS: "1.77 (one seed, BatchNorm)", RELEASE: "2.08 (published code, one seed)"}
 PUBLISHED_FIT = {OURS: "0.2 before epoch 20", RELEASE: "0.20 at epoch 16 (published code, one seed)"}
 
@@ -45,21 +49,20 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     mnist = data.load("mnist")
     if context.quick:
         mnist = replace(mnist, x_train=mnist.x_train[:2000], y_train=mnist.y_train[:2000])
-    held = mnist.split_validation(HELD_OUT if not context.quick else 500, generator=torch.Generator().manual_seed(0))
+    held_out = min(HELD_OUT, len(mnist.x_train) // 4)
+    held = mnist.split_validation(held_out, generator=torch.Generator().manual_seed(0))
     epochs, seeds = (2, SEEDS[:1]) if context.quick else (EPOCHS, SEEDS)
     rows: list[Row] = []
     chosen: dict[str, float] = {}
     curves: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
     for title, spec in NETS.items():
         final: dict[str, tuple[float, ...]] = {}
-        for rule, make in RULES.items():
-            lr = RATES[1] if context.quick else _best(context, held, spec, rule, make)
+        for rule in TUNED:
+            lr = RATES[1] if context.quick else _best(context, held, spec, rule)
             chosen[f"{title}, {rule}"] = lr
-            curves[title, rule] = [
-                _train(context, mnist, spec, rule, partial(make, lr=lr), seed, epochs, lr=lr) for seed in seeds
-            ]
+            curves[title, rule] = [_train(context, mnist, spec, rule, lr, seed, epochs) for seed in seeds]
         if title == PUBLISHED_NET and not context.quick:
-            curves[title, RELEASE] = [_train(context, mnist, spec, RELEASE, _release, seeds[0], epochs, "halve:8")]
+            curves[title, RELEASE] = [_train(context, mnist, spec, RELEASE, RELEASE_RATE, seeds[0], epochs)]
         for rule in (rule for net, rule in curves if net == title):
             found = curves[title, rule]
             final[rule] = tuple(100.0 - accuracy_at(curve, epochs) for curve in found)
@@ -80,32 +83,17 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     return rows, {f"batch {BATCH}": {"lr": chosen}}
 
 
-def _release(model: nn.Module) -> LearningRule:
-    return AltMin.paper_binary(model, nn.CrossEntropyLoss())
-
-
-def _best(
-    context: Context, held: Dataset, spec: str, rule: str, make: Callable[[nn.Module, float], LearningRule]
-) -> float:
+def _best(context: Context, held: Dataset, spec: str, rule: str) -> float:
     """Return the learning rate with the best accuracy on the held-out rows, after fewer epochs."""
     found = {}
     for lr in RATES:
-        curve = _train(context, held, spec, rule, partial(make, lr=lr), TUNING_SEED, TUNE_EPOCHS, lr=lr)
-        accuracy = accuracy_at(curve, TUNE_EPOCHS)
+        accuracy = accuracy_at(_train(context, held, spec, rule, lr, TUNING_SEED, TUNE_EPOCHS), TUNE_EPOCHS)
         found[lr] = -math.inf if math.isnan(accuracy) else accuracy
     return max(found, key=lambda lr: found[lr])
 
 
 def _train(
-    context: Context,
-    rows: Dataset,
-    spec: str,
-    rule: str,
-    make: Callable[[nn.Module], LearningRule],
-    seed: int,
-    epochs: int,
-    schedule: str = "linear",
-    **named: float,
+    context: Context, rows: Dataset, spec: str, rule: str, lr: float, seed: int, epochs: int
 ) -> list[dict[str, Any]]:
     """Train one net; its evaluations have the training error, too, in percent, of the net as it is tested."""
 
@@ -114,18 +102,17 @@ def _train(
         found = evaluate(trained_rule.model, nn.CrossEntropyLoss(), rows.x_train, rows.y_train)
         return {"train_error": 100.0 * (1.0 - (found.accuracy or 0.0))}
 
-    words = [spec.partition(":")[2], rule, *(f"{key} {value:g}" for key, value in named.items())]
-    name = "-".join([*words, "tuning" if seed == TUNING_SEED else f"seed {seed}"])
+    name = f"{spec.partition(':')[2]}-{rule}-{lr:g}-{'tuning' if seed == TUNING_SEED else f'seed {seed}'}"
     return trained(
         context,
         "".join(c if c.isalnum() or c in "-.=" else "_" for c in name),
-        lambda: make(nets.build(spec, rows.input_shape, rows.num_classes)),
+        lambda: RULES[rule](nets.build(spec, rows.input_shape, rows.num_classes), lr),
         rows,
         seed=seed,
         look=look,
         epochs=epochs,
         batch_size=BATCH,
-        schedule=schedule,
+        schedule="halve:8" if rule == RELEASE else "linear",
     )
 
 

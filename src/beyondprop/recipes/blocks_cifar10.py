@@ -39,7 +39,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
         )
         titles = {rule.name: rule.title for rule in run.rules}
         ours, theirs = (at_epoch(run, rule, run.config["epochs"]) for rule in RULES)
-        after = f"after epoch {epochs:g}"
+        after = f"after epoch {run.config['epochs']:g}"
         lead = tuple(a - b for a, b in zip(ours, theirs, strict=True))
         rows += [
             Row(f"{title}, {titles[RULES[0]]}, {after}", ours, "%"),

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from beyondprop.recipes._base import Context, Recipe, Row
-from beyondprop.recipes._compared import compared, figure, summary
+from beyondprop.recipes._compared import compared, summary
 from beyondprop.report._run import Run, number
+from beyondprop.report._style import drawing, entries
 from beyondprop.settings import Settings
 
 BATCHES = (5, 10, 20, 50, 100)
@@ -30,6 +31,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
                 net=net,
                 rules=rules,
                 epochs=(20 if quick else 100) / 469,
+                tune_epochs=100 / 391,  # held-out rows make the epoch shorter
                 batch_size=128,
                 seeds=(0,) if quick else tuple(range(5)),
                 evaluate_every=5,
@@ -53,7 +55,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
             ]
         settings[net] = summary(run)
         runs.append(run)
-    figure(runs, context.out / "figure.png")
+    _draw(context, runs)
     return rows, settings
 
 
@@ -64,6 +66,30 @@ def after(run: Run, rule: str, batches: int) -> tuple[float, ...]:
         values = [number(row, "test_accuracy") for row in run.of("eval", rule, seed) if row["step"] == batches]
         found.append(100 * values[0] if values else float("nan"))
     return tuple(found)
+
+
+def _draw(context: Context, runs: Sequence[Run]) -> None:
+    with drawing():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        panels = figure.subplots(1, len(runs), sharey=True)
+        handles: dict[str, Any] = {}
+        for axes, run in zip(panels, runs, strict=True):
+            for entry in entries([run]):
+                for seed in run.config["seeds"]:
+                    rows = run.of("eval", entry.rule.name, seed)
+                    points = [(row["step"], 100 * number(row, "test_accuracy")) for row in rows]
+                    if points:
+                        (line,) = axes.plot(*zip(*points, strict=True), color=entry.color, linewidth=1)
+                        handles.setdefault(entry.rule.title, line)
+            axes.set_title(run.config["net"])
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel(f"batches of {run.config['batch_size']} rows, one line a seed")
+        panels[0].set_ylabel("test accuracy (%)")
+        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
+        figure.savefig(context.out / "figure.png", dpi=150)
 
 
 RECIPE = Recipe(

@@ -68,14 +68,14 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
                 tuple(value - best for value in ours),
                 "points",
                 "far above",
-                at_least=None if context.quick else LEAD,
+                at_least=LEAD,
             ),
             Row(
                 f"{title}, AM-Adam minus Adam",
                 tuple(a - b for a, b in zip(ours, adam, strict=True)),
                 "points",
                 "about equal",
-                at_least=None if context.quick else BEHIND,
+                at_least=BEHIND,
             ),
         ]
         settings |= {f"{title}, {kind}": summary(run) for kind, run in (("online", online), ("offline", offline))}
