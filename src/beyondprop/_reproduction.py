@@ -33,7 +33,8 @@ def load_data(chosen: Sequence[tuple[str, Recipe]], console: Console) -> None:
     """
     for needed in dict.fromkeys(name for _, recipe in chosen for name in recipe.needs):
         if not data.at_hand(needed):
-            say(console, f"{needed} is not at hand; downloading it")
+            if data.describe(needed).has_download:
+                say(console, f"{needed} is not at hand; downloading it")
             data.load(needed)
 
 
