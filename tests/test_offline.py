@@ -462,6 +462,41 @@ def test_refitting_the_output_lowers_the_networks_loss() -> None:
     assert equal(hidden, state(model[:4]))
 
 
+def test_a_refit_happens_whole_or_not_at_all() -> None:
+    x, _ = _data()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), *mlp(64, 12, 10)).double()
+    rows = torch.randn(90, 10, dtype=torch.float64)
+    rule = MAC(model, nn.MSELoss())
+    before = state(model)
+    bad_x, bad_rows, huge = x.clone(), rows.clone(), torch.full_like(rows, 1e308)
+    bad_x[3, 0, 1, 1], bad_rows[5, 2] = float("inf"), float("nan")
+    for inputs, targets, name in ((bad_x, rows, "x"), (x, bad_rows, "y"), (x, huge, "Stage '3'")):
+        with pytest.raises(NonFiniteError, match=rf"^{name} is not finite in the refit of .* No weight was changed"):
+            rule.refit_output(inputs, targets)
+        assert equal(before, state(model))
+    with pytest.raises(ValueError, match="x has 40 rows and y has 90"):
+        rule.refit_output(x[:40], rows)
+    with pytest.raises(ValueError, match=r"x has dtype torch.float32, the model's weights torch.float64"):
+        rule.refit_output(x.float(), rows)
+    other = MAC(copy.deepcopy(model), nn.MSELoss())
+    rule.refit_output(x, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        other.refit_output(x, rows)
+    assert equal(state(model), state(other.model))
+
+
+def test_a_frozen_output_layer_is_not_refitted() -> None:
+    x, y = _data()
+    model = nn.Sequential(nn.Flatten(), *mlp(64, 12, 10)).double()
+    model[3].requires_grad_(False)
+    rule = MAC(model, CE)
+    before = state(model)
+    with pytest.raises(ValueError, match="The output layer '3' requires no gradient, so that there is nothing to fit"):
+        rule.refit_output(x, y)
+    assert equal(before, state(model))
+
+
 def test_mu_grows_to_its_limit_and_codes_come_to_the_network() -> None:
     x, y = _data()
     torch.manual_seed(0)
