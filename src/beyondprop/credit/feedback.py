@@ -25,19 +25,25 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.block import BlockPullback, BlockStage
-from beyondprop.chain import Chain, Trace
+from beyondprop.chain import NORMS, Chain, Trace
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.losses import LossPoint
+from beyondprop.nn import ElmanCell, Positions, Recurrent
 from beyondprop.stage import Pullback, Stage
 from beyondprop.transport import counterpart
+
+_NO_MAPS = (*NORMS, nn.Embedding, Positions)
+_LAYERS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_CELLS = (ElmanCell, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 class FeedbackAlignment(Credit):
     """Wishes go down through fixed random tensors instead of the weights; slopes are those of the forward pass.
 
-    Every weight of two or more dimensions above the first stage has a feedback tensor of its shape, normally distributed. A
-    block (attention, recurrence, BatchNorm, a residual block) sends wishes through the feedback of all its weights and keeps
-    its skips, which have no weights.
+    Every weight of two or more dimensions that wishes go through has a feedback tensor of its shape, normally distributed:
+    all but those that only the network's input meets (the first layer; in a recurrent one its input weights), embeddings,
+    and the gains of normalisations, which are no map between units. A block (attention, recurrence, BatchNorm, a residual
+    block), be it the first stage, sends wishes through the feedback of its weights and keeps its skips, which have none.
 
     Args:
         scale: > 0; standard deviation of the feedback, in units of the root mean square of the weights when the rule is
@@ -69,8 +75,9 @@ class FeedbackAlignment(Credit):
         names = {p: name for name, p in chain.model.named_parameters()}
         for index, stage in enumerate(chain):
             generator = _generator(self.seed, index)
-            for number, weight in enumerate(stage.parameters if index else ()):
-                if weight.ndim >= 2:
+            aside = _never_crossed(stage) | (set() if index else _met_by_data_alone(stage))
+            for number, weight in enumerate(stage.parameters):
+                if weight.ndim >= 2 and weight not in aside:
                     name = names.get(weight, f"{stage.name}.{number}")  # a block may have what the model does not list
                     self._homes[name] = stage, weight
                     drawn = _normal(weight.shape, self.scale * _size(weight), generator)
@@ -222,6 +229,22 @@ def _head(stage: Stage) -> BlockStage | None:
         )
     )
     return BlockStage(stage.name, head) if head else None
+
+
+def _never_crossed(stage: Stage) -> set[nn.Parameter]:
+    """Return the weights of a stage that scale, shift or are looked up: no wish goes down through them."""
+    leaves = [m for module in stage.modules for m in module.modules()]
+    return {p for m in leaves if isinstance(m, _NO_MAPS) for p in m.parameters(recurse=False)}
+
+
+def _met_by_data_alone(stage: Stage) -> set[nn.Parameter]:
+    """Return the weights of the first stage's first layer, where it is known that they meet the network's input alone."""
+    first: Any = next(m for m in stage.modules if any(True for _ in m.parameters()))
+    if isinstance(first, Recurrent) and type(first.cell) in _CELLS:
+        return {first.cell.weight_ih}
+    own = set(first.parameters())
+    is_shared = sum(not own.isdisjoint(m.parameters()) for m in stage.modules) > 1
+    return own if type(first).forward in _LAYERS and not is_shared else set()
 
 
 def _bind_once(credit: Credit, is_bound: bool) -> None:
