@@ -81,6 +81,8 @@ def test_at_the_start_the_relaxed_objective_is_the_networks_own(name: str) -> No
         torch.testing.assert_close(energy, rule.output_loss.values(output, targets).mean())
     if rule.output_loss.name == "cross_entropy":
         torch.testing.assert_close(energy, F.cross_entropy(output, y))
+    if rule.output_loss.name == "squared":
+        torch.testing.assert_close(energy, 10 / 2 * F.mse_loss(output, targets))
 
 
 @every_rule

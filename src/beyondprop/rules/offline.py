@@ -1,9 +1,11 @@
 """What methods share that keep auxiliary variables ("codes") for a whole data set: one step is one sweep over all its rows.
 
 A rule of this kind owns codes for one data set. The first `step(x, y)` makes them by a forward pass, so that at the start
-the relaxed objective is the network's own loss; every later step must bring the same rows. Weights are written in place in
-the user's model, whole or not at all: a sweep computes new weights and new codes beside the old ones, all are checked, then
-written.
+the relaxed objective is the mean of the rule's `output_loss` over the network's own outputs; every later step must bring the
+same rows. That loss sums over a row's outputs: cross-entropy is `nn.CrossEntropyLoss`, the squared one `|z - y|^2 / 2` is d/2
+times `nn.MSELoss` on d outputs; the penalties' weights (mu, gamma, rho, beta) are relative to it. Weights are written in place
+in the user's model, whole or not at all: a sweep computes new weights and new codes beside the old ones, all are checked,
+then written.
 """
 
 from __future__ import annotations
