@@ -90,13 +90,7 @@ class FeedbackAlignment(Credit):
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
-        top = len(trace.pullbacks) - 1
-        delta = loss.cotangent.neg()
-        for index in range(top, trace.lowest, -1):
-            wish, delta = delta, trace[index](delta)
-            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
-            del wish
-        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+        return self.top_down(trace, loss, lambda index, pullback, wish: pullback(wish))
 
     def state_dict(self) -> dict[str, object]:
         """Return the feedback."""
@@ -157,14 +151,8 @@ class DirectFeedbackAlignment(Credit):
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
-        top = len(trace.pullbacks) - 1
-        delta = loss.cotangent.neg()
-        error = delta.flatten(1)
-        for index in range(top, trace.lowest, -1):
-            wish, delta = delta, self._below(index, trace[index], error)
-            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
-            del wish
-        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+        error = loss.cotangent.neg().flatten(1)
+        return self.top_down(trace, loss, lambda index, pullback, wish: self._below(index, pullback, error))
 
     def _below(self, index: int, pullback: Pullback, error: Tensor) -> Tensor:
         """Return the wish at the input of a stage."""

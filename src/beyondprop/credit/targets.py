@@ -128,13 +128,11 @@ class TargetPropagation(Credit):
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
         top = len(trace.pullbacks) - 1
-        delta = loss.cotangent.neg()
-        for index in range(top, trace.lowest, -1):
-            pullback, wish = trace[index], delta
-            delta = pullback(wish).mul_(self.step_size) if index == top else self._below(index, pullback, wish)
-            del pullback
-            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
-        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+
+        def below(index: int, pullback: Pullback, wish: Tensor) -> Tensor:
+            return pullback(wish).mul_(self.step_size) if index == top else self._below(index, pullback, wish)
+
+        return self.top_down(trace, loss, below)
 
     def _below(self, index: int, pullback: Pullback, delta: Tensor) -> Tensor:
         """Return the wish at a hidden stage's input."""
