@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +20,10 @@ from beyondprop import (
     FeedbackAlignment,
     TargetPropagation,
 )
+from beyondprop.affine import AffinePullback
 from beyondprop.chain import Trace
 from beyondprop.losses import LossPoint, OutputLoss
+from beyondprop.stage import Pullback
 
 CREDITS: dict[str, Callable[[], Credit]] = {
     "line_search": Codes,
@@ -63,13 +64,20 @@ def test_assignments_go_from_the_last_stage_to_the_lowest_that_trains(name: str,
 
 @every_credit
 @torch.no_grad()
-def test_a_stages_memory_is_free_for_the_next(name: str) -> None:
+def test_a_stages_memory_is_free_for_the_next(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the next stage's wish is found, what the caller has let go of is not held by the credit."""
     credit, trace, loss = _start(name)
-    stages: list[Any] = []
+    stages: list[weakref.ref[Pullback]] = []
     wishes: list[weakref.ref[Tensor]] = []
+    pull_head = AffinePullback.pull_head
+
+    def watched(self: AffinePullback, cotangent: Tensor) -> Tensor:
+        assert all(ref() is None for ref in [*stages, *wishes])
+        return pull_head(self, cotangent)
+
+    monkeypatch.setattr(AffinePullback, "pull_head", watched)
     for assignment in credit.assign(trace, loss):
-        assert all(stage() is None for stage in stages)
-        assert all(wish() is None for wish in wishes)
+        assert all(ref() is None for ref in [*stages, *wishes])
         stages.append(weakref.ref(assignment.pullback))
         wishes.append(weakref.ref(assignment.delta))
         del assignment

@@ -322,6 +322,29 @@ def test_layers_without_biases_and_with_identities(name: str) -> None:
     assert all(value == value for value in losses)
 
 
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_whose_inputs_are_all_zero(name: str, dtype: torch.dtype) -> None:
+    """Dead units below a layer without bias: nothing can be learned there, and nothing must fail."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 7, bias=False), nn.ReLU(), nn.Linear(7, 10, bias=False)
+    ).to(dtype)
+    with torch.no_grad():
+        model[1].bias.fill_(-100.0)  # type: ignore[union-attr, operator]
+    rule = RULES[name](model, CE)
+    x, y = _data(dtype=dtype)
+    before = state(model)
+    rule.step(x, y)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    if "ADMM" in name:  # least squares of minimum norm
+        assert not bool(model[3].weight.any())  # type: ignore[union-attr, operator]
+    elif "BCD" not in name:  # dampings on the distance to the old weights
+        assert equal(before["3.weight"], state(model)["3.weight"])
+        assert equal(before["5.weight"], state(model)["5.weight"])
+    assert all(value == value for value in _sweeps(rule, x, y, 4))
+
+
 @pytest.mark.parametrize("rule", [OfflineAltMin, MAC, functools.partial(BCD, output_loss="squared"), ADMM])
 @pytest.mark.parametrize(
     ("model", "message"),
