@@ -39,7 +39,7 @@ every_credit = pytest.mark.parametrize("name", list(CREDITS))
 
 def _start(name: str, frozen: int = 0) -> tuple[Credit, Trace, LossPoint]:
     model = mlp(6, 8, 7, 5, 3, activation="tanh").double()
-    for module in model[: 2 * frozen]:
+    for module in list(model)[: 2 * frozen]:
         module.requires_grad_(False)
     x, y = blobs(9, dtype=torch.float64)
     chain, credit = Chain(model), CREDITS[name]()

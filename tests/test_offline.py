@@ -12,7 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import equal, mlp, rule_state, state
-from torch import Tensor, nn
+from offline_cases import CE, RULES, every_rule
+from offline_cases import build as _rule
+from offline_cases import digits as _digits
+from offline_cases import sweeps as _sweeps
+from offline_cases import whole_set as _data
+from torch import nn
 
 from beyondprop import (
     ADMM,
@@ -23,44 +28,11 @@ from beyondprop import (
     OfflineRule,
     UnsupportedModelError,
     alignment,
-    data,
 )
 from beyondprop.nn import Sign
 from beyondprop.rules import _layers
 
-RULES: dict[str, Callable[..., OfflineRule]] = {
-    "OfflineAltMin": OfflineAltMin,
-    "OfflineAltMin-squared": functools.partial(OfflineAltMin, output_loss="squared", code_steps=3),
-    "MAC": functools.partial(MAC, mu_growth=1.0),
-    "MAC-squared": functools.partial(MAC, mu_growth=1.0, output_loss="squared"),
-    "BCD": functools.partial(BCD, output_loss="squared"),
-    "BCD-hinge": functools.partial(BCD, output_loss="hinge", alpha=0.5, gamma=2.0),
-    "ADMM": functools.partial(ADMM, output_loss="hinge", warm_start=2),
-    "ADMM-squared": functools.partial(ADMM, output_loss="squared", warm_start=0, gamma=1.0),
-}
 DESCENDING = [name for name in RULES if "ADMM" not in name]  # ADMM has no such guarantee
-every_rule = pytest.mark.parametrize("name", list(RULES))
-CE = nn.CrossEntropyLoss()
-
-
-@functools.cache
-def _digits() -> data.Dataset:
-    return data.load("digits")
-
-
-def _data(rows: int = 90, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    digits = _digits()
-    return digits.x_train[:rows].to(dtype), digits.y_train[:rows]
-
-
-def _rule(name: str, *, dtype: torch.dtype = torch.float64, activation: str = "relu", seed: int = 2) -> OfflineRule:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), *mlp(64, 12, 9, 10, activation=activation)).to(dtype)
-    return RULES[name](model, CE)
-
-
-def _sweeps(rule: OfflineRule, x: Tensor, y: Tensor, count: int) -> list[float]:
-    return [float(rule.step(x, y).loss) for _ in range(count)]
 
 
 @every_rule
@@ -322,29 +294,6 @@ def test_layers_without_biases_and_with_identities(name: str) -> None:
     assert all(value == value for value in losses)
 
 
-@every_rule
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layers_whose_inputs_are_all_zero(name: str, dtype: torch.dtype) -> None:
-    """Dead units below a layer without bias: nothing can be learned there, and nothing must fail."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 7, bias=False), nn.ReLU(), nn.Linear(7, 10, bias=False)
-    ).to(dtype)
-    with torch.no_grad():
-        model[1].bias.fill_(-100.0)  # type: ignore[union-attr, operator]
-    rule = RULES[name](model, CE)
-    x, y = _data(dtype=dtype)
-    before = state(model)
-    rule.step(x, y)
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
-    if "ADMM" in name:  # least squares of minimum norm
-        assert not bool(model[3].weight.any())  # type: ignore[union-attr, operator]
-    elif "BCD" not in name:  # dampings on the distance to the old weights
-        assert equal(before["3.weight"], state(model)["3.weight"])
-        assert equal(before["5.weight"], state(model)["5.weight"])
-    assert all(value == value for value in _sweeps(rule, x, y, 4))
-
-
 @pytest.mark.parametrize("rule", [OfflineAltMin, MAC, functools.partial(BCD, output_loss="squared"), ADMM])
 @pytest.mark.parametrize(
     ("model", "message"),
@@ -485,41 +434,6 @@ def test_refitting_the_output_lowers_the_networks_loss() -> None:
     rule.refit_output(x, y)
     assert bool(F.cross_entropy(model(x), y) < before)
     assert equal(hidden, state(model[:4]))
-
-
-def test_a_refit_happens_whole_or_not_at_all() -> None:
-    x, _ = _data()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), *mlp(64, 12, 10)).double()
-    rows = torch.randn(90, 10, dtype=torch.float64)
-    rule = MAC(model, nn.MSELoss())
-    before = state(model)
-    bad_x, bad_rows, huge = x.clone(), rows.clone(), torch.full_like(rows, 1e308)
-    bad_x[3, 0, 1, 1], bad_rows[5, 2] = float("inf"), float("nan")
-    for inputs, targets, name in ((bad_x, rows, "x"), (x, bad_rows, "y"), (x, huge, "Stage '3'")):
-        with pytest.raises(NonFiniteError, match=rf"^{name} is not finite in the refit of .* No weight was changed"):
-            rule.refit_output(inputs, targets)
-        assert equal(before, state(model))
-    with pytest.raises(ValueError, match="x has 40 rows and y has 90"):
-        rule.refit_output(x[:40], rows)
-    with pytest.raises(ValueError, match=r"x has dtype torch.float32, the model's weights torch.float64"):
-        rule.refit_output(x.float(), rows)
-    other = MAC(copy.deepcopy(model), nn.MSELoss())
-    rule.refit_output(x, rows)
-    with torch.autocast("cpu", torch.bfloat16):
-        other.refit_output(x, rows)
-    assert equal(state(model), state(other.model))
-
-
-def test_a_frozen_output_layer_is_not_refitted() -> None:
-    x, y = _data()
-    model = nn.Sequential(nn.Flatten(), *mlp(64, 12, 10)).double()
-    model[3].requires_grad_(False)
-    rule = MAC(model, CE)
-    before = state(model)
-    with pytest.raises(ValueError, match="The output layer '3' requires no gradient, so that there is nothing to fit"):
-        rule.refit_output(x, y)
-    assert equal(before, state(model))
 
 
 def test_mu_grows_to_its_limit_and_codes_come_to_the_network() -> None:
