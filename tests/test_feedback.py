@@ -454,6 +454,18 @@ def test_bad_arguments_and_foreign_states(kind: Any) -> None:
         other.credit.load_state_dict(credit.state_dict())
 
 
+def test_direct_feedback_of_a_network_of_other_widths_is_refused() -> None:
+    """Whose stages have the same names: what the matrices are for is in the state."""
+    rule, other = (LocalRule(mlp(6, width, 3), CE, DirectFeedbackAlignment(), Descent()) for width in (8, 9))
+    rule.step(*blobs(4))
+    saved = rule.credit.state_dict()
+    with pytest.raises(ValueError, match=r"feedback for weights of .*'0': \[\[8, 6\], \[8\]\].*, this network has"):
+        other.credit.load_state_dict(saved)
+    other.step(*blobs(4))
+    del saved["weights"]  # as it was saved before
+    rule.credit.load_state_dict(saved)
+
+
 def test_direct_feedback_takes_inputs_of_one_size() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     rule = LocalRule(model, CE, DirectFeedbackAlignment(), Descent())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Recorder, Residual, blobs, equal, images, mlp, relative
+from helpers import Recorder, Residual, blobs, equal, images, mlp, relative, rule_state
 from torch import Tensor, nn
 
 from beyondprop import (
@@ -417,6 +417,25 @@ def test_inverses_follow_seed_dtype_and_leave_the_global_state() -> None:
         weights.append(p.detach().double())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("training", ["interleaved", "epoch"])
+def test_a_model_that_was_converted_without_its_inverses_is_named(training: str) -> None:
+    model = mlp(6, 8, 7, 3, activation="tanh")
+    rule = DifferenceTargetProp(model, CE, inverse_training=training)
+    model.double()
+    x, y = blobs(9, dtype=torch.float64)
+    before = rule_state(rule)
+    use = rule.step if training == "interleaved" else (lambda x, y: rule.begin_epoch([(x, y)]))
+    with pytest.raises(
+        ValueError,
+        match=r"The inverse of stage '2' has weights of torch\.float32 on cpu, the stage sends torch\.float64 on cpu",
+    ):
+        use(x, y)
+    assert equal(before, rule_state(rule))
+    rule = DifferenceTargetProp(model, CE, inverse=lambda below, stage: nn.Linear(5, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # another reason
+        rule.step(x, y)
 
 
 def test_autocast_leaves_differences_whole() -> None:

@@ -154,6 +154,10 @@ class DirectFeedbackAlignment(Credit):
         error = loss.cotangent.neg().flatten(1)
         return self.top_down(trace, loss, lambda index, pullback, wish: self._below(index, pullback, error))
 
+    @property
+    def _shapes(self) -> dict[str, list[list[int]]]:
+        return {stage.name: [list(p.shape) for p in stage.parameters] for stage in self._stages}
+
     def _below(self, index: int, pullback: Pullback, error: Tensor) -> Tensor:
         """Return the wish at the input of a stage."""
         head = self._heads[index]
@@ -191,8 +195,8 @@ class DirectFeedbackAlignment(Credit):
         self._drawn.clear()
 
     def state_dict(self) -> dict[str, object]:
-        """Return the matrices; none before the first batch."""
-        return {"feedback": dict(self.feedback)}
+        """Return the matrices, none before the first batch, and what network they are for."""
+        return {"feedback": dict(self.feedback), "weights": self._shapes}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore what `state_dict` returned.
@@ -203,6 +207,9 @@ class DirectFeedbackAlignment(Credit):
         saved: Any = state["feedback"]
         known = {stage.name for stage in self._stages[:-1]}
         _check_saved(saved, {name: saved[name].shape for name in saved if name in known})
+        weights, own = state.get("weights", self._shapes), self._shapes
+        if weights != own:
+            raise ValueError(f"This state holds feedback for weights of {weights}, this network has {own}.")
         self.feedback = {name: matrix.detach().clone() for name, matrix in saved.items()}
         self._drawn.clear()
 

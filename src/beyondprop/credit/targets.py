@@ -141,9 +141,19 @@ class TargetPropagation(Credit):
 
     def _invert(self, index: int, h: Tensor, like: Tensor) -> Tensor:
         name = self._names[index]
-        # Differences of inverses are small: whole precision also under autocast.
-        with torch.autocast(h.device.type, enabled=False):
-            found = apply(self.inverses[name], h, tuple(like.shape[2:]))
+        inverse = self.inverses[name]
+        try:
+            # Differences of inverses are small: whole precision also under autocast.
+            with torch.autocast(h.device.type, enabled=False):
+                found = apply(inverse, h, tuple(like.shape[2:]))
+        except RuntimeError as error:
+            kinds = {f"{p.dtype} on {p.device}" for p in inverse.parameters()}
+            if kinds <= {f"{h.dtype} on {h.device}"}:
+                raise
+            raise ValueError(
+                f"The inverse of stage {name!r} has weights of {' and '.join(sorted(kinds))}, the stage sends {h.dtype} on "
+                f"{h.device}: convert the model before the rule is built, and move both with rule.to(device)."
+            ) from error
         if not isinstance(found, Tensor) or found.shape[:1] != like.shape[:1] or found.numel() != like.numel():
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UnsupportedModelError(
