@@ -23,6 +23,7 @@ from beyondprop import (
     UnsupportedModelError,
     nets,
 )
+from beyondprop.nn import Residual as _Skip
 
 CE = nn.CrossEntropyLoss()
 
@@ -140,6 +141,16 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "residual": (_residual, (1, 8, 8)),
     "skip": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Residual(8), Residual(8), nn.Linear(8, 3)), (6,)),
+    "block_first": (lambda: nn.Sequential(Residual(6), nn.Linear(6, 3)), (6,)),
+    "closed_block_first": (
+        lambda: nn.Sequential(
+            _Skip(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 1))),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        ),
+        (1, 8, 8),
+    ),
+    "norm_first": (lambda: nn.Sequential(nn.BatchNorm1d(6), *mlp(6, 8, 3)), (6,)),
     "attention": (lambda: _attention(False), (3, 6)),
     "fused_attention": (lambda: _attention(True), (3, 6)),
 }
@@ -441,6 +452,18 @@ def test_bad_arguments_and_foreign_states(kind: Any) -> None:
     other.step(*blobs(4))
     with pytest.raises(ValueError, match=r"This state holds feedback of shapes .*this network takes"):
         other.credit.load_state_dict(credit.state_dict())
+
+
+def test_direct_feedback_of_a_network_of_other_widths_is_refused() -> None:
+    """Whose stages have the same names: what the matrices are for is in the state."""
+    rule, other = (LocalRule(mlp(6, width, 3), CE, DirectFeedbackAlignment(), Descent()) for width in (8, 9))
+    rule.step(*blobs(4))
+    saved = rule.credit.state_dict()
+    with pytest.raises(ValueError, match=r"feedback for weights of .*'0': \[\[8, 6\], \[8\]\].*, this network has"):
+        other.credit.load_state_dict(saved)
+    other.step(*blobs(4))
+    del saved["weights"]  # as it was saved before
+    rule.credit.load_state_dict(saved)
 
 
 def test_direct_feedback_takes_inputs_of_one_size() -> None:

@@ -12,7 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import equal, mlp, rule_state, state
-from torch import Tensor, nn
+from offline_cases import CE, RULES, every_rule
+from offline_cases import build as _rule
+from offline_cases import digits as _digits
+from offline_cases import sweeps as _sweeps
+from offline_cases import whole_set as _data
+from torch import nn
 
 from beyondprop import (
     ADMM,
@@ -23,44 +28,11 @@ from beyondprop import (
     OfflineRule,
     UnsupportedModelError,
     alignment,
-    data,
 )
 from beyondprop.nn import Sign
 from beyondprop.rules import _layers
 
-RULES: dict[str, Callable[..., OfflineRule]] = {
-    "OfflineAltMin": OfflineAltMin,
-    "OfflineAltMin-squared": functools.partial(OfflineAltMin, output_loss="squared", code_steps=3),
-    "MAC": functools.partial(MAC, mu_growth=1.0),
-    "MAC-squared": functools.partial(MAC, mu_growth=1.0, output_loss="squared"),
-    "BCD": functools.partial(BCD, output_loss="squared"),
-    "BCD-hinge": functools.partial(BCD, output_loss="hinge", alpha=0.5, gamma=2.0),
-    "ADMM": functools.partial(ADMM, output_loss="hinge", warm_start=2),
-    "ADMM-squared": functools.partial(ADMM, output_loss="squared", warm_start=0, gamma=1.0),
-}
 DESCENDING = [name for name in RULES if "ADMM" not in name]  # ADMM has no such guarantee
-every_rule = pytest.mark.parametrize("name", list(RULES))
-CE = nn.CrossEntropyLoss()
-
-
-@functools.cache
-def _digits() -> data.Dataset:
-    return data.load("digits")
-
-
-def _data(rows: int = 90, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    digits = _digits()
-    return digits.x_train[:rows].to(dtype), digits.y_train[:rows]
-
-
-def _rule(name: str, *, dtype: torch.dtype = torch.float64, activation: str = "relu", seed: int = 2) -> OfflineRule:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), *mlp(64, 12, 9, 10, activation=activation)).to(dtype)
-    return RULES[name](model, CE)
-
-
-def _sweeps(rule: OfflineRule, x: Tensor, y: Tensor, count: int) -> list[float]:
-    return [float(rule.step(x, y).loss) for _ in range(count)]
 
 
 @every_rule
@@ -81,6 +53,8 @@ def test_at_the_start_the_relaxed_objective_is_the_networks_own(name: str) -> No
         torch.testing.assert_close(energy, rule.output_loss.values(output, targets).mean())
     if rule.output_loss.name == "cross_entropy":
         torch.testing.assert_close(energy, F.cross_entropy(output, y))
+    if rule.output_loss.name == "squared":
+        torch.testing.assert_close(energy, 10 / 2 * F.mse_loss(output, targets))
 
 
 @every_rule

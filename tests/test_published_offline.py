@@ -207,6 +207,7 @@ def test_paper_settings() -> None:
     assert float(first.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
     assert bool((first.bias == 0.1).all())
     again = BCD.paper(mlp(64, 14, 11, 10), CE, generator=torch.Generator().manual_seed(3))
+    assert BCD.paper(mlp(64, 14, 11, 10), CE, output_loss="hinge").output_loss.name == "hinge"
     assert torch.equal(again.layers[0].weight, first.weight)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Recorder, Residual, blobs, equal, images, mlp, relative
+from helpers import Recorder, Residual, blobs, equal, images, mlp, relative, rule_state
 from torch import Tensor, nn
 
 from beyondprop import (
@@ -21,6 +21,7 @@ from beyondprop import (
     LocalRule,
     TargetPropagation,
     UnsupportedModelError,
+    activations,
     nets,
 )
 from beyondprop.credit.base import Assignment
@@ -209,6 +210,35 @@ def test_stages_end_after_their_nonlinearity() -> None:
     assert activation_cuts(lenet) == ["2", "5", "8", "10", "11"]
 
 
+class _Features(nn.Sequential):
+    """A Sequential with a name of its own, as users write them."""
+
+
+def _twice(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    del module, inputs
+    return 2 * output
+
+
+def test_stages_end_where_the_chain_can_end_them() -> None:
+    """A Sequential of another name is taken apart as its base is, one with a hook is not."""
+    x, y = blobs(9)
+    features = _Features(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh())
+    model = nn.Sequential(features, nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    assert activation_cuts(model) == ["0.1", "0.3", "2", "3"]
+    rule = DifferenceTargetProp(model, CE)
+    assert [stage.names for stage in rule.chain] == [["0.0", "0.1"], ["0.2", "0.3"], ["1", "2"], ["3"]]
+    features.register_forward_hook(_twice)
+    assert activation_cuts(model) == ["0", "2", "3"]
+    rule = DifferenceTargetProp(model, CE)
+    with torch.no_grad():
+        output = model(x)
+    assert torch.equal(rule.step(x, y).output, output)
+    model.register_forward_hook(_twice)
+    for refused in (model, Residual(6)):
+        with pytest.raises(UnsupportedModelError, match=f"{type(refused).__name__} has a forward pass of its own"):
+            DifferenceTargetProp(refused, CE)
+
+
 CONVS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
     "plain": (lambda: [nn.Conv2d(2, 3, 3), nn.ReLU()], (2, 8, 9)),
     "padded": (lambda: [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU()], (2, 8, 9)),
@@ -268,6 +298,44 @@ def test_the_transposed_convolution_is_the_convolutions_transpose() -> None:
 def test_pre_activation_codes_have_linear_inverses() -> None:
     chain = Chain(mlp(6, 5, 4, 3))
     assert type(mirror(chain[0], chain[1])) is nn.Linear
+
+
+class _Scaled(nn.Module):
+    """`size tanh(z)`: an activation of a user's own, with an argument that has no default."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.size * torch.tanh(z)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.Hardtanh(0.0, 3.0), nn.LeakyReLU(0.3), nn.Softplus(2.0, 1.0), nn.GELU("tanh"), _Scaled(2.0), nn.ReLU6()],
+    ids=lambda activation: type(activation).__name__,
+)
+def test_an_inverse_ends_in_the_codes_own_nonlinearity(activation: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        activations._FACTORIES,
+        _Scaled,
+        lambda m: activations.Activation(m.forward, lambda z, a: m.size - a * a / m.size, needs_input=False),
+    )
+    model = nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    rule = DifferenceTargetProp(model, CE)
+    inverse: Any = rule.credit.inverses["2"]
+    h = 5 * torch.randn(40, 4, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(inverse(h), activation(inverse.inverse(h)))
+    assert inverse.activation is not activation
+    rule.step(*blobs(9, dtype=torch.float64))
+
+
+def test_an_inverse_keeps_a_units_target_rule() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), Sign("hinge"), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    inverse: Any = mirror(*list(Chain(model, ["1", "3"]))[:2])
+    assert repr(inverse.activation) == repr(Sign("hinge")) != repr(Sign())
 
 
 @pytest.mark.parametrize(
@@ -349,6 +417,25 @@ def test_inverses_follow_seed_dtype_and_leave_the_global_state() -> None:
         weights.append(p.detach().double())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("training", ["interleaved", "epoch"])
+def test_a_model_that_was_converted_without_its_inverses_is_named(training: str) -> None:
+    model = mlp(6, 8, 7, 3, activation="tanh")
+    rule = DifferenceTargetProp(model, CE, inverse_training=training)
+    model.double()
+    x, y = blobs(9, dtype=torch.float64)
+    before = rule_state(rule)
+    use = rule.step if training == "interleaved" else (lambda x, y: rule.begin_epoch([(x, y)]))
+    with pytest.raises(
+        ValueError,
+        match=r"The inverse of stage '2' has weights of torch\.float32 on cpu, the stage sends torch\.float64 on cpu",
+    ):
+        use(x, y)
+    assert equal(before, rule_state(rule))
+    rule = DifferenceTargetProp(model, CE, inverse=lambda below, stage: nn.Linear(5, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # another reason
+        rule.step(x, y)
 
 
 def test_autocast_leaves_differences_whole() -> None:

@@ -20,13 +20,14 @@ Cuts = str | Sequence[str] | Sequence[nn.Module]
 """Where stages end: `"linear"`, `"block"`, the names of the modules that end a stage, or the blocks themselves."""
 
 _AFFINE = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-_NORMS = (
+NORMS = (
     nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
     nn.RMSNorm,
 )
+"""Layers that normalise: their weights stand for no map of their own."""
 _PLACE_HOLDERS = (nn.Flatten, nn.Unflatten, nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -212,7 +213,7 @@ def _cut(model: nn.Module, cuts: Cuts) -> list[list[Named]]:
     if isinstance(cuts, str):
         if cuts not in ("linear", "block"):
             raise ValueError(f"cuts must be 'linear', 'block', a list of names or a list of modules, got {cuts!r}.")
-        return _runs(_flatten(model, deep=cuts == "linear"), one_affine=cuts == "linear")
+        return _runs(flatten(model, deep=cuts == "linear"), one_affine=cuts == "linear")
     if not cuts:
         raise ValueError("cuts is an empty list; name the modules that end a stage, or give the blocks.")
     if all(isinstance(c, nn.Module) for c in cuts):
@@ -220,11 +221,21 @@ def _cut(model: nn.Module, cuts: Cuts) -> list[list[Named]]:
         blocks = [(names.get(c, f"cuts[{i}]"), c) for i, c in enumerate(cuts) if isinstance(c, nn.Module)]
         return _runs(blocks, one_affine=False)
     if all(isinstance(c, str) for c in cuts):
-        return _named_runs(_flatten(model, deep=True), [str(c) for c in cuts])
+        return _named_runs(flatten(model, deep=True), [str(c) for c in cuts])
     raise TypeError("cuts must be a list of names or a list of modules, not a mixture.")
 
 
-def _flatten(model: nn.Module, *, deep: bool, prefix: str = "") -> list[Named]:
+def flatten(model: nn.Module, *, deep: bool, prefix: str = "") -> list[Named]:
+    """Return the modules of an `nn.Sequential` in order, with their dotted names, as a chain cuts them.
+
+    Args:
+        model: the Sequential.
+        deep: whether Sequentials inside it are taken apart, too; those with hooks or a forward pass of their own never are.
+        prefix: put before every name.
+
+    Raises:
+        UnsupportedModelError: if `model` is none, or has hooks or a forward pass of its own.
+    """
     if not _is_plain_sequential(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has a forward pass of its own and cannot be cut. Pass an nn.Sequential (its blocks may "
@@ -236,7 +247,7 @@ def _flatten(model: nn.Module, *, deep: bool, prefix: str = "") -> list[Named]:
             continue
         dotted = f"{prefix}{name}"
         if deep and _is_plain_sequential(child):
-            found += _flatten(child, deep=True, prefix=dotted + ".")
+            found += flatten(child, deep=True, prefix=dotted + ".")
         else:
             found.append((dotted, child))
     return found
@@ -261,11 +272,11 @@ def _runs(modules: list[Named], *, one_affine: bool) -> list[list[Named]]:
                 f"{type(module).__name__} at {name!r} has no forward pass; put its modules into the Sequential themselves."
             )
         if not any(True for _ in module.parameters()):
-            if one_affine and isinstance(module, _NORMS) and runs and not pending:
+            if one_affine and isinstance(module, NORMS) and runs and not pending:
                 runs[-1].append((name, module))  # a norm without weights of its own
             else:
                 pending.append((name, module))
-        elif isinstance(module, _NORMS):
+        elif isinstance(module, NORMS):
             if one_affine and runs and not pending and isinstance(runs[-1][-1][1], _AFFINE):
                 runs[-1].append((name, module))
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,31 @@ class Credit(abc.ABC):
         """Yield an assignment for every stage from the last down to `trace.lowest`.
 
         `loss.cotangent` is the gradient of each sample's loss at `trace.output`; `trace[i](delta)` pulls a delta through
-        stage i, `trace[i].push(tangent)` sends a tangent up, `trace.take(i)` is `trace[i]` used for the last time.
+        stage i, `trace[i].push(tangent)` sends a tangent up, `trace.take(i)` is `trace[i]` used for the last time. Where
+        each wish follows from the one above, `top_down` is all but the formula.
         """
+
+    @staticmethod
+    def top_down(
+        trace: Trace, loss: LossPoint, below: Callable[[int, Pullback, Tensor], Tensor]
+    ) -> Iterator[Assignment]:
+        """Yield an assignment for every stage from the last down, each stage's memory free for whoever takes it.
+
+        Args:
+            trace: the forward pass.
+            loss: the loss at its output; the last stage's wish is minus its gradient.
+            below: `below(index, pullback, wish)` returns the wish at a stage's input, shape of the input, for the wish at its
+                output; asked once a stage, last stage first, and not for the lowest, whose input moves for nobody.
+        """
+        top = len(trace.pullbacks) - 1
+        wish = loss.cotangent.neg()
+        for index in range(top, trace.lowest, -1):
+            delta = below(index, trace[index], wish)
+            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
+            wish = delta
+            del delta
+        # The lowest stage may be the last one, too, when all others are frozen.
+        yield Assignment(trace.lowest, trace.take(trace.lowest), wish, None, loss if trace.lowest == top else None)
 
     def learn(self, trace: Trace, scale: float) -> None:
         """Add this batch's part, times `scale`, to the `.grad` of the credit's own weights; called before `assign`."""

@@ -124,28 +124,26 @@ class Codes(Credit):
         if self.solver is code_solvers.line_search and not self.l1 and trace.lowest < top and trace.is_closed_form:
             yield from self._line_search(trace, loss)
             return
-        delta = loss.cotangent.neg()
-        for index in range(top, trace.lowest, -1):
-            stage = trace[index]
-            self._sweep_inside(stage, delta)
+
+        def below(index: int, pullback: Pullback, wish: Tensor) -> Tensor:
+            self._sweep_inside(pullback, wish)
             problem = CodeProblem(
-                stage=stage,
-                wish=delta,
-                gradient=stage(delta),
+                stage=pullback,
+                wish=wish,
+                gradient=pullback(wish),
                 damping=self.mu if index == top else self.damping,
                 loss=loss if index == top else None,
                 mu=self.mu,
                 normalize=self.normalize,
             )
-            below = self.solver(problem)
-            if self.l1:
-                below = _soft_threshold(stage.input, below, self.l1)
-            wish, delta = delta, below
-            del stage, problem, below  # nothing here holds the stage once the caller is done with it
-            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
-        self._sweep_inside(trace[trace.lowest], delta)
-        # The lowest stage's input moves for nobody; it may be the last stage, too, when all others are frozen.
-        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+            delta = self.solver(problem)
+            return _soft_threshold(pullback.input, delta, self.l1) if self.l1 else delta
+
+        for assignment in self.top_down(trace, loss, below):
+            if assignment.input_delta is None:  # the lowest stage, whose input nobody asked for
+                self._sweep_inside(assignment.pullback, assignment.delta)
+            yield assignment
+            del assignment  # nothing here holds the stage once the caller is done with it
 
     def _sweep_inside(self, pullback: Pullback, wish: Tensor) -> None:
         """Give the codes inside a recurrent stage their deltas, one for each time step."""

@@ -25,19 +25,25 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.block import BlockPullback, BlockStage
-from beyondprop.chain import Chain, Trace
+from beyondprop.chain import NORMS, Chain, Trace
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.losses import LossPoint
+from beyondprop.nn import ElmanCell, Positions, Recurrent
 from beyondprop.stage import Pullback, Stage
 from beyondprop.transport import counterpart
+
+_NO_MAPS = (*NORMS, nn.Embedding, Positions)
+_LAYERS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_CELLS = (ElmanCell, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 class FeedbackAlignment(Credit):
     """Wishes go down through fixed random tensors instead of the weights; slopes are those of the forward pass.
 
-    Every weight of two or more dimensions above the first stage has a feedback tensor of its shape, normally distributed. A
-    block (attention, recurrence, BatchNorm, a residual block) sends wishes through the feedback of all its weights and keeps
-    its skips, which have no weights.
+    Every weight of two or more dimensions that wishes go through has a feedback tensor of its shape, normally distributed:
+    all but those that only the network's input meets (the first layer; in a recurrent one its input weights), embeddings,
+    and the gains of normalisations, which are no map between units. A block (attention, recurrence, BatchNorm, a residual
+    block), be it the first stage, sends wishes through the feedback of its weights and keeps its skips, which have none.
 
     Args:
         scale: > 0; standard deviation of the feedback, in units of the root mean square of the weights when the rule is
@@ -69,8 +75,9 @@ class FeedbackAlignment(Credit):
         names = {p: name for name, p in chain.model.named_parameters()}
         for index, stage in enumerate(chain):
             generator = _generator(self.seed, index)
-            for number, weight in enumerate(stage.parameters if index else ()):
-                if weight.ndim >= 2:
+            aside = _never_crossed(stage) | (set() if index else _met_by_data_alone(stage))
+            for number, weight in enumerate(stage.parameters):
+                if weight.ndim >= 2 and weight not in aside:
                     name = names.get(weight, f"{stage.name}.{number}")  # a block may have what the model does not list
                     self._homes[name] = stage, weight
                     drawn = _normal(weight.shape, self.scale * _size(weight), generator)
@@ -83,13 +90,7 @@ class FeedbackAlignment(Credit):
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
-        top = len(trace.pullbacks) - 1
-        delta = loss.cotangent.neg()
-        for index in range(top, trace.lowest, -1):
-            wish, delta = delta, trace[index](delta)
-            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
-            del wish
-        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+        return self.top_down(trace, loss, lambda index, pullback, wish: pullback(wish))
 
     def state_dict(self) -> dict[str, object]:
         """Return the feedback."""
@@ -150,14 +151,12 @@ class DirectFeedbackAlignment(Credit):
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
-        top = len(trace.pullbacks) - 1
-        delta = loss.cotangent.neg()
-        error = delta.flatten(1)
-        for index in range(top, trace.lowest, -1):
-            wish, delta = delta, self._below(index, trace[index], error)
-            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
-            del wish
-        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+        error = loss.cotangent.neg().flatten(1)
+        return self.top_down(trace, loss, lambda index, pullback, wish: self._below(index, pullback, error))
+
+    @property
+    def _shapes(self) -> dict[str, list[list[int]]]:
+        return {stage.name: [list(p.shape) for p in stage.parameters] for stage in self._stages}
 
     def _below(self, index: int, pullback: Pullback, error: Tensor) -> Tensor:
         """Return the wish at the input of a stage."""
@@ -196,8 +195,8 @@ class DirectFeedbackAlignment(Credit):
         self._drawn.clear()
 
     def state_dict(self) -> dict[str, object]:
-        """Return the matrices; none before the first batch."""
-        return {"feedback": dict(self.feedback)}
+        """Return the matrices, none before the first batch, and what network they are for."""
+        return {"feedback": dict(self.feedback), "weights": self._shapes}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore what `state_dict` returned.
@@ -208,6 +207,9 @@ class DirectFeedbackAlignment(Credit):
         saved: Any = state["feedback"]
         known = {stage.name for stage in self._stages[:-1]}
         _check_saved(saved, {name: saved[name].shape for name in saved if name in known})
+        weights, own = state.get("weights", self._shapes), self._shapes
+        if weights != own:
+            raise ValueError(f"This state holds feedback for weights of {weights}, this network has {own}.")
         self.feedback = {name: matrix.detach().clone() for name, matrix in saved.items()}
         self._drawn.clear()
 
@@ -222,6 +224,22 @@ def _head(stage: Stage) -> BlockStage | None:
         )
     )
     return BlockStage(stage.name, head) if head else None
+
+
+def _never_crossed(stage: Stage) -> set[nn.Parameter]:
+    """Return the weights of a stage that scale, shift or are looked up: no wish goes down through them."""
+    leaves = [m for module in stage.modules for m in module.modules()]
+    return {p for m in leaves if isinstance(m, _NO_MAPS) for p in m.parameters(recurse=False)}
+
+
+def _met_by_data_alone(stage: Stage) -> set[nn.Parameter]:
+    """Return the weights of the first stage's first layer, where it is known that they meet the network's input alone."""
+    first: Any = next(m for m in stage.modules if any(True for _ in m.parameters()))
+    if isinstance(first, Recurrent) and type(first.cell) in _CELLS:
+        return {first.cell.weight_ih}
+    own = set(first.parameters())
+    is_shared = sum(not own.isdisjoint(m.parameters()) for m in stage.modules) > 1
+    return own if type(first).forward in _LAYERS and not is_shared else set()
 
 
 def _bind_once(credit: Credit, is_bound: bool) -> None:

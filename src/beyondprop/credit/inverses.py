@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop.activations import closed_form
+from beyondprop.chain import NORMS
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.stage import Stage
 
@@ -20,11 +22,10 @@ _CONVS: dict[type[nn.Module], tuple[Callable[..., nn.Module], str]] = {
     nn.Conv2d: (nn.ConvTranspose2d, "bilinear"),
     nn.Conv3d: (nn.ConvTranspose3d, "trilinear"),
 }
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
 
 def mirror(below: Stage, stage: Stage) -> nn.Module:
-    """Return one Linear or transposed convolution, then the nonlinearity that the stage's input went through.
+    """Return one Linear or transposed convolution, then a copy of the nonlinearity that the stage's input went through.
 
     Weights start orthogonal, biases at 0. A convolution's pooling is undone by interpolation. The nonlinearity is the last
     one of the stage below where its output is what came out of it (pooling and dropout may follow), none where codes are
@@ -37,7 +38,7 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
     Raises:
         UnsupportedModelError: if the stage has another form; the message names it and the way out.
     """
-    carriers = [m for m in stage.modules if any(True for _ in m.parameters()) and not isinstance(m, _NORMS)]
+    carriers = [m for m in stage.modules if any(True for _ in m.parameters()) and not isinstance(m, NORMS)]
     affine = carriers[0] if len(carriers) == 1 else None
     if type(affine) is nn.Linear:
         inverse: nn.Module = nn.Linear(affine.out_features, affine.in_features)
@@ -52,7 +53,7 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
             "inverse=factory, where factory(below, stage) returns a module from the stage's output to its input."
         )
     activation = _last_activation(below)
-    return inverse if activation is None else _Sequence(inverse, type(activation)(**_settings(activation)))
+    return inverse if activation is None else _Sequence(inverse, copy.deepcopy(activation))
 
 
 class TransposedConvolution(nn.Module):
@@ -119,8 +120,3 @@ def _last_activation(stage: Stage) -> nn.Module | None:
         if any(True for _ in module.parameters()):
             return None
     return None
-
-
-def _settings(activation: nn.Module) -> dict[str, object]:
-    names = ("negative_slope", "beta", "threshold", "approximate")
-    return {name: getattr(activation, name) for name in names if hasattr(activation, name)}

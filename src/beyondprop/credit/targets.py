@@ -128,13 +128,11 @@ class TargetPropagation(Credit):
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
         top = len(trace.pullbacks) - 1
-        delta = loss.cotangent.neg()
-        for index in range(top, trace.lowest, -1):
-            pullback, wish = trace[index], delta
-            delta = pullback(wish).mul_(self.step_size) if index == top else self._below(index, pullback, wish)
-            del pullback
-            yield Assignment(index, trace.take(index), wish, delta, loss if index == top else None)
-        yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, loss if trace.lowest == top else None)
+
+        def below(index: int, pullback: Pullback, wish: Tensor) -> Tensor:
+            return pullback(wish).mul_(self.step_size) if index == top else self._below(index, pullback, wish)
+
+        return self.top_down(trace, loss, below)
 
     def _below(self, index: int, pullback: Pullback, delta: Tensor) -> Tensor:
         """Return the wish at a hidden stage's input."""
@@ -143,9 +141,19 @@ class TargetPropagation(Credit):
 
     def _invert(self, index: int, h: Tensor, like: Tensor) -> Tensor:
         name = self._names[index]
-        # Differences of inverses are small: whole precision also under autocast.
-        with torch.autocast(h.device.type, enabled=False):
-            found = apply(self.inverses[name], h, tuple(like.shape[2:]))
+        inverse = self.inverses[name]
+        try:
+            # Differences of inverses are small: whole precision also under autocast.
+            with torch.autocast(h.device.type, enabled=False):
+                found = apply(inverse, h, tuple(like.shape[2:]))
+        except RuntimeError as error:
+            kinds = {f"{p.dtype} on {p.device}" for p in inverse.parameters()}
+            if kinds <= {f"{h.dtype} on {h.device}"}:
+                raise
+            raise ValueError(
+                f"The inverse of stage {name!r} has weights of {' and '.join(sorted(kinds))}, the stage sends {h.dtype} on "
+                f"{h.device}: convert the model before the rule is built, and move both with rule.to(device)."
+            ) from error
         if not isinstance(found, Tensor) or found.shape[:1] != like.shape[:1] or found.numel() != like.numel():
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UnsupportedModelError(

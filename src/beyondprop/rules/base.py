@@ -24,7 +24,7 @@ class StepResult:
         loss: task loss before the update, 0-d.
         output: the model's output before the update.
         energy: relaxed objective after the credit was assigned, 0-d, where the rule has one and diagnostics were asked
-            for; before it, the relaxed objective is `loss`.
+            for; before it, the relaxed objective is `loss`, in an offline rule's first step its output loss.
         stages: per stage, named 0-d tensors; filled where diagnostics were asked for.
     """
 

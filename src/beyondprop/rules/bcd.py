@@ -17,6 +17,8 @@ Order of a sweep, as in the published code: V_N; then from the last layer to the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,7 @@ class BCD(OfflineRule):
 
     @classmethod
     def paper(
-        cls, model: nn.Module, loss: LossFunction, *, generator: torch.Generator | None = None, **changes: float
+        cls, model: nn.Module, loss: LossFunction, *, generator: torch.Generator | None = None, **changes: Any
     ) -> BCD:
         """Return the published settings for three hidden layers of 1500 units, with the published initial weights.
 
@@ -86,9 +88,9 @@ class BCD(OfflineRule):
             model: as for `BCD`; its weights are overwritten.
             loss: reported.
             generator: where the weights come from; default: torch's global one.
-            **changes: other values of gamma, rho and alpha.
+            **changes: other values of output_loss, gamma, rho and alpha.
         """
-        rule = cls(model, loss, output_loss="squared", **changes)
+        rule = cls(model, loss, **{"output_loss": "squared", **changes})
         with torch.no_grad():
             for layer in rule.layers:
                 layer.weight.normal_(0.0, 0.01, generator=generator)

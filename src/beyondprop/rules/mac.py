@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
+from beyondprop.errors import NonFiniteError
 from beyondprop.losses import LossFunction
 from beyondprop.rules._layers import Weights, empty_codes, nested, rows
 from beyondprop.rules.offline import OfflineRule, OfflineState
@@ -114,14 +115,29 @@ class MAC(OfflineRule):
             x: all inputs `(N, ...)`.
             y: all targets.
             steps: of `solvers.layer_fits.fit_output`.
+
+        Raises:
+            ValueError: if the output layer is frozen, the batch is empty, or `x` and `y` do not fit each other or the model.
+            NonFiniteError: if a NaN or Inf appears; the weights are as before.
         """
-        layer, features = self.layers[-1], self._features(x)
-        pre = empty_codes(self.layers, features)
-        nested(self.layers, self._weights, features, pre)
-        post = [above.features(u) for above, u in zip(self.layers[1:], pre, strict=False)]
-        chunks = partial(self._chunks, len(post), features, self._targets(y, features), post)
-        with self.solving(layer):
-            weight, bias = fit_output(chunks, *layer.now, self.output_loss, steps=steps, damping=self.damping)
+        _checks.batch(x, y)
+        self.check_input(x)
+        layer = self.layers[-1]
+        if not layer.trains:
+            raise ValueError(f"The output layer {layer.name!r} requires no gradient, so that there is nothing to fit.")
+        with torch.autocast(x.device.type, enabled=False):
+            features = self._features(x)
+            targets = self._targets(y, features)
+            if where := self.locate_nonfinite(x, y):
+                raise _not_refitted(where)
+            pre = empty_codes(self.layers, features)
+            nested(self.layers, self._weights, features, pre)
+            post = [above.features(u) for above, u in zip(self.layers[1:], pre, strict=False)]
+            chunks = partial(self._chunks, len(post), features, targets, post)
+            with self.solving(layer):
+                weight, bias = fit_output(chunks, *layer.now, self.output_loss, steps=steps, damping=self.damping)
+        if not all(bool(found.isfinite().all()) for found in (weight, bias) if found is not None):
+            raise _not_refitted(layer.name)
         layer.weight.copy_(weight)
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
@@ -196,3 +212,10 @@ class MAC(OfflineRule):
                 "nested_gap": (code - z).norm() / size,
             }
         return found
+
+
+def _not_refitted(where: str) -> NonFiniteError:
+    what = where if where in ("x", "y") else f"Stage {where!r}"
+    return NonFiniteError(
+        f"{what} is not finite in the refit of the output layer. No weight was changed. Check the inputs.", where=where
+    )

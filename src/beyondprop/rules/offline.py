@@ -1,9 +1,11 @@
 """What methods share that keep auxiliary variables ("codes") for a whole data set: one step is one sweep over all its rows.
 
 A rule of this kind owns codes for one data set. The first `step(x, y)` makes them by a forward pass, so that at the start
-the relaxed objective is the network's own loss; every later step must bring the same rows. Weights are written in place in
-the user's model, whole or not at all: a sweep computes new weights and new codes beside the old ones, all are checked, then
-written.
+the relaxed objective is the mean of the rule's `output_loss` over the network's own outputs; every later step must bring the
+same rows. That loss sums over a row's outputs: cross-entropy is `nn.CrossEntropyLoss`, the squared one `|z - y|^2 / 2` is d/2
+times `nn.MSELoss` on d outputs; the penalties' weights (mu, gamma, rho, beta) are relative to it. Weights are written in place
+in the user's model, whole or not at all: a sweep computes new weights and new codes beside the old ones, all are checked,
+then written.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from beyondprop import _checks
 from beyondprop.activations import closed_form
 from beyondprop.affine import AffineStage
 from beyondprop.chain import Chain
@@ -126,10 +129,17 @@ class OfflineRule(LearningRule):
         Args:
             x: all inputs `(N, ...)`.
             y: all targets `(N, ...)`.
+
+        Raises:
+            ValueError: if there are no rows, `x` and `y` differ in length, or they do not fit the model.
         """
+        _checks.batch(x, y)
+        self.check_input(x)
+        with torch.autocast(x.device.type, enabled=False):
+            features = self._features(x)
+            state = self.initial(features, self._targets(y, features))
         self._forget()
-        features = self._enter(x, y)
-        self._state = self.initial(features, self._targets(y, features))
+        self._state = state
         self._remember(x, y)
 
     @torch.no_grad()
@@ -141,10 +151,14 @@ class OfflineRule(LearningRule):
 
         Args:
             x: the inputs that the rule was trained on.
+
+        Raises:
+            ValueError: if there are no codes yet, or those that there are belong to other rows.
         """
         if self._state is None:
             raise ValueError("There are no codes yet; call start(x, y) or step(x, y) first.")
-        return self._measure(self._features(x), self._state, self._weights)
+        self.check_input(x)
+        return self._measure(self._enter(x), self._state, self._weights)
 
     @torch.no_grad()
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
@@ -232,10 +246,18 @@ class OfflineRule(LearningRule):
             "codes": None if state is None else {name: list(codes) for name, codes in state.codes.items()},
             "numbers": None if state is None else dict(state.numbers),
             "data": [{"shape": list(f.shape), "rows": f.rows} for f in self._data],
+            "layers": self._shapes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `LearningRule.load_state_dict`; codes go to the model's device."""
+        """See `LearningRule.load_state_dict`; codes go to the model's device.
+
+        Raises:
+            ValueError: if it comes from another kind of rule, or from a network of other layers.
+        """
+        saved, own = state.get("layers", self._shapes), self._shapes
+        if saved != own:
+            raise ValueError(f"This state is of a network with weights of {saved}; this one has {own}.")
         super().load_state_dict(state)
         device = self.layers[0].weight.device
         self._forget()
@@ -301,16 +323,20 @@ class OfflineRule(LearningRule):
         return value
 
     @property
+    def _shapes(self) -> list[list[int]]:
+        return [list(layer.weight.shape) for layer in self.layers]
+
+    @property
     def _weights(self) -> list[Weights]:
         return [layer.now for layer in self.layers]
 
     def _targets(self, y: Tensor, features: Tensor) -> Tensor:
         return self.output_loss.targets(y, self.layers[-1].weight.shape[0], features)
 
-    def _enter(self, x: Tensor, y: Tensor) -> Tensor:
+    def _enter(self, x: Tensor, *y: Tensor) -> Tensor:
         """Return the features, after a look at whether the data is the codes' own."""
         features = self._features(x)
-        if self._data and not self._is_known(x, y):
+        if self._data and not all(self._is_known(index, values) for index, values in enumerate((x, *y))):
             then, now = tuple(self._data[0].shape), tuple(x.shape)
             what = f"shape {then} then, {now} now" if then != now else "other rows, or another order"
             raise ValueError(
@@ -318,16 +344,22 @@ class OfflineRule(LearningRule):
                 "Every step takes the whole set: no mini-batches, no shuffling. For other data call start(x, y), which "
                 "forgets the codes and keeps the weights, or use an online rule such as AltMin."
             )
+        code = features if self._state is None else next(iter(self._state.codes.values()))[0]
+        if (code.dtype, code.device) != (features.dtype, features.device):
+            raise ValueError(
+                f"The codes are {code.dtype} on {code.device}, x and the weights {features.dtype} on {features.device}: call "
+                "start(x, y), which makes new codes, or move model and codes to a device with rule.to."
+            )
         return features
 
-    def _is_known(self, x: Tensor, y: Tensor) -> bool:
-        if all(ref is not None and ref() is new for ref, new in zip(self._seen, (x, y), strict=True)) and (
-            self._versions == (x._version, y._version)
-        ):
+    def _is_known(self, index: int, values: Tensor) -> bool:
+        """Return whether these are the inputs (0) or the targets (1) of the codes' data set."""
+        seen = self._seen[index]
+        if seen is not None and seen() is values and self._versions[index] == values._version:
             return True
-        if x.is_floating_point() and not bool(x.isfinite().all()):
-            return list(x.shape) == self._data[0].shape  # the finite check will name it
-        return all(known.equals(_Fingerprint.of(new)) for known, new in zip(self._data, (x, y), strict=True))
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            return list(values.shape) == self._data[index].shape  # the finite check will name it
+        return self._data[index].equals(_Fingerprint.of(values))
 
     def _remember(self, x: Tensor, y: Tensor) -> None:
         if not self._data:

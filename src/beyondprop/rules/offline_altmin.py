@@ -92,8 +92,7 @@ class OfflineAltMin(OfflineRule):
         for index, (layer, own) in enumerate(zip(self.layers, moments, strict=False)):
             if layer.trains:
                 with self.solving(layer):
-                    alpha = self.damping * max(own.mean_square(), 1e-30)  # inputs may all be 0
-                    weight, bias = own.proximal(*weights[index], alpha=alpha)
+                    weight, bias = own.proximal(*weights[index], alpha=self.damping * own.mean_square())
                 weights[index] = weight.to(features.dtype), None if bias is None else bias.to(features.dtype)
         if self.layers[-1].trains:
             weights[-1] = self._fit_output(features, targets, pre, weights[-1])

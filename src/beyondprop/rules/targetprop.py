@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.chain import Cuts
+from beyondprop.chain import NORMS, Cuts, flatten
 from beyondprop.credit.inverses import InverseFactory, mirror
 from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
 from beyondprop.errors import NonFiniteError
@@ -101,7 +101,7 @@ class DifferenceTargetProp(LocalRule):
         )
         solver = weight_solver if isinstance(weight_solver, Solver) else Descent(weight_solver)
         if cuts == "activation":
-            cuts = activation_cuts(model) if isinstance(model, nn.Sequential) else "linear"  # which says what to do
+            cuts = activation_cuts(model)
         super().__init__(model, loss, credit, solver, cuts=cuts, nonfinite=nonfinite)
         self.inverse_training = inverse_training
         self.teaches_credit = inverse_training == "interleaved" and bool(credit.optimizers)
@@ -184,6 +184,9 @@ def discrete_network(widths: Sequence[int] = (784, 500, 500, 10)) -> nn.Sequenti
 
     Args:
         widths: of the input, the hidden layers and the output; 3 or more.
+
+    Raises:
+        ValueError: if there are fewer.
     """
     if len(widths) < 3:
         raise ValueError(f"widths must have an input, hidden layers and an output, got {tuple(widths)}.")
@@ -199,17 +202,19 @@ def discrete_network(widths: Sequence[int] = (784, 500, 500, 10)) -> nn.Sequenti
     return model
 
 
-def activation_cuts(model: nn.Sequential) -> list[str]:
+def activation_cuts(model: nn.Module) -> list[str]:
     """Return the names of the modules that end a stage if every stage ends after its nonlinearity.
 
     A stage takes, after its weights, all that has none, up to its last nonlinearity or pooling; dropout, reshapes and `Sign`
     after that belong to the stage above, so that codes are what the nonlinearity sent.
+
+    Raises:
+        UnsupportedModelError: if the model is no `nn.Sequential`; the message has the way out.
     """
-    named = _flattened(model)
     ends: list[str] = []
     end: str | None = None
-    for name, module in named:
-        is_norm = isinstance(module, _NORMS)
+    for name, module in flatten(model, deep=True):
+        is_norm = isinstance(module, NORMS)
         if any(True for _ in module.parameters()) and not is_norm:
             ends += [end] if end is not None else []
             end = name
@@ -218,18 +223,7 @@ def activation_cuts(model: nn.Sequential) -> list[str]:
     return ends if end is None else [*ends, end]
 
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _STAY_ABOVE = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, Threshold)
-
-
-def _flattened(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in model._modules.items():
-        if type(child) is nn.Sequential:
-            found += _flattened(child, f"{prefix}{name}.")
-        elif child is not None:
-            found.append((prefix + name, child))
-    return found
 
 
 def _discrete_inverse(below: Stage, stage: Stage) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from beyondprop import _checks
 from beyondprop.activations import Activation
-from beyondprop.solvers.least_squares import Moments
+from beyondprop.solvers.least_squares import Moments, add_ridge
 from beyondprop.solvers.row_losses import RowLoss
 
 Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -36,7 +36,12 @@ def fit_output(
         bias: old b `(out,)`, or None.
         loss: the loss; its bound on the curvature must be > 0.
         steps: >= 1.
-        damping: > 0, as a share of the Gram matrix's mean diagonal, on the distance to the old weights.
+        damping: > 0, as a share of the Gram matrix's mean diagonal, on the distance to the old weights; where all inputs
+            are 0, the weights stay.
+
+    Raises:
+        ValueError: if an argument is out of its range; the message has the range.
+        LinAlgError: if the inputs' moments are not finite, or too close to singular for the damping.
     """
     _checks.at_least("steps", steps, 1)
     inverse = _InverseGram(chunks, weight, bias is not None, damping)
@@ -64,6 +69,10 @@ def fit_units(
         activation: f, or None for the identity.
         steps: >= 1.
         damping: > 0, as for `fit_output`.
+
+    Raises:
+        ValueError: if an argument is out of its range; the message has the range.
+        LinAlgError: if the inputs' moments are not finite, or too close to singular for the damping.
     """
     _checks.at_least("steps", steps, 1)
     inverse = _InverseGram(chunks, weight, bias is not None, damping)
@@ -128,7 +137,7 @@ class _InverseGram:
         for inputs, _ in chunks():
             moments.add_inputs(inputs)
         gram = moments.input_gram(bias=bias)
-        gram.diagonal().add_(damping * float(gram.diagonal().mean()))
+        add_ridge(gram, damping)
         self.factor = torch.linalg.cholesky(gram)
 
     def zeros(self) -> Tensor:

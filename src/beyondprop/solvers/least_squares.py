@@ -10,6 +10,7 @@ from torch import Tensor
 from beyondprop import _checks
 
 _BLOCK = 384  # columns: blocks below the diagonal of a symmetric product are not computed twice
+_LEAST = 1e-30  # far below what any inputs that are not all 0 give
 
 
 class Moments:
@@ -62,30 +63,29 @@ class Moments:
     def mean_square(self) -> float:
         """Return the inputs' mean second moment, summed over the rows: what shares of damping are of.
 
+        Where all inputs are 0 it is a tiny number, so that the share of it is a damping and weights stay or vanish.
+
         Raises:
             LinAlgError: if it is not finite.
         """
-        value = float(self.gram.diagonal().mean())
-        if not math.isfinite(value):
-            raise torch.linalg.LinAlgError("The inputs' second moments are not finite.")  # pyright: ignore[reportPrivateImportUsage]
-        return value
+        return _size(self.gram)
 
     def solve(self, damping: float, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the least-squares fit, `(out, in)` and `(out,)` in float64.
 
         Args:
             damping: >= 0, ridge on weights and bias as a share of the moments' mean diagonal; 0 is the pseudo-inverse,
-                singular values of the inputs below 1e-6 of the largest taken for 0.
+                singular values of the inputs below 1e-6 of the largest taken for 0. Inputs that are all 0 get weights of 0.
             bias: whether there is one.
 
         Raises:
-            LinAlgError: if the moments are not finite, or all 0 where there is a damping.
+            LinAlgError: if the moments are not finite.
         """
         _checks.non_negative("damping", damping)
         gram, cross = self._augmented(bias)
         if damping == 0.0:
             return _split(cross @ torch.linalg.pinv(gram, rtol=1e-12, hermitian=True), bias)
-        gram.diagonal().add_(damping * float(gram.diagonal().mean()))
+        add_ridge(gram, damping)
         return _split(_solve(gram, cross), bias)
 
     def proximal(
@@ -145,6 +145,22 @@ class Moments:
     def _augmented(self, bias: bool) -> tuple[Tensor, Tensor]:
         cross = torch.cat([self.cross, self.target_sum.unsqueeze(1)], 1) if bias else self.cross
         return self.input_gram(bias=bias), cross
+
+
+def add_ridge(gram: Tensor, share: float) -> None:
+    """Add a share of the mean diagonal to the diagonal of a Gram matrix; a tiny number where that is 0.
+
+    Raises:
+        LinAlgError: if the diagonal is not finite.
+    """
+    gram.diagonal().add_(share * _size(gram))
+
+
+def _size(gram: Tensor) -> float:
+    value = float(gram.diagonal().mean())
+    if not math.isfinite(value):
+        raise torch.linalg.LinAlgError("The inputs' second moments are not finite.")  # pyright: ignore[reportPrivateImportUsage]
+    return max(value, _LEAST)  # a share of 0 would damp nothing
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
