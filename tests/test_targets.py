@@ -255,6 +255,13 @@ CONVS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
 }
 
 
+def test_a_code_behind_a_norm_is_not_squashed_by_its_inverse() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+    below, stage = Chain(model, ["2"])
+    assert [type(m) for m in below.modules][-1] is nn.BatchNorm1d
+    assert isinstance(mirror(below, stage), nn.Linear)  # no tanh behind it: normalised codes go beyond 1
+
+
 @pytest.mark.parametrize("case", list(CONVS))
 def test_the_default_inverse_finds_the_inputs_shape(case: str) -> None:
     build, shape = CONVS[case]

@@ -117,6 +117,6 @@ def _last_activation(stage: Stage) -> nn.Module | None:
     for module in reversed(stage.modules):
         if closed_form(module) is not None:
             return module
-        if any(True for _ in module.parameters()):
+        if isinstance(module, NORMS) or any(True for _ in module.parameters()):
             return None
     return None
