@@ -60,6 +60,10 @@ PIPELINES: dict[str, tuple[tuple[int, ...], Callable[[], list[Any]]]] = {
         (4, 6),
         lambda: [Residual(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)), after=nn.ReLU())],
     ),
+    "residual with batch norm": (
+        (4, 6),
+        lambda: [Residual(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 6)))],
+    ),
     "residual block": ((4, 2, 6, 6), lambda: [*list(_block(2, 4, 2)), nn.Flatten()]),
     "residual without after": (
         (4, 3, 5, 5),
@@ -247,13 +251,28 @@ def test_a_frozen_part_of_a_norm_gets_no_gradient(frozen: str) -> None:
     assert getattr(norm, "bias" if frozen == "weight" else "weight").grad is not None
 
 
-def test_one_sample_is_not_normalised_over_the_batch() -> None:
-    stage, z = _stage("conv, batch norm")
-    with pytest.raises(ValueError, match="normalises over the batch in training mode, and the batch has 1 sample"):
+@pytest.mark.parametrize("kind", [PipelineStage, BlockStage])
+@pytest.mark.parametrize("name", ["batch norm in between", "batch norm without statistics", "residual with batch norm"])
+def test_a_channels_only_value_is_not_normalised_wherever_the_norm_is(name: str, kind: Any) -> None:
+    stage, z = _stage(name, kind)
+    buffers = [b for m in stage.modules for b in m.buffers()]
+    with pytest.raises(
+        ValueError, match=r"Stage 's' normalises over the batch.*1 value for each channel.*model.eval\(\)"
+    ):
         stage.record(z[:1])
-    for m in stage.modules:
-        m.eval()
-    assert stage.record(z[:1]).output.shape == (1, 3, 4, 4)
+    assert all(bool(b.isfinite().all()) for b in buffers)
+    if buffers:
+        for m in stage.modules:
+            m.eval()
+        assert stage.record(z[:1]).output.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [PipelineStage, BlockStage])
+@pytest.mark.parametrize("name", ["conv, batch norm", "residual block"])
+def test_one_image_is_normalised_over_its_positions(name: str, kind: Any) -> None:
+    stage, z = _stage(name, kind)
+    expected = copy.deepcopy(stage).forward(z[:1])
+    assert relative(stage.record(z[:1]).output, expected) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.binary import Threshold
-from beyondprop.stage import Pullback, Stage, add_to_gradient, check_normalized
+from beyondprop.stage import Pullback, Stage, add_to_gradient, too_few_values
 from beyondprop.transport import Transport, check_met, counterpart
 
 
@@ -49,9 +49,8 @@ class BlockStage(Stage):
 
         Raises:
             UnsupportedModelError: if the stage overwrites its input, mixes samples, or returns no tensor of the batch.
-            ValueError: if one sample is to be normalised over the batch.
+            ValueError: if a channel's only value is to be normalised over the batch.
         """
-        check_normalized(self.name, self.norms, z)
         state = _random_state(z.device) if self.is_stochastic else None
         pullback = BlockPullback(self, z, push, state)
         if not self._is_checked and z.shape[0] > 1 and z.is_floating_point():
@@ -80,6 +79,10 @@ class BlockStage(Stage):
         except RuntimeError as error:
             if "in-place operation" in str(error) or "modified inplace" in str(error):
                 raise _in_place(self.name) from error
+            raise
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):  # torch names no module
+                raise too_few_values(self.name) from error
             raise
         if z._version != version:
             raise _in_place(self.name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from beyondprop.activations import Activation, closed_form
 from beyondprop.affine import AffinePullback, AffineStage, is_modified, moves_batch
 from beyondprop.nn.residual import Residual, Shortcut
-from beyondprop.stage import Stage, add_to_gradient
+from beyondprop.stage import Stage, add_to_gradient, too_few_values
 
 _aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ class Operation(abc.ABC):
         self.module = module
 
     def share(self, stage: Stage) -> None:
-        """Take part in the feedback of the stage that the operation belongs to."""
+        """Know the stage that the operation belongs to: its name and its feedback."""
         del stage
 
     @staticmethod
@@ -305,6 +305,10 @@ class _AdaptiveAveragePoolAt(Recorded):
 
 class _BatchNorm(Operation):
     has_weights = True
+    name = ""
+
+    def share(self, stage: Stage) -> None:
+        self.name = stage.name
 
     @property
     def couples_batch(self) -> bool:
@@ -313,6 +317,8 @@ class _BatchNorm(Operation):
     def record(self, z: Tensor, first: Any = None) -> Recorded:
         m = self.module
         m._check_input_dim(z)
+        if self.couples_batch and z.numel() == z.shape[1]:
+            raise too_few_values(self.name)
         statistics, share = (m.running_mean, m.running_var), m.momentum
         if m.training and m.track_running_stats:
             if first is None:

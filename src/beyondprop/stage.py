@@ -137,13 +137,12 @@ class Stage(abc.ABC):
         return f"{type(self).__name__}({self.name!r}: {' -> '.join(type(m).__name__ for m in self.modules)})"
 
 
-def check_normalized(name: str, modules: Sequence[nn.Module], z: Tensor) -> None:
-    """Raise `ValueError` if one sample is to be normalised over the batch."""
-    if z.shape[0] == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in modules):
-        raise ValueError(
-            f"Stage {name!r} normalises over the batch in training mode, and the batch has 1 sample: 2 or more are needed, or "
-            "model.eval()."
-        )
+def too_few_values(name: str) -> ValueError:
+    """Return the error for a batch that has one value for a channel, which cannot be normalised over the batch."""
+    return ValueError(
+        f"Stage {name!r} normalises over the batch in training mode, and the batch has 1 value for each channel: 2 or more "
+        "samples are needed, or model.eval()."
+    )
 
 
 def add_to_gradient(parameter: nn.Parameter, value: Tensor, factor: float) -> None:
