@@ -31,6 +31,19 @@ every_cell = pytest.mark.parametrize("cell", list(CELLS))
 every_output = pytest.mark.parametrize("outputs", ["last", "all"])
 
 
+class _Drawing(nn.Module):
+    """A cell with a mask and, where asked for, statistics of its own."""
+
+    def __init__(self, inputs: int, units: int, norm: bool) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size = inputs, units
+        self.inner, self.drop = nn.GRUCell(inputs, units), nn.Dropout(0.4)
+        self.norm = nn.BatchNorm1d(units) if norm else nn.Identity()
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.inner(x, self.drop(self.norm(state)))
+
+
 def _net(cell: str, outputs: str = "last") -> Any:
     torch.manual_seed(0)
     read: list[nn.Module] = [nn.Linear(HIDDEN, 4)]
@@ -206,6 +219,33 @@ def test_the_published_order_and_local_steps_serve_recurrent_stages(solver: str)
         losses = [float(rule.step(*_batch()).loss) for _ in range(30)]
         assert losses[-1] < 0.8 * losses[0]
         assert all(bool((v != start[k]).any()) for k, v in model.state_dict().items())
+
+
+@every_output
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_cells_masks_and_statistics_are_those_of_the_first_run(outputs: str, norm: bool) -> None:
+    torch.manual_seed(0)
+    layer = Recurrent(_Drawing(3, HIDDEN, norm), outputs).double()
+    stage = RecurrentStage("s", [("0", nn.Dropout(0.3)), ("1", layer)])
+    x, _ = _batch()
+    with torch.no_grad():
+        pullback = stage.record(x, push=True)
+        buffers, drawn = [b.clone() for b in layer.buffers()], torch.get_rng_state()
+        again = pullback.at(x)
+        assert relative(again.output, pullback.output) < 1e-14
+        v, u = torch.randn_like(again.output), torch.randn_like(x)
+        torch.set_rng_state(drawn)
+        assert relative(again(v), pullback(v)) < 1e-14
+        assert relative(again.push(u), pullback.push(u)) < 1e-12
+        pullback.sweep(torch.zeros_like(pullback.output))
+        assert not bool(pullback.violation(None).any())  # nothing moved
+        before = {p: p.clone() for p in stage.parameters}
+        assert not bool(pullback.relinearize(before)[1].any())
+        layer.cell.inner.weight_hh.add_(0.1)
+        fresh, change = pullback.relinearize(before)
+        assert relative(fresh.output - pullback.output, change) < 1e-14
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert all(torch.equal(b, c) for b, c in zip(buffers, layer.buffers(), strict=True))
 
 
 def test_frozen_parameters_stay_and_the_rest_trains() -> None:

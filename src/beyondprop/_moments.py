@@ -28,6 +28,10 @@ class Run(abc.ABC):
     states: list[Tensor]
 
     @abc.abstractmethod
+    def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
+        """Return what the cell makes of another input and state at `step`, under the masks of this run."""
+
+    @abc.abstractmethod
     def moment(self, step: int) -> Pullback:
         """Return `s_{step - 1} -> s_step` as a pullback, for code solvers."""
 
@@ -97,9 +101,9 @@ class ElmanMoments:
         self.cell = stage.layer.cell
         self.activation: Any = closed_form(self.cell.activation)
 
-    def unroll(self, x: Tensor, push: bool) -> ElmanRun:
+    def unroll(self, x: Tensor, push: bool, first: Run | None = None) -> ElmanRun:
         """Run the layer on a sequence `(N, T, input_size)`."""
-        del push
+        del push, first  # closed forms push at no extra cost, and an Elman cell draws nothing
         return ElmanRun(self, x)
 
 
@@ -116,6 +120,11 @@ class ElmanRun(Run):
             state = torch.addmm(driven, feature, cell.weight_hh.t())
             self.features.append(feature)
             self.states.append(state)
+
+    def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
+        """See `Run.advance`."""
+        del step
+        return self.moments.cell(x, state)
 
     def moment(self, step: int) -> ElmanMoment:
         """See `Run.moment`."""
@@ -191,26 +200,32 @@ class CellMoments(BlockStage):
         state, x = z.split([self.layer.state_size, self.layer.cell.input_size], 1)
         return self.layer.advance(x, state)
 
-    def unroll(self, x: Tensor, push: bool) -> CellRun:
-        """Run the layer on a sequence `(N, T, input_size)`."""
-        return CellRun(self, x, push)
+    def unroll(self, x: Tensor, push: bool, first: CellRun | None = None) -> CellRun:
+        """Run the layer on a sequence `(N, T, input_size)`; like `first`, a run of the same step, where there was one."""
+        return CellRun(self, x, push, first)
 
 
 class CellRun(Run):
     """Any cell at one sequence."""
 
-    def __init__(self, moments: CellMoments, x: Tensor, push: bool) -> None:
+    def __init__(self, moments: CellMoments, x: Tensor, push: bool, first: CellRun | None) -> None:
         self.size = moments.layer.state_size
         self.parameters = [p for p in moments.parameters if p.requires_grad]
         state = x.new_zeros(len(x), self.size)
-        self.states, self.pullbacks = [state], []
-        for moment in x.unbind(1):
-            pullback = moments.record(torch.cat([state, moment], 1), push=push)
+        self.states: list[Tensor] = [state]
+        self.pullbacks: list[Any] = []
+        for t, moment in enumerate(x.unbind(1)):
+            z = torch.cat([state, moment], 1)
+            pullback: Any = moments.record(z, push=push) if first is None else first.pullbacks[t].at(z, push=push)
             state = pullback.output
             self.states.append(state)
             self.pullbacks.append(pullback)
         self._gradients: list[Tensor | None] = []
         self._inputs: list[Tensor] = []
+
+    def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
+        """See `Run.advance`."""
+        return self.pullbacks[step - 1].at(torch.cat([state, x], 1)).output
 
     def moment(self, step: int) -> CellMoment:
         """See `Run.moment`."""
@@ -220,7 +235,7 @@ class CellRun(Run):
         """See `Run.pull`."""
         if step == len(self.pullbacks):
             self._gradients, self._inputs = [None] * len(self.parameters), []
-        pullback: Any = self.pullbacks[step - 1]
+        pullback = self.pullbacks[step - 1]
         gradient = pullback(delta)
         own = pullback.take_gradients(delta)
         for i, g in enumerate(own):

@@ -250,10 +250,10 @@ class BlockPullback(Pullback):
             return self._last[1]
         return self._gradients(cotangent.to(self._like[1].dtype), self.weights)
 
-    def at(self, z: Tensor) -> BlockPullback:
-        """See `Pullback.at`."""
+    def at(self, z: Tensor, *, push: bool = False) -> BlockPullback:
+        """See `Pullback.at`; `push` says whether tangents will be pushed there, too."""
         with self.block.replayed(self.random_state, z.device):
-            return BlockPullback(self.block, z, False, self.random_state)
+            return BlockPullback(self.block, z, push, self.random_state)
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
         """See `Pullback.relinearize`."""

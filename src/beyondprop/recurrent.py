@@ -91,7 +91,7 @@ class RecurrentPullback(Pullback):
         stage.layer.check_input(z)
         self._push = push
         self._solve: Solve | None = None if first is None else first._solve
-        self.run = stage.moments.unroll(z, push)
+        self.run: Any = stage.moments.unroll(z, push, None if first is None else first.run)
         self.states = self.run.states
         self.output = stage.read(self.states[1:])
         self._swept: tuple[Tensor, int, list[Tensor]] | None = None
@@ -133,13 +133,13 @@ class RecurrentPullback(Pullback):
         """
         assert self._swept is not None
         wish, _, deltas = self._swept
-        layer, x = self.recurrent.layer, self.input if input_delta is None else self.input + input_delta
+        x = self.input if input_delta is None else self.input + input_delta
         for each, first in zip(self.recurrent.heads, self.heads, strict=True):
             x = each.record(x, first).output
         total = deltas[0].new_zeros(len(deltas[0]))
         moved = [self.states[0], *(s + d for s, d in zip(self.states[1:], deltas, strict=True))]
         for t, (before, after) in enumerate(pairwise(moved)):
-            total += (after - layer.advance(x[:, t], before)).square().sum(1)
+            total += (after - self.run.advance(t + 1, x[:, t], before)).square().sum(1)
         if not self.recurrent.is_last:
             total += (wish - self.recurrent.read(deltas)).flatten(1).square().sum(1)
         return total
