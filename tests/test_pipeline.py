@@ -290,6 +290,13 @@ def test_a_residual_block_with_a_part_without_closed_form_is_left_to_autograd() 
         Residual(nn.Linear(3, 3))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [PipelineStage, BlockStage])
+def test_a_skip_that_would_broadcast_is_refused_with_both_shapes(kind: Any) -> None:
+    block = Residual(nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1)))
+    with pytest.raises(ValueError, match=r"skip, of shape \(2, 3, 4, 4\), to its branch, of shape \(2, 3, 1, 1\)"):
+        kind("s", [("0", block)]).record(torch.ones(2, 3, 4, 4))
+
+
 def test_a_subclass_is_left_to_autograd() -> None:
     class Scaled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

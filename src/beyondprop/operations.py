@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from beyondprop.activations import Activation, closed_form
 from beyondprop.affine import AffinePullback, AffineStage, is_modified, moves_batch
-from beyondprop.nn.residual import Residual, Shortcut
+from beyondprop.nn.residual import Residual, Shortcut, joined
 from beyondprop.stage import Stage, add_to_gradient, too_few_values
 
 _aten = torch.ops.aten
@@ -428,7 +428,7 @@ class _ResidualAt(Recorded):
         parts = (None, None, None) if first is None else (first.branch, first.skip, first.after)
         self.branch = RecordedRun(residual.branch, z, parts[0])
         self.skip = RecordedRun(residual.skip, z, parts[1])
-        self.after = RecordedRun(residual.after, self.skip.output + self.branch.output, parts[2])
+        self.after = RecordedRun(residual.after, joined(self.skip.output, self.branch.output), parts[2])
         self.output = self.after.output
         self._inner: tuple[Tensor, int, Tensor] | None = None
 
