@@ -11,7 +11,7 @@ import torch
 from helpers import SGD, images, relative
 from torch import Tensor, nn
 
-from beyondprop import AltMin, Backprop, Chain
+from beyondprop import AltMin, Backprop, Chain, UnsupportedModelError
 from beyondprop.block import BlockStage
 from beyondprop.credit import code_solvers
 from beyondprop.nn import Residual, Shortcut
@@ -288,6 +288,36 @@ def test_a_residual_block_with_a_part_without_closed_form_is_left_to_autograd() 
     assert torch.equal(block(torch.ones(2, 3)), 1 + block.branch(torch.ones(2, 3)))
     with pytest.raises(TypeError, match=r"branch must be an nn.Sequential, got Linear"):
         Residual(nn.Linear(3, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.branch.register_forward_hook(lambda module, inputs, output: 3 * output),
+        lambda block: block.branch.insert(1, nn.ReLU(inplace=True)),
+    ],
+)
+def test_a_residual_block_that_is_changed_computes_what_the_model_does(change: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(4, 8), Residual(nn.Sequential(nn.Linear(8, 8))), nn.Linear(8, 3)).double()
+    change(model[1])
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+    rule, plain = (
+        AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient"),
+        Backprop(twin, nn.CrossEntropyLoss(), SGD),
+    )
+    assert isinstance(rule.chain[1], BlockStage)
+    torch.testing.assert_close(rule.step(x, y).output, plain.step(x, y).output, rtol=1e-13, atol=0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_a_residual_block_that_overwrites_its_input_is_refused_by_name() -> None:
+    block = Residual(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)))
+    rule = AltMin(nn.Sequential(nn.Linear(4, 8), block, nn.Linear(8, 3)), nn.CrossEntropyLoss(), SGD)
+    with pytest.raises(UnsupportedModelError, match=r"Stage '1' changes its input in place.*inplace=False"):
+        rule.step(torch.randn(5, 4), torch.arange(5) % 3)
 
 
 @pytest.mark.parametrize("kind", [PipelineStage, BlockStage])

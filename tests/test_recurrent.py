@@ -13,6 +13,7 @@ from helpers import SGD, assignments, jacobian, relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Chain, Codes, Descent, LearningRule, Memory
+from beyondprop._moments import CellMoments
 from beyondprop.block import BlockStage
 from beyondprop.credit import code_solvers
 from beyondprop.nn import ElmanCell, Recurrent
@@ -196,10 +197,12 @@ def test_codes_lower_the_relaxed_objective(cell: str, outputs: str, solver: str)
 
 
 @every_output
-def test_closed_forms_and_autograd_give_the_same_step(outputs: str) -> None:
+@pytest.mark.parametrize("place", ["cell", "cell.activation"])
+def test_closed_forms_and_autograd_give_the_same_step(outputs: str, place: str) -> None:
     closed = _net("elman", outputs)
     hooked = copy.deepcopy(closed)
-    hooked[0].cell.register_forward_hook(lambda *_: None)  # a cell with hooks is left to autograd
+    hooked[0].get_submodule(place).register_forward_hook(lambda *_: None)  # what has hooks is left to autograd
+    assert isinstance(Chain(hooked)[0].moments, CellMoments)  # type: ignore[attr-defined]
     for model in (closed, hooked):
         _train(AltMin(model, nn.CrossEntropyLoss(), SGD))
     for p, q in zip(closed.parameters(), hooked.parameters(), strict=True):
@@ -277,6 +280,8 @@ def test_what_is_no_sequence_for_the_cell_is_refused(shape: tuple[int, ...]) -> 
 def test_bad_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="activation must be an elementwise module with a closed form"):
         ElmanCell(3, 4, nn.Softmax(1))
+    with pytest.raises(ValueError, match=r"activation must not overwrite the state, got ReLU\(inplace=True\)"):
+        ElmanCell(3, 4, nn.ReLU(inplace=True))
     with pytest.raises(ValueError, match="hidden_size must be an integer >= 1, got 0"):
         ElmanCell(3, 0)
     with pytest.raises(

@@ -408,7 +408,11 @@ class _Residual(Operation):
 
     @staticmethod
     def fits(module: Any) -> bool:
-        return all(operation(m) is not None for part in _parts(module) for m in part)
+        parts = [m for part in _parts(module) for m in part]
+        # What works in place may overwrite what the skip hands on; closed forms would not.
+        if is_modified(module.branch) or any(getattr(m, "inplace", False) for m in parts):
+            return False
+        return all(operation(m) is not None for m in parts)
 
     def share(self, stage: Stage) -> None:
         for run in (self.branch, self.skip, self.after):

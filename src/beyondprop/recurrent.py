@@ -41,7 +41,8 @@ class RecurrentStage(Stage):
         self.width: int = self.layer.cell.hidden_size
         self.heads: list[Operation] = [o for m in self.modules[:-1] if (o := operation(m)) is not None]
         cell = self.layer.cell
-        known = closed_form(cell.activation) if type(cell) is ElmanCell and not is_modified(cell) else None
+        is_plain = type(cell) is ElmanCell and not is_modified(cell) and not is_modified(cell.activation)
+        known = closed_form(cell.activation) if is_plain else None
         is_elman = known is not None and known.factors is None  # units with target rules go by autograd
         self.moments = ElmanMoments(self) if is_elman else CellMoments(self)
         if isinstance(self.moments, CellMoments):
