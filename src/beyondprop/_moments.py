@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop.activations import closed_form
+from beyondprop.affine import whole
 from beyondprop.block import BlockStage
 from beyondprop.stage import Pullback, Stage, add_to_gradient
 
@@ -115,16 +116,16 @@ class ElmanRun(Run):
         cell = moments.cell
         state = x.new_zeros(len(x), cell.hidden_size)
         self.states, self.features = [state], []
-        for driven in F.linear(x, cell.weight_ih, cell.bias).to(x.dtype).unbind(1):
+        for driven in whole(F.linear(x, cell.weight_ih, cell.bias), x).unbind(1):
             feature = moments.activation.value(state)
-            state = torch.addmm(driven, feature, cell.weight_hh.t())
+            state = whole(torch.addmm(driven, feature, cell.weight_hh.t()), x)
             self.features.append(feature)
             self.states.append(state)
 
     def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
         """See `Run.advance`."""
         del step
-        return self.moments.cell(x, state)
+        return whole(self.moments.cell(x, state), state)
 
     def moment(self, step: int) -> ElmanMoment:
         """See `Run.moment`."""
@@ -142,12 +143,13 @@ class ElmanRun(Run):
         """See `Run.pull_inputs`."""
         del deltas
         moments = self.moments
-        return self._stacked @ moments.stage.backward_weight(moments.cell.weight_ih)
+        return whole(self._stacked @ moments.stage.backward_weight(moments.cell.weight_ih), self._stacked)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
         """See `Run.push_inputs`."""
         found = []
-        for step, driven in enumerate((tangent @ self.moments.cell.weight_ih.t()).unbind(1), start=1):
+        driven_by = whole(tangent @ self.moments.cell.weight_ih.t(), tangent)
+        for step, driven in enumerate(driven_by.unbind(1), start=1):
             found.append(driven + self.moment(step).push(found[-1]) if found else driven)
         return found
 
@@ -174,17 +176,18 @@ class ElmanMoment(Moment):
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
         moments = self.moments
-        return (cotangent @ moments.stage.backward_weight(moments.cell.weight_hh)).mul_(self.slope)
+        gradient = cotangent @ moments.stage.backward_weight(moments.cell.weight_hh)
+        return whole(gradient, cotangent).mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""
         del gated
-        return (tangent * self.slope) @ self.moments.cell.weight_hh.t()
+        return whole((tangent * self.slope) @ self.moments.cell.weight_hh.t(), tangent)
 
     def at(self, z: Tensor) -> ElmanMoment:
         """See `Pullback.at`."""
         feature = self.moments.activation.value(z)
-        change = (feature - self.feature) @ self.moments.cell.weight_hh.t()
+        change = whole((feature - self.feature) @ self.moments.cell.weight_hh.t(), z)
         return ElmanMoment(self.moments, z, self.output + change, feature)
 
 
