@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from beyondprop import AltMin, Backprop, Chain, UnsupportedModelError
 from beyondprop.block import BlockStage
 from beyondprop.credit import code_solvers
 from beyondprop.nn import Residual, Shortcut
-from beyondprop.pipeline import PipelineStage
+from beyondprop.pipeline import PipelinePullback, PipelineStage
 
 
 def _block(channels: int, width: int, stride: int) -> list[nn.Module]:
@@ -325,6 +327,92 @@ def test_a_skip_that_would_broadcast_is_refused_with_both_shapes(kind: Any) -> N
     block = Residual(nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1)))
     with pytest.raises(ValueError, match=r"skip, of shape \(2, 3, 4, 4\), to its branch, of shape \(2, 3, 1, 1\)"):
         kind("s", [("0", block)]).record(torch.ones(2, 3, 4, 4))
+
+
+def _watch(stage: PipelineStage, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
+    """References to what each operation of a stage returns from now on."""
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def watched(operation: Any) -> Callable[..., Any]:
+        record = operation.record
+
+        def call(*arguments: Any) -> Any:
+            output, recorded = record(*arguments)
+            outputs.append(weakref.ref(output))
+            return output, recorded
+
+        return call
+
+    for each in stage.operations:
+        monkeypatch.setattr(each, "record", watched(each))
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("conv, batch norm", [True, True, False]),  # the gate's value is the convolution's input
+        ("max pooling", [True, True, False]),
+        ("batch norm in between", [False, True, True, True]),
+        ("residual", [True]),
+        ("residual block", [True, False]),
+        ("two affine maps", [True, True, True, True, False]),
+    ],
+)
+def test_what_no_derivative_reads_is_free_without_codes(
+    name: str, read: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, z = _stage(name)
+    outputs = _watch(stage, monkeypatch)
+    with torch.no_grad():
+        pullback = stage.record(z)
+        v = torch.randn_like(pullback.output)
+        pullback.forget("input")
+        pullback.forget("output")
+        assert [found() is not None for found in outputs] == read
+        entered = weakref.ref(z)
+        del z
+        pullback(v)  # still there
+        pullback.add_gradients(v, 1.0)
+        assert (entered() is None) == isinstance(stage.modules[0], nn.ReLU)
+
+
+def _bytes(tensors: Iterable[Tensor], known: Iterable[Tensor]) -> int:
+    seen = {t.untyped_storage().data_ptr() for t in known}
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for pointer, size in own.items() if pointer not in seen)
+
+
+def test_a_recorded_net_holds_no_more_than_autograds_graph() -> None:
+    torch.manual_seed(0)
+    model, (x, _) = _conv_net(), images(16)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        output = model(x)
+    held = _bytes(saved, [*model.parameters(), *model.buffers(), x])
+    del output
+    with torch.no_grad():
+        gc.collect()
+        before = [t for t in gc.get_objects() if type(t) is Tensor]
+        trace = Chain(model).record(x, keep_codes=False)
+        found = [t for t in gc.get_objects() if type(t) is Tensor]
+    assert all(type(p) is PipelinePullback for p in trace.pullbacks)
+    small = 16 * 3 * 4 + 2048  # the output, which the trace holds in any case, and numbers a channel
+    assert _bytes(found, before) <= held + small
+
+
+def test_wishes_are_kept_for_weights_only() -> None:
+    stage, z = _stage("max pooling")
+    with torch.no_grad():
+        pullback = stage.record(z)
+        v = torch.randn_like(pullback.output)
+        pullback(v)
+        (kept,) = pullback.run._wishes.find(v) or []
+        assert kept[1] is v
+        head = PipelinePullback(PipelineStage("h", [("0", nn.ReLU()), ("1", nn.MaxPool2d(2))]), z)
+        head.add_gradients(torch.randn_like(head.output), 1.0)  # a run without weights has none to add
+        head(head.output)
+        assert head.run._wishes.find(head.output) is None
 
 
 def test_a_subclass_is_left_to_autograd() -> None:

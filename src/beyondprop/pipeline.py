@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from beyondprop.operations import AffineRecorded, Operation, RecordedRun, operation
+from beyondprop._operation import Operation, RecordedRun
+from beyondprop.operations import AffineRecorded, operation
 from beyondprop.stage import Pullback, Stage
 
 
@@ -52,8 +53,7 @@ class PipelinePullback(Pullback):
         self.stage = self.pipeline = stage
         self.input = z
         self.input_shape = z.shape
-        self.run = RecordedRun(stage.operations, z, first)
-        self.output = self.run.output
+        self.output, self.run = RecordedRun.of(stage.operations, z, first)
 
     @property
     def is_closed_form(self) -> bool:
@@ -67,8 +67,7 @@ class PipelinePullback(Pullback):
     @property
     def head_shape(self) -> torch.Size:
         """See `Pullback.head_shape`."""
-        head = self.run.recorded[: self.pipeline.head]
-        return head[-1].output.shape if head else self.input_shape
+        return self.run.shapes[self.pipeline.head]
 
     def pull_head(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.pull_head`."""

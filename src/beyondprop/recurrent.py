@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop._moments import CellMoments, ElmanMoments, Heard
+from beyondprop._operation import Operation, RecordedRun
 from beyondprop.activations import closed_form
 from beyondprop.affine import is_modified
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
-from beyondprop.operations import Operation, Recorded, operation
+from beyondprop.operations import operation
 from beyondprop.stage import Pullback, Stage
 
 Solve = Callable[[Pullback, Tensor, Tensor], Tensor]
@@ -85,10 +86,7 @@ class RecurrentPullback(Pullback):
         self.stage = self.recurrent = stage
         self.input = z
         self.input_shape = z.shape
-        self.heads: list[Recorded] = []
-        for index, each in enumerate(stage.heads):
-            self.heads.append(each.record(z, None if first is None else first.heads[index]))
-            z = self.heads[-1].output
+        z, self.heads = RecordedRun.of(stage.heads, z, None if first is None else first.heads)
         stage.layer.check_input(z)
         self._push = push
         self._solve: Solve | None = None if first is None else first._solve
@@ -135,8 +133,7 @@ class RecurrentPullback(Pullback):
         assert self._swept is not None
         wish, _, deltas = self._swept
         x = self.input if input_delta is None else self.input + input_delta
-        for each, first in zip(self.recurrent.heads, self.heads, strict=True):
-            x = each.record(x, first).output
+        x, _ = RecordedRun.of(self.recurrent.heads, x, self.heads)
         total = deltas[0].new_zeros(len(deltas[0]))
         moved = [self.states[0], *(s + d for s, d in zip(self.states[1:], deltas, strict=True))]
         for t, (before, after) in enumerate(pairwise(moved)):
@@ -161,20 +158,16 @@ class RecurrentPullback(Pullback):
     @property
     def head_shape(self) -> torch.Size:
         """See `Pullback.head_shape`."""
-        return self.heads[-1].output.shape if self.heads else self.input_shape
+        return self.heads.shapes[-1]
 
     def pull_head(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.pull_head`."""
-        for each in reversed(self.heads):
-            cotangent = each.pull(cotangent)
-        return cotangent
+        return self.heads.pull(cotangent)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""
         del gated
-        for each in self.heads:
-            tangent = each.push(tangent)
-        return self.recurrent.read(self.run.push_inputs(tangent))
+        return self.recurrent.read(self.run.push_inputs(self.heads.push(tangent)))
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
         """See `Pullback.add_gradients`."""

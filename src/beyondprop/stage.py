@@ -3,20 +3,24 @@
 `stage.record(z)` runs the stage on a detached input and returns a `Pullback`: the output, a function from an output
 cotangent to an input cotangent, its transpose for tangents, and the weights' gradient. No autograd graph crosses a stage.
 
-Two kinds: `affine.AffineStage` has closed forms (Linear or Conv behind reshapes and one common nonlinearity);
-`block.BlockStage` is any other module or run of modules, differentiated locally by autograd.
+Four kinds: `affine.AffineStage` has closed forms (Linear or Conv behind reshapes and one common nonlinearity), and so has
+`pipeline.PipelineStage` (a run of such layers with pooling, dropout, normalisation and residual blocks);
+`recurrent.RecurrentStage` has a code for every time step; `block.BlockStage` is any other module or run of modules,
+differentiated locally by autograd.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop.transport import counterpart
+
+Found = TypeVar("Found")
 
 
 class Pullback(abc.ABC):
@@ -135,6 +139,22 @@ class Stage(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}: {' -> '.join(type(m).__name__ for m in self.modules)})"
+
+
+class Memo(Generic[Found]):
+    """What was found for one cotangent, as long as that is the same tensor with the same values."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int, Found] | None = None
+
+    def keep(self, cotangent: Tensor, found: Found) -> None:
+        """Keep what was found for `cotangent`, in place of anything kept before."""
+        self._kept = cotangent, cotangent._version, found
+
+    def find(self, cotangent: Tensor) -> Found | None:
+        """Return what was found for `cotangent`, or None."""
+        kept = self._kept
+        return kept[2] if kept is not None and kept[0] is cotangent and kept[1] == cotangent._version else None
 
 
 def too_few_values(name: str) -> ValueError:
