@@ -78,6 +78,11 @@ class RecordedRun(Recorded):
         self._lowest = next((i for i, each in enumerate(operations) if each.has_weights), None)
         self._wishes: Memo[list[tuple[Recorded, Tensor]]] = Memo()
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether any of them has weights."""
+        return self._lowest is not None
+
     @classmethod
     def of(
         cls, operations: Sequence[Operation], z: Tensor, first: RecordedRun | None = None
