@@ -77,7 +77,7 @@ class BatchNorm(Operation):
                 statistics = (None, None)
         of_batch = self.couples_batch
         # The backward of a run with running statistics needs them as they were.
-        kept = (None, None) if of_batch else tuple(s.clone() for s in statistics)
+        kept = (None, None) if of_batch else (m.running_mean.clone(), m.running_var.clone())
         share = 0.0 if share is None else share
         output, *saved = _aten.native_batch_norm(z, m.weight, m.bias, *statistics, of_batch, share, m.eps)
         return output, _BatchNormAt(m, z, [*kept, *saved, of_batch, m.eps])
