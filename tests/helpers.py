@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from beyondprop import AffineProjection, Assignment, Credit, LearningRule
 from beyondprop.chain import Chain, Trace
 from beyondprop.losses import LossFunction, OutputLoss
+from beyondprop.nn import ElmanCell, Recurrent
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -138,6 +139,12 @@ def convnet(channels: int = 1, *, norm: bool = False) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(8, 3),
     )
+
+
+def rnn() -> nn.Sequential:
+    """A recurrent layer over the rows of 8x8 images of three classes, all states read."""
+    read = [nn.Tanh(), nn.Linear(12, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)]
+    return nn.Sequential(nn.Flatten(1, 2), Recurrent(ElmanCell(8, 12), "all"), *read)
 
 
 def blobs(rows: int, features: int = 6, classes: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import Residual, assignments, blobs, convnet, difference, equal, images, mlp, relative, state
 from torch import Tensor, nn
 
-from beyondprop import AltMin, Codes, Memory, NonFiniteError, UnsupportedModelError
+from beyondprop import AltMin, Codes, Memory, NonFiniteError, UnsupportedModelError, nets
 
 
 def _batches(count: int, rows: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -88,6 +88,55 @@ def test_conv_memory_is_that_of_its_patches() -> None:
     rule.step(x, y)
     expected = (wish.t() @ rows / 6) @ torch.linalg.inv(rows.t() @ rows / 6 + 0.5 * torch.eye(13, dtype=x.dtype))
     assert relative(_whole(conv) - before, expected) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["rls", "bcd"])
+def test_behind_pooling_and_dropout_the_memory_is_that_of_what_the_weights_see(method: str) -> None:
+    torch.manual_seed(0)
+    first, second, last = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 2), nn.Linear(12, 3)
+    hidden = [nn.ReLU(), nn.MaxPool2d(2), second, nn.Tanh(), nn.Dropout(0.4), nn.Flatten()]
+    model = nn.Sequential(first, *hidden, last)
+    memory = Memory(method, lr=0.7, damping=0.2, block=50)
+    rule = AltMin(model.double(), nn.CrossEntropyLoss(), memory, code_solver="gradient")
+    x, y = images(6, torch.float64)
+
+    torch.manual_seed(3)
+    low = first(x)
+    pooled = F.max_pool2d(low.relu(), 2)
+    middle = second(pooled)
+    dropped = F.dropout(middle.tanh(), 0.4).flatten(1)
+    output = last(dropped)
+    wishes = [-6 * g for g in torch.autograd.grad(F.cross_entropy(output, y), [low, middle, output])]
+    rows = [F.unfold(x, 3).mT.flatten(0, 1), F.unfold(pooled, 2).mT.flatten(0, 1), dropped]
+    layers = [first, second, last]
+    before = [_whole(layer) for layer in layers]
+
+    torch.manual_seed(3)
+    rule.step(x, y)
+    served = range(3) if method == "rls" else range(2)  # the published form trains the last stage by gradients
+    assert set(rule.solver.state_dict()) == {str(i) for i in served}
+    for i in served:
+        a = F.pad(rows[i].detach(), (0, 1), value=1.0)
+        wish = wishes[i].flatten(2).mT.flatten(0, 1) if wishes[i].ndim == 4 else wishes[i]
+        inverse = torch.linalg.inv(a.t() @ a / 6 + 0.2 * torch.eye(a.shape[1], dtype=a.dtype))
+        size = 0.7 if method == "rls" else 1.0
+        assert relative(_whole(layers[i]) - before[i], size * (wish.t() @ a / 6) @ inverse) < 1e-9
+
+
+@pytest.mark.parametrize(("net", "stages"), [("lenet5", 5), ("mlp:20x2:dropout=0.2", 3), ("conv:4x3:bn", 1)])
+def test_every_linear_or_conv_without_a_norm_has_a_memory(net: str, stages: int) -> None:
+    rule = AltMin(nets.build(net, (1, 16, 16), 5), nn.CrossEntropyLoss(), Memory())
+    assert len(rule.solver.state_dict()) == stages
+
+
+def test_a_model_that_changes_its_dtype_is_refused_with_both() -> None:
+    model = mlp(6, 5, 3)
+    rule = AltMin(model, nn.CrossEntropyLoss(), Memory())
+    model.double()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"Stage '2' has inputs of dtype torch.float64, its memory has torch.float32"):
+        rule.step(*blobs(8, dtype=torch.float64))
+    assert equal(before, state(model))
 
 
 def _accumulated(model: nn.Module, rule: AltMin, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, nets
 from beyondprop.block import BlockStage
-from beyondprop.nn import Sign
+from beyondprop.nn import Patches, Positions, Sign
 from beyondprop.pipeline import PipelineStage
 from beyondprop.recurrent import RecurrentStage
 
@@ -85,6 +85,14 @@ def test_a_resnets_blocks_are_those_of_the_paper() -> None:
 def test_what_is_no_net_is_refused(spec: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nets.build(spec, shape, 10)
+
+
+def test_layers_without_size_are_refused() -> None:
+    for sizes in ((0, 3), (3, 0), (-1, 3)):
+        with pytest.raises(ValueError, match=r"(count|width) must be an integer >= 1"):
+            Positions(*sizes)
+    with pytest.raises(ValueError, match="size must be an integer >= 1, got 0"):
+        Patches(0)
 
 
 def test_binary_nets_send_signs_in_all_hidden_layers_or_in_the_first() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,11 +13,11 @@ import torch
 from helpers import SGD, images, relative
 from torch import Tensor, nn
 
-from beyondprop import AltMin, Backprop, Chain
+from beyondprop import AltMin, Backprop, Chain, UnsupportedModelError
 from beyondprop.block import BlockStage
 from beyondprop.credit import code_solvers
 from beyondprop.nn import Residual, Shortcut
-from beyondprop.pipeline import PipelineStage
+from beyondprop.pipeline import PipelinePullback, PipelineStage
 
 
 def _block(channels: int, width: int, stride: int) -> list[nn.Module]:
@@ -59,6 +61,10 @@ PIPELINES: dict[str, tuple[tuple[int, ...], Callable[[], list[Any]]]] = {
     "residual": (
         (4, 6),
         lambda: [Residual(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)), after=nn.ReLU())],
+    ),
+    "residual with batch norm": (
+        (4, 6),
+        lambda: [Residual(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 6)))],
     ),
     "residual block": ((4, 2, 6, 6), lambda: [*list(_block(2, 4, 2)), nn.Flatten()]),
     "residual without after": (
@@ -247,13 +253,28 @@ def test_a_frozen_part_of_a_norm_gets_no_gradient(frozen: str) -> None:
     assert getattr(norm, "bias" if frozen == "weight" else "weight").grad is not None
 
 
-def test_one_sample_is_not_normalised_over_the_batch() -> None:
-    stage, z = _stage("conv, batch norm")
-    with pytest.raises(ValueError, match="normalises over the batch in training mode, and the batch has 1 sample"):
+@pytest.mark.parametrize("kind", [PipelineStage, BlockStage])
+@pytest.mark.parametrize("name", ["batch norm in between", "batch norm without statistics", "residual with batch norm"])
+def test_a_channels_only_value_is_not_normalised_wherever_the_norm_is(name: str, kind: Any) -> None:
+    stage, z = _stage(name, kind)
+    buffers = [b for m in stage.modules for b in m.buffers()]
+    with pytest.raises(
+        ValueError, match=r"Stage 's' normalises over the batch.*1 value for each channel.*model.eval\(\)"
+    ):
         stage.record(z[:1])
-    for m in stage.modules:
-        m.eval()
-    assert stage.record(z[:1]).output.shape == (1, 3, 4, 4)
+    assert all(bool(b.isfinite().all()) for b in buffers)
+    if buffers:
+        for m in stage.modules:
+            m.eval()
+        assert stage.record(z[:1]).output.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [PipelineStage, BlockStage])
+@pytest.mark.parametrize("name", ["conv, batch norm", "residual block"])
+def test_one_image_is_normalised_over_its_positions(name: str, kind: Any) -> None:
+    stage, z = _stage(name, kind)
+    expected = copy.deepcopy(stage).forward(z[:1])
+    assert relative(stage.record(z[:1]).output, expected) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -269,6 +290,129 @@ def test_a_residual_block_with_a_part_without_closed_form_is_left_to_autograd() 
     assert torch.equal(block(torch.ones(2, 3)), 1 + block.branch(torch.ones(2, 3)))
     with pytest.raises(TypeError, match=r"branch must be an nn.Sequential, got Linear"):
         Residual(nn.Linear(3, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.branch.register_forward_hook(lambda module, inputs, output: 3 * output),
+        lambda block: block.branch.insert(1, nn.ReLU(inplace=True)),
+    ],
+)
+def test_a_residual_block_that_is_changed_computes_what_the_model_does(change: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(4, 8), Residual(nn.Sequential(nn.Linear(8, 8))), nn.Linear(8, 3)).double()
+    change(model[1])
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+    rule, plain = (
+        AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient"),
+        Backprop(twin, nn.CrossEntropyLoss(), SGD),
+    )
+    assert isinstance(rule.chain[1], BlockStage)
+    torch.testing.assert_close(rule.step(x, y).output, plain.step(x, y).output, rtol=1e-13, atol=0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_a_residual_block_that_overwrites_its_input_is_refused_by_name() -> None:
+    block = Residual(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)))
+    rule = AltMin(nn.Sequential(nn.Linear(4, 8), block, nn.Linear(8, 3)), nn.CrossEntropyLoss(), SGD)
+    with pytest.raises(UnsupportedModelError, match=r"Stage '1' changes its input in place.*inplace=False"):
+        rule.step(torch.randn(5, 4), torch.arange(5) % 3)
+
+
+@pytest.mark.parametrize("kind", [PipelineStage, BlockStage])
+def test_a_skip_that_would_broadcast_is_refused_with_both_shapes(kind: Any) -> None:
+    block = Residual(nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1)))
+    with pytest.raises(ValueError, match=r"skip, of shape \(2, 3, 4, 4\), to its branch, of shape \(2, 3, 1, 1\)"):
+        kind("s", [("0", block)]).record(torch.ones(2, 3, 4, 4))
+
+
+def _watch(stage: PipelineStage, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
+    """References to what each operation of a stage returns from now on."""
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def watched(operation: Any) -> Callable[..., Any]:
+        record = operation.record
+
+        def call(*arguments: Any) -> Any:
+            output, recorded = record(*arguments)
+            outputs.append(weakref.ref(output))
+            return output, recorded
+
+        return call
+
+    for each in stage.operations:
+        monkeypatch.setattr(each, "record", watched(each))
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("conv, batch norm", [True, True, False]),  # the gate's value is the convolution's input
+        ("max pooling", [True, True, False]),
+        ("batch norm in between", [False, True, True, True]),
+        ("residual", [True]),
+        ("residual block", [True, False]),
+        ("two affine maps", [True, True, True, True, False]),
+    ],
+)
+def test_what_no_derivative_reads_is_free_without_codes(
+    name: str, read: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, z = _stage(name)
+    outputs = _watch(stage, monkeypatch)
+    with torch.no_grad():
+        pullback = stage.record(z)
+        v = torch.randn_like(pullback.output)
+        pullback.forget("input")
+        pullback.forget("output")
+        assert [found() is not None for found in outputs] == read
+        entered = weakref.ref(z)
+        del z
+        pullback(v)  # still there
+        pullback.add_gradients(v, 1.0)
+        assert (entered() is None) == isinstance(stage.modules[0], nn.ReLU)
+
+
+def _bytes(tensors: Iterable[Tensor], known: Iterable[Tensor]) -> int:
+    seen = {t.untyped_storage().data_ptr() for t in known}
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for pointer, size in own.items() if pointer not in seen)
+
+
+def test_a_recorded_net_holds_no_more_than_autograds_graph() -> None:
+    torch.manual_seed(0)
+    model, (x, _) = _conv_net(), images(16)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        output = model(x)
+    held = _bytes(saved, [*model.parameters(), *model.buffers(), x])
+    del output
+    with torch.no_grad():
+        gc.collect()
+        before = [t for t in gc.get_objects() if type(t) is Tensor]
+        trace = Chain(model).record(x, keep_codes=False)
+        found = [t for t in gc.get_objects() if type(t) is Tensor]
+    assert all(type(p) is PipelinePullback for p in trace.pullbacks)
+    small = 16 * 3 * 4 + 2048  # the output, which the trace holds in any case, and numbers a channel
+    assert _bytes(found, before) <= held + small
+
+
+def test_wishes_are_kept_for_weights_only() -> None:
+    stage, z = _stage("max pooling")
+    with torch.no_grad():
+        pullback = stage.record(z)
+        v = torch.randn_like(pullback.output)
+        pullback(v)
+        (kept,) = pullback.run._wishes.find(v) or []
+        assert kept[1] is v
+        head = PipelinePullback(PipelineStage("h", [("0", nn.ReLU()), ("1", nn.MaxPool2d(2))]), z)
+        head.add_gradients(torch.randn_like(head.output), 1.0)  # a run without weights has none to add
+        head(head.output)
+        assert head.run._wishes.find(head.output) is None
 
 
 def test_a_subclass_is_left_to_autograd() -> None:

@@ -13,6 +13,7 @@ from helpers import SGD, assignments, jacobian, relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Chain, Codes, Descent, LearningRule, Memory
+from beyondprop._moments import CellMoments
 from beyondprop.block import BlockStage
 from beyondprop.credit import code_solvers
 from beyondprop.nn import ElmanCell, Recurrent
@@ -29,6 +30,19 @@ HIDDEN, STEPS = 6, 5
 
 every_cell = pytest.mark.parametrize("cell", list(CELLS))
 every_output = pytest.mark.parametrize("outputs", ["last", "all"])
+
+
+class _Drawing(nn.Module):
+    """A cell with a mask and, where asked for, statistics of its own."""
+
+    def __init__(self, inputs: int, units: int, norm: bool) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size = inputs, units
+        self.inner, self.drop = nn.GRUCell(inputs, units), nn.Dropout(0.4)
+        self.norm = nn.BatchNorm1d(units) if norm else nn.Identity()
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.inner(x, self.drop(self.norm(state)))
 
 
 def _net(cell: str, outputs: str = "last") -> Any:
@@ -84,6 +98,113 @@ def test_layers_can_be_stacked_and_lie_above_other_stages() -> None:
     _train(Backprop(twin, nn.CrossEntropyLoss(), SGD))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+SURROUNDED: dict[str, tuple[Callable[[], nn.Sequential], str, int]] = {
+    "a norm in front": (
+        lambda: nn.Sequential(
+            *(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), Recurrent(ElmanCell(5, HIDDEN))),
+            nn.Tanh(),
+            nn.Linear(HIDDEN, 4),
+        ),
+        "linear",
+        1,
+    ),
+    "batch norm in front": (
+        lambda: nn.Sequential(
+            *(nn.Flatten(), nn.BatchNorm1d(3 * STEPS), nn.Unflatten(1, (STEPS, 3)), Recurrent(nn.GRUCell(3, HIDDEN))),
+            nn.Linear(HIDDEN, 4),
+        ),
+        "linear",
+        0,
+    ),
+    "a nonlinearity at the end": (
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Recurrent(nn.LSTMCell(5, 4)), nn.Softplus()),
+        "linear",
+        1,
+    ),
+    "a block": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.Tanh(), Recurrent(ElmanCell(5, HIDDEN), "all")), nn.Tanh()),
+            nn.Sequential(nn.Flatten(), nn.Linear(HIDDEN * STEPS, 4)),
+        ),
+        "block",
+        0,
+    ),
+    "a block with weights behind": (
+        lambda: nn.Sequential(
+            nn.Linear(3, 5),
+            nn.Sequential(
+                nn.Tanh(), Recurrent(nn.GRUCell(5, HIDDEN), "all"), nn.Flatten(), nn.Linear(HIDDEN * STEPS, 4)
+            ),
+        ),
+        "block",
+        1,
+    ),
+}
+
+surrounded = pytest.mark.parametrize("name", list(SURROUNDED))
+
+
+@surrounded
+def test_what_surrounds_a_layer_leaves_it_its_codes_and_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    build, cuts, index = SURROUNDED[name]
+    model = build().double()
+    twin = copy.deepcopy(model)
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient", cuts=cuts)
+    stage = rule.chain[index]
+    assert isinstance(stage, RecurrentStage)
+    assert stage.couples_batch == (name == "batch norm in front")
+    _train(rule)
+    _train(Backprop(twin, nn.CrossEntropyLoss(), SGD))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+
+@surrounded
+def test_a_surrounded_layers_stage_agrees_with_autograd(name: str) -> None:
+    torch.manual_seed(0)
+    build, cuts, index = SURROUNDED[name]
+    stage = Chain(build().double(), cuts)[index]
+    z = torch.randn(7, STEPS, 5 if index else 3, dtype=torch.float64)
+    leaf = z.clone().requires_grad_()
+    output = copy.deepcopy(stage).forward(leaf)
+    v, u = torch.randn_like(output), torch.randn_like(z)
+    (pulled,) = torch.autograd.grad(output, leaf, v)
+    twin = copy.deepcopy(stage)
+    gradients = torch.autograd.grad(twin.forward(z), twin.parameters, v)
+    with torch.no_grad():
+        pullback = stage.record(z, push=True)
+        pullback.add_gradients(v, -0.5)  # of a cotangent that was not pulled before
+        assert relative(pullback(v), pulled) < 1e-11
+        pullback.add_gradients(v, 1.5)  # of the one that was
+        assert abs(float((v * pullback.push(u)).sum() - (pullback(v) * u).sum())) < 1e-10 * float(v.norm() * u.norm())
+        head = pullback.pull_head(torch.randn(pullback.head_shape, dtype=torch.float64))
+        assert head.shape == z.shape
+        buffers = [b.clone() for m in stage.modules for b in m.buffers()]
+        assert relative(pullback.at(z).output, output) < 1e-12
+        pullback.relax(v, u, is_top=False)
+        assert all(
+            torch.equal(b, c) for b, c in zip(buffers, (c for m in stage.modules for c in m.buffers()), strict=True)
+        )
+    for p, g in zip(stage.parameters, gradients, strict=True):
+        assert p.grad is not None
+        assert relative(p.grad, g) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        lambda: [nn.GroupNorm(1, STEPS), Recurrent(ElmanCell(3, HIDDEN))],
+        lambda: [nn.Sequential(Recurrent(ElmanCell(3, 3), "all"), nn.Tanh(), Recurrent(ElmanCell(3, HIDDEN)))],
+    ],
+    ids=["beside a module without closed forms", "two in a block"],
+)
+def test_a_layer_that_loses_its_codes_says_so(stage: Callable[[], list[nn.Module]]) -> None:
+    with pytest.warns(UserWarning, match=r"Stage '\d' is differentiated as a whole: its Recurrent has no codes"):
+        chain = Chain(nn.Sequential(nn.Linear(3, 3), *stage(), nn.Linear(HIDDEN, 4)), "block")
+    assert isinstance(chain[1], BlockStage)
 
 
 @every_cell
@@ -182,11 +303,47 @@ def test_codes_lower_the_relaxed_objective(cell: str, outputs: str, solver: str)
     assert float(result.energy) < float(result.loss) - 1e-4
 
 
+@pytest.mark.parametrize("solver", ["line_search", "cg", "exact"])
+@every_cell
 @every_output
-def test_closed_forms_and_autograd_give_the_same_step(outputs: str) -> None:
+def test_a_recurrent_layer_at_the_end_lowers_the_objective_too(cell: str, outputs: str, solver: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Recurrent(CELLS[cell](3, 4), outputs)).double()
+    x, y = _batch()
+    loss, target = (
+        (nn.CrossEntropyLoss(), y) if outputs == "last" else (nn.MSELoss(), torch.randn(7, STEPS, 4).double())
+    )
+    rule = AltMin(model, loss, SGD, code_solver=solver, normalize=False)
+    result = rule.step(x, target, diagnostics=True)
+    assert result.energy is not None
+    assert float(result.energy) < float(result.loss)
+
+
+def test_the_objective_of_two_steps_at_the_end_is_the_one_by_hand() -> None:
+    # c2 = w x2 + u tanh(c1) + b is the output: c1 is the only code, and the loss sees what follows it.
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(1, 1), Recurrent(ElmanCell(1, 1))).double()
+    x, y = torch.randn(4, 2, 1, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+    rule = AltMin(model, nn.MSELoss(), SGD, normalize=False, mu=0.7)
+    (top, low) = found = assignments(model, nn.MSELoss(), rule.credit, x, y)
+    pullback: Any = top.pullback
+    first = pullback.states[1] + pullback.sweep(top.delta)[0]
+    with torch.no_grad():
+        drive = model[0](x) + low.delta
+        near = model[1].cell(drive[:, 0], torch.zeros(4, 1, dtype=torch.float64))
+        after = model[1].cell(drive[:, 1], first)
+        gaps = (first - near).square().sum() + low.delta.square().sum()
+        expected = nn.functional.mse_loss(after, y) + 0.7 / 2 * gaps / 4
+    torch.testing.assert_close(rule.credit.energy(found), expected, rtol=1e-12, atol=0)
+
+
+@every_output
+@pytest.mark.parametrize("place", ["cell", "cell.activation"])
+def test_closed_forms_and_autograd_give_the_same_step(outputs: str, place: str) -> None:
     closed = _net("elman", outputs)
     hooked = copy.deepcopy(closed)
-    hooked[0].cell.register_forward_hook(lambda *_: None)  # a cell with hooks is left to autograd
+    hooked[0].get_submodule(place).register_forward_hook(lambda *_: None)  # what has hooks is left to autograd
+    assert isinstance(Chain(hooked)[0].moments, CellMoments)  # type: ignore[attr-defined]
     for model in (closed, hooked):
         _train(AltMin(model, nn.CrossEntropyLoss(), SGD))
     for p, q in zip(closed.parameters(), hooked.parameters(), strict=True):
@@ -208,6 +365,34 @@ def test_the_published_order_and_local_steps_serve_recurrent_stages(solver: str)
         assert all(bool((v != start[k]).any()) for k, v in model.state_dict().items())
 
 
+@every_output
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_cells_masks_and_statistics_are_those_of_the_first_run(outputs: str, norm: bool) -> None:
+    torch.manual_seed(0)
+    layer = Recurrent(_Drawing(3, HIDDEN, norm), outputs).double()
+    stage = RecurrentStage("s", [("0", nn.Dropout(0.3)), ("1", layer)])
+    x, _ = _batch()
+    with torch.no_grad():
+        pullback = stage.record(x, push=True)
+        buffers, drawn = [b.clone() for b in layer.buffers()], torch.get_rng_state()
+        again = pullback.at(x)
+        assert relative(again.output, pullback.output) < 1e-14
+        v, u = torch.randn_like(again.output), torch.randn_like(x)
+        torch.set_rng_state(drawn)
+        assert relative(again(v), pullback(v)) < 1e-14
+        assert relative(again.push(u), pullback.push(u)) < 1e-12
+        output, far = pullback.relax(torch.zeros_like(pullback.output), None, is_top=False)
+        assert not bool(far.any())  # nothing moved
+        assert relative(output, pullback.output) < 1e-14
+        before = {p: p.clone() for p in stage.parameters}
+        assert not bool(pullback.relinearize(before)[1].any())
+        layer.cell.inner.weight_hh.add_(0.1)
+        fresh, change = pullback.relinearize(before)
+        assert relative(fresh.output - pullback.output, change) < 1e-14
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert all(torch.equal(b, c) for b, c in zip(buffers, layer.buffers(), strict=True))
+
+
 def test_frozen_parameters_stay_and_the_rest_trains() -> None:
     model = _net("elman")
     model[0].cell.weight_hh.requires_grad_(False)
@@ -221,7 +406,9 @@ def test_frozen_parameters_stay_and_the_rest_trains() -> None:
 def test_a_layer_with_hooks_is_one_block() -> None:
     model = _net("elman")
     model[0].register_forward_hook(lambda *_: None)
-    assert isinstance(Chain(model)[0], BlockStage)
+    with pytest.warns(UserWarning, match="its Recurrent has no codes for its time steps.*without hooks"):
+        chain = Chain(model)
+    assert isinstance(chain[0], BlockStage)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 5, 2), (4, 0, 3)])
@@ -237,6 +424,8 @@ def test_what_is_no_sequence_for_the_cell_is_refused(shape: tuple[int, ...]) -> 
 def test_bad_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="activation must be an elementwise module with a closed form"):
         ElmanCell(3, 4, nn.Softmax(1))
+    with pytest.raises(ValueError, match=r"activation must not overwrite the state, got ReLU\(inplace=True\)"):
+        ElmanCell(3, 4, nn.ReLU(inplace=True))
     with pytest.raises(ValueError, match="hidden_size must be an integer >= 1, got 0"):
         ElmanCell(3, 0)
     with pytest.raises(

@@ -112,7 +112,7 @@ def test_one_sample_and_normalisation_over_the_batch() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
     rule = AltMin(model, CE)
     x, y = blobs(1)
-    _refuses(rule, x, y, "Stage '0' normalises over the batch.*1 sample: 2 or more.*model.eval")
+    _refuses(rule, x, y, "Stage '0' normalises over the batch.*1 value for each channel: 2 or more.*model.eval")
     model.eval()
     rule.step(x, y)
     frozen = AltMin(mlp(6, 5, 4, 3, norm=True), CE)

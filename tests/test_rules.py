@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import blobs, convnet, equal, images, mixed, mlp, relative, rule_state, state, train
+from helpers import blobs, convnet, equal, images, mixed, mlp, relative, rnn, rule_state, state, train
 from torch import Tensor, nn
 
 from beyondprop import AffineProjection, Backprop, LearningRule, LocoProp
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::beyondprop.FrozenStageWarning")
 NETS: dict[str, tuple[Callable[[], nn.Sequential], Callable[..., tuple[Tensor, Tensor]]]] = {
     "mlp": (mixed, blobs),
     "conv": (lambda: convnet(norm=True), images),
+    "rnn": (rnn, images),
 }
 
 # For small nets and few steps. Random feedback takes a while until the weights have turned toward it.
@@ -51,7 +52,7 @@ def _captures(rule: LearningRule) -> bool:
 
 # Rules that keep codes for a whole set have a contract of their own, in test_offline.py.
 every_rule = pytest.mark.parametrize("name", [n for n in names() if not get(n).whole_set])
-every_net = pytest.mark.parametrize("net", list(NETS))
+every_net = pytest.mark.parametrize("net", ["mlp", "conv"])
 
 
 @every_rule
@@ -230,7 +231,7 @@ def test_clipping_between_backward_and_update(name: str) -> None:
 
 
 @every_rule
-@every_net
+@pytest.mark.parametrize("net", list(NETS))
 def test_autocast(name: str, net: str) -> None:
     batches = _batches(net)
     lr = RATES[name] if name in ("fa", "dfa") else get(name).lr

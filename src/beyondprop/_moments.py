@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop.activations import closed_form
+from beyondprop.affine import whole
 from beyondprop.block import BlockStage
 from beyondprop.stage import Pullback, Stage, add_to_gradient
 
@@ -26,6 +27,10 @@ class Run(abc.ABC):
     """
 
     states: list[Tensor]
+
+    @abc.abstractmethod
+    def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
+        """Return what the cell makes of another input and state at `step`, under the masks of this run."""
 
     @abc.abstractmethod
     def moment(self, step: int) -> Pullback:
@@ -97,9 +102,9 @@ class ElmanMoments:
         self.cell = stage.layer.cell
         self.activation: Any = closed_form(self.cell.activation)
 
-    def unroll(self, x: Tensor, push: bool) -> ElmanRun:
+    def unroll(self, x: Tensor, push: bool, first: Run | None = None) -> ElmanRun:
         """Run the layer on a sequence `(N, T, input_size)`."""
-        del push
+        del push, first  # closed forms push at no extra cost, and an Elman cell draws nothing
         return ElmanRun(self, x)
 
 
@@ -111,11 +116,16 @@ class ElmanRun(Run):
         cell = moments.cell
         state = x.new_zeros(len(x), cell.hidden_size)
         self.states, self.features = [state], []
-        for driven in F.linear(x, cell.weight_ih, cell.bias).to(x.dtype).unbind(1):
+        for driven in whole(F.linear(x, cell.weight_ih, cell.bias), x).unbind(1):
             feature = moments.activation.value(state)
-            state = torch.addmm(driven, feature, cell.weight_hh.t())
+            state = whole(torch.addmm(driven, feature, cell.weight_hh.t()), x)
             self.features.append(feature)
             self.states.append(state)
+
+    def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
+        """See `Run.advance`."""
+        del step
+        return whole(self.moments.cell(x, state), state)
 
     def moment(self, step: int) -> ElmanMoment:
         """See `Run.moment`."""
@@ -133,12 +143,13 @@ class ElmanRun(Run):
         """See `Run.pull_inputs`."""
         del deltas
         moments = self.moments
-        return self._stacked @ moments.stage.backward_weight(moments.cell.weight_ih)
+        return whole(self._stacked @ moments.stage.backward_weight(moments.cell.weight_ih), self._stacked)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
         """See `Run.push_inputs`."""
         found = []
-        for step, driven in enumerate((tangent @ self.moments.cell.weight_ih.t()).unbind(1), start=1):
+        driven_by = whole(tangent @ self.moments.cell.weight_ih.t(), tangent)
+        for step, driven in enumerate(driven_by.unbind(1), start=1):
             found.append(driven + self.moment(step).push(found[-1]) if found else driven)
         return found
 
@@ -165,17 +176,18 @@ class ElmanMoment(Moment):
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`."""
         moments = self.moments
-        return (cotangent @ moments.stage.backward_weight(moments.cell.weight_hh)).mul_(self.slope)
+        gradient = cotangent @ moments.stage.backward_weight(moments.cell.weight_hh)
+        return whole(gradient, cotangent).mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""
         del gated
-        return (tangent * self.slope) @ self.moments.cell.weight_hh.t()
+        return whole((tangent * self.slope) @ self.moments.cell.weight_hh.t(), tangent)
 
     def at(self, z: Tensor) -> ElmanMoment:
         """See `Pullback.at`."""
         feature = self.moments.activation.value(z)
-        change = (feature - self.feature) @ self.moments.cell.weight_hh.t()
+        change = whole((feature - self.feature) @ self.moments.cell.weight_hh.t(), z)
         return ElmanMoment(self.moments, z, self.output + change, feature)
 
 
@@ -191,26 +203,32 @@ class CellMoments(BlockStage):
         state, x = z.split([self.layer.state_size, self.layer.cell.input_size], 1)
         return self.layer.advance(x, state)
 
-    def unroll(self, x: Tensor, push: bool) -> CellRun:
-        """Run the layer on a sequence `(N, T, input_size)`."""
-        return CellRun(self, x, push)
+    def unroll(self, x: Tensor, push: bool, first: CellRun | None = None) -> CellRun:
+        """Run the layer on a sequence `(N, T, input_size)`; like `first`, a run of the same step, where there was one."""
+        return CellRun(self, x, push, first)
 
 
 class CellRun(Run):
     """Any cell at one sequence."""
 
-    def __init__(self, moments: CellMoments, x: Tensor, push: bool) -> None:
+    def __init__(self, moments: CellMoments, x: Tensor, push: bool, first: CellRun | None) -> None:
         self.size = moments.layer.state_size
         self.parameters = [p for p in moments.parameters if p.requires_grad]
         state = x.new_zeros(len(x), self.size)
-        self.states, self.pullbacks = [state], []
-        for moment in x.unbind(1):
-            pullback = moments.record(torch.cat([state, moment], 1), push=push)
+        self.states: list[Tensor] = [state]
+        self.pullbacks: list[Any] = []
+        for t, moment in enumerate(x.unbind(1)):
+            z = torch.cat([state, moment], 1)
+            pullback: Any = moments.record(z, push=push) if first is None else first.pullbacks[t].at(z, push=push)
             state = pullback.output
             self.states.append(state)
             self.pullbacks.append(pullback)
         self._gradients: list[Tensor | None] = []
         self._inputs: list[Tensor] = []
+
+    def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
+        """See `Run.advance`."""
+        return self.pullbacks[step - 1].at(torch.cat([state, x], 1)).output
 
     def moment(self, step: int) -> CellMoment:
         """See `Run.moment`."""
@@ -220,7 +238,7 @@ class CellRun(Run):
         """See `Run.pull`."""
         if step == len(self.pullbacks):
             self._gradients, self._inputs = [None] * len(self.parameters), []
-        pullback: Any = self.pullbacks[step - 1]
+        pullback = self.pullbacks[step - 1]
         gradient = pullback(delta)
         own = pullback.take_gradients(delta)
         for i, g in enumerate(own):

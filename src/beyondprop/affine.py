@@ -83,7 +83,7 @@ class AffinePullback(Pullback):
             affine = self.map.affine
             convolve = _CONVS[type(affine)]
             output = convolve(features, weight, bias, affine.stride, affine.padding, affine.dilation, affine.groups)
-        return _whole(output, features)
+        return whole(output, features)
 
     @property
     def slope(self) -> Tensor:
@@ -102,7 +102,7 @@ class AffinePullback(Pullback):
         stage = self.map
         weight = stage.backward_weight(stage.weight) if stage.feedback else stage.weight
         if stage.is_linear:
-            gradient = _whole(torch.matmul(cotangent, weight), cotangent)
+            gradient = whole(torch.matmul(cotangent, weight), cotangent)
         else:
             gradient = self._convolution_backward(cotangent, weight, (True, False, False))[0]
         return self.pull_head(gradient)
@@ -232,7 +232,7 @@ def patches(features: Tensor, conv: Any, *, padding: Sequence[int] | None = None
     return windows.permute(order).reshape(-1, features.shape[1] * math.prod(conv.kernel_size))
 
 
-def _whole(values: Tensor, like: Tensor) -> Tensor:
+def whole(values: Tensor, like: Tensor) -> Tensor:
     """Return `values` in the dtype of `like`: autocast multiplies in half precision, codes and deltas stay whole."""
     return values if values.dtype is like.dtype else values.to(like.dtype)
 

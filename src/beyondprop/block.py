@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.binary import Threshold
-from beyondprop.stage import Pullback, Stage, add_to_gradient, check_normalized
+from beyondprop.stage import Memo, Pullback, Stage, add_to_gradient, too_few_values
 from beyondprop.transport import Transport, check_met, counterpart
 
 
@@ -49,9 +49,8 @@ class BlockStage(Stage):
 
         Raises:
             UnsupportedModelError: if the stage overwrites its input, mixes samples, or returns no tensor of the batch.
-            ValueError: if one sample is to be normalised over the batch.
+            ValueError: if a channel's only value is to be normalised over the batch.
         """
-        check_normalized(self.name, self.norms, z)
         state = _random_state(z.device) if self.is_stochastic else None
         pullback = BlockPullback(self, z, push, state)
         if not self._is_checked and z.shape[0] > 1 and z.is_floating_point():
@@ -80,6 +79,10 @@ class BlockStage(Stage):
         except RuntimeError as error:
             if "in-place operation" in str(error) or "modified inplace" in str(error):
                 raise _in_place(self.name) from error
+            raise
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):  # torch names no module
+                raise too_few_values(self.name) from error
             raise
         if z._version != version:
             raise _in_place(self.name)
@@ -149,7 +152,8 @@ class BlockPullback(Pullback):
         self.output = end.detach().to(z.dtype) if z.is_floating_point() else end.detach()
         # Without a second derivative, tangents are pushed by a difference of two runs, which start from the input.
         self._kept = z if push and not known else None
-        self._last: tuple[Tensor, list[Tensor | None]] | None = None
+        self._was_pulled = False
+        self._own: Memo[list[Tensor | None]] = Memo()
         self._dual: tuple[Tensor, Tensor] | None = None
 
     def _gradients(self, cotangent: Tensor, ends: Sequence[Any], *, create_graph: bool = False) -> list[Tensor | None]:
@@ -173,7 +177,7 @@ class BlockPullback(Pullback):
         """See `Pullback.__call__`; the first call keeps the weights' gradient, too, so that one pass serves both."""
         dual = cotangent.to(self._like[1].dtype)
         ends = [] if self._start is None else [self._start]
-        if self._last is not None:
+        if self._was_pulled:
             return self._at_input(next(iter(self._gradients(dual, ends)), None))
         if self._makes_dual:
             dual = dual.clone().requires_grad_()
@@ -183,8 +187,8 @@ class BlockPullback(Pullback):
             # Not copied: where a push would need what the caller has overwritten, autograd says so.
             self._dual = dual, gradient
             gradient = gradient.detach()
-        self._version = cotangent._version
-        self._last = cotangent, [None if g is None else g.detach() for g in found[len(ends) :]]
+        self._was_pulled = True
+        self._own.keep(cotangent, [None if g is None else g.detach() for g in found[len(ends) :]])
         return gradient
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
@@ -239,18 +243,17 @@ class BlockPullback(Pullback):
     def take_gradients(self, cotangent: Tensor) -> list[Tensor | None]:
         """Return the weights' gradients for a cotangent, by weight, and keep none of them."""
         found = self._weight_gradients(cotangent)
-        self._last, self._version = (cotangent, []), -1
+        self._own = Memo()
         return found
 
     def _weight_gradients(self, cotangent: Tensor) -> list[Tensor | None]:
-        if self._last is not None and self._last[0] is cotangent and self._version == cotangent._version:
-            return self._last[1]
-        return self._gradients(cotangent.to(self._like[1].dtype), self.weights)
+        own = self._own.find(cotangent)
+        return self._gradients(cotangent.to(self._like[1].dtype), self.weights) if own is None else own
 
-    def at(self, z: Tensor) -> BlockPullback:
-        """See `Pullback.at`."""
+    def at(self, z: Tensor, *, push: bool = False) -> BlockPullback:
+        """See `Pullback.at`; `push` says whether tangents will be pushed there, too."""
         with self.block.replayed(self.random_state, z.device):
-            return BlockPullback(self.block, z, False, self.random_state)
+            return BlockPullback(self.block, z, push, self.random_state)
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
         """See `Pullback.relinearize`."""

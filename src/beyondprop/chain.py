@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -205,8 +206,27 @@ def _stage(run: list[Named]) -> Stage:
     carrier = next((name for name, m in reversed(run) if isinstance(m, (*_AFFINE, Recurrent))), None)
     name = carrier or next(n for n, m in reversed(run) if any(True for _ in m.parameters()))
     modules = [m for _, m in run]
-    kind = next((k for k in (AffineStage, PipelineStage, RecurrentStage) if k.fits(modules)), BlockStage)
-    return kind(name, run)
+    for kind in (AffineStage, PipelineStage, RecurrentStage):
+        if kind.fits(modules):
+            return kind(name, run)
+    if not any(type(part) is Recurrent for m in modules for part in m.modules()):
+        return BlockStage(name, run)
+    unfolded = [part for n, m in run for part in _unfold(n, m)]
+    if RecurrentStage.fits([m for _, m in unfolded]):
+        return RecurrentStage(name, unfolded)
+    warnings.warn(
+        f"Stage {name!r} is differentiated as a whole: its Recurrent has no codes for its time steps, which it has where it is "
+        "the only one of its stage, without hooks, and where all modules beside it have closed forms.",
+        stacklevel=4,
+    )
+    return BlockStage(name, run)
+
+
+def _unfold(name: str, module: nn.Module) -> list[Named]:
+    """Return what a plain Sequential applies, or the module itself."""
+    if not _is_plain_sequential(module):
+        return [(name, module)]
+    return [part for n, m in module._modules.items() if m is not None for part in _unfold(f"{name}.{n}", m)]
 
 
 def _cut(model: nn.Module, cuts: Cuts) -> list[list[Named]]:

@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from beyondprop.operations import AffineRecorded, Operation, RecordedRun, operation
-from beyondprop.stage import Pullback, Stage, check_normalized
+from beyondprop._operation import Operation, RecordedRun
+from beyondprop.affine import AffinePullback, AffineStage
+from beyondprop.operations import AffineMap, AffineRecorded, operation
+from beyondprop.stage import Pullback, Stage
 
 
 class PipelineStage(Stage):
     """A run of modules that all have closed forms.
 
     `PipelineStage.fits` says whether a run of modules has this form.
+
+    Attributes:
+        top: the Linear or Conv that the run ends in, where nothing else has weights; None: there is none.
     """
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -23,6 +28,9 @@ class PipelineStage(Stage):
         self.operations: list[Operation] = [o for o in found if o is not None]
         for each in self.operations:
             each.share(self)
+        carriers = [o for o in self.operations if o.has_weights]
+        last = self.operations[-1]
+        self.top: AffineStage | None = last.stage if carriers == [last] and isinstance(last, AffineMap) else None
         self.head = next((i for i, o in enumerate(self.operations) if o.has_weights), len(self.operations))
 
     @staticmethod
@@ -39,10 +47,9 @@ class PipelineStage(Stage):
         """See `Stage.record`.
 
         Raises:
-            ValueError: if one sample is to be normalised over the batch.
+            ValueError: if a channel's only value is to be normalised over the batch.
         """
         del push  # closed forms push tangents at no extra cost
-        check_normalized(self.name, self.modules, z)
         return PipelinePullback(self, z)
 
 
@@ -53,8 +60,13 @@ class PipelinePullback(Pullback):
         self.stage = self.pipeline = stage
         self.input = z
         self.input_shape = z.shape
-        self.run = RecordedRun(stage.operations, z, first)
-        self.output = self.run.output
+        self.output, self.run = RecordedRun.of(stage.operations, z, first)
+
+    @property
+    def top(self) -> AffinePullback | None:
+        """The Linear or Conv that the run ends in, at its own input; see `PipelineStage.top`."""
+        last = self.run.recorded[-1]
+        return last.pullback if self.pipeline.top is not None and isinstance(last, AffineRecorded) else None
 
     @property
     def is_closed_form(self) -> bool:
@@ -68,8 +80,7 @@ class PipelinePullback(Pullback):
     @property
     def head_shape(self) -> torch.Size:
         """See `Pullback.head_shape`."""
-        head = self.run.recorded[: self.pipeline.head]
-        return head[-1].output.shape if head else self.input_shape
+        return self.run.shapes[self.pipeline.head]
 
     def pull_head(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.pull_head`."""
@@ -92,9 +103,8 @@ class PipelinePullback(Pullback):
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
         """See `Pullback.relinearize`."""
-        top = self.run.recorded[-1]
-        if isinstance(top, AffineRecorded) and sum(o.has_weights for o in self.pipeline.operations) == 1:
-            return self, top.pullback.relinearize(before)[1]
+        if self.top is not None:
+            return self, self.top.relinearize(before)[1]
         torch.clear_autocast_cache()  # it holds casts of the old weights
         fresh = self.at(self.input)
         return fresh, fresh.output - self.output

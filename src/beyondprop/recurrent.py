@@ -10,7 +10,6 @@ stages. With plain gradients that is backpropagation through time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,30 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop._moments import CellMoments, ElmanMoments, Heard
+from beyondprop._operation import Operation, RecordedRun
 from beyondprop.activations import closed_form
 from beyondprop.affine import is_modified
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
-from beyondprop.operations import Operation, Recorded, operation
-from beyondprop.stage import Pullback, Stage
+from beyondprop.operations import operation
+from beyondprop.stage import Memo, Pullback, Stage
 
 Solve = Callable[[Pullback, Tensor, Tensor], Tensor]
 """Maps a moment (linearised at its state), the wish at its output and the gradient `J^T wish` to the state's delta."""
 
 
 class RecurrentStage(Stage):
-    """Modules with closed forms and without weights, then a `Recurrent` layer.
+    """A `Recurrent` layer among modules with closed forms.
 
-    `RecurrentStage.fits` says whether a run of modules has this form.
+    `RecurrentStage.fits` says whether a run of modules has this form. Weights beside the layer get the gradient that
+    backpropagation inside the stage gives them; codes are the layer's states.
     """
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__(name, modules)
-        self.layer: Any = self.modules[-1]
+        place = next(i for i, m in enumerate(self.modules) if type(m) is Recurrent)
+        self.layer: Any = self.modules[place]
         self.is_last = self.layer.outputs == "last"
         self.width: int = self.layer.cell.hidden_size
-        self.heads: list[Operation] = [o for m in self.modules[:-1] if (o := operation(m)) is not None]
+        self.heads, self.tails = _operations(self.modules[:place]), _operations(self.modules[place + 1 :])
+        for each in (*self.heads, *self.tails):
+            each.share(self)
+        self.head = next((i for i, o in enumerate(self.heads) if o.has_weights), len(self.heads))
         cell = self.layer.cell
-        known = closed_form(cell.activation) if type(cell) is ElmanCell and not is_modified(cell) else None
+        is_plain = type(cell) is ElmanCell and not is_modified(cell) and not is_modified(cell.activation)
+        known = closed_form(cell.activation) if is_plain else None
         is_elman = known is not None and known.factors is None  # units with target rules go by autograd
         self.moments = ElmanMoments(self) if is_elman else CellMoments(self)
         if isinstance(self.moments, CellMoments):
@@ -49,14 +55,17 @@ class RecurrentStage(Stage):
 
     @staticmethod
     def fits(modules: Sequence[nn.Module]) -> bool:
-        """Whether this run of modules is a recurrent layer behind modules without parameters."""
-        *heads, layer = modules
-        found = [operation(m) for m in heads]
-        return (
-            type(layer) is Recurrent
-            and not is_modified(layer)
-            and all(o is not None and not o.has_weights and not o.couples_batch for o in found)
-        )
+        """Whether this run of modules is one recurrent layer and, around it, modules with closed forms."""
+        layers = [m for m in modules if type(m) is Recurrent]
+        if len(layers) != 1 or is_modified(layers[0]):
+            return False
+        return all(m is layers[0] or operation(m) is not None for m in modules)
+
+    @property
+    def couples_batch(self) -> bool:
+        """See `Stage.couples_batch`."""
+        inside = isinstance(self.moments, CellMoments) and self.moments.couples_batch
+        return inside or any(o.couples_batch for o in (*self.heads, *self.tails))
 
     def record(self, z: Tensor, *, push: bool = False) -> RecurrentPullback:
         """See `Stage.record`.
@@ -84,17 +93,16 @@ class RecurrentPullback(Pullback):
         self.stage = self.recurrent = stage
         self.input = z
         self.input_shape = z.shape
-        self.heads: list[Recorded] = []
-        for index, each in enumerate(stage.heads):
-            self.heads.append(each.record(z, None if first is None else first.heads[index]))
-            z = self.heads[-1].output
-        stage.layer.check_input(z)
+        x, self.heads = RecordedRun.of(stage.heads, z, None if first is None else first.heads)
+        stage.layer.check_input(x)
         self._push = push
         self._solve: Solve | None = None if first is None else first._solve
-        self.run = stage.moments.unroll(z, push)
+        self.run: Any = stage.moments.unroll(x, push, None if first is None else first.run)
         self.states = self.run.states
-        self.output = stage.read(self.states[1:])
-        self._swept: tuple[Tensor, int, list[Tensor]] | None = None
+        shown = stage.read(self.states[1:])
+        self.output, self.tails = RecordedRun.of(stage.tails, shown, None if first is None else first.tails)
+        self._swept: Memo[list[Tensor]] = Memo()
+        self._driven: Memo[Tensor] = Memo()
 
     def sweep(self, wish: Tensor, solve: Solve | None = None) -> list[Tensor]:
         """Give the states s_1 .. s_T their deltas, last first, and return them.
@@ -106,8 +114,9 @@ class RecurrentPullback(Pullback):
         """
         stage, run = self.recurrent, self.run
         solve = self._solve = solve or self._solve
-        wishes = None if stage.is_last else wish.unbind(1)
-        delta = self._of_state(wish if wishes is None else wishes[-1])
+        shown = self.tails.pull(wish)
+        wishes = None if stage.is_last else shown.unbind(1)
+        delta = self._of_state(shown if wishes is None else wishes[-1])
         deltas = [delta]
         for step in range(len(self.states) - 1, 1, -1):
             moment = run.moment(step)
@@ -122,62 +131,74 @@ class RecurrentPullback(Pullback):
             deltas.append(delta)
         deltas.reverse()
         run.finish(deltas)
-        self._swept = wish, wish._version, deltas
+        self._swept.keep(wish, deltas)
+        self._driven = Memo()
         return deltas
 
-    def violation(self, input_delta: Tensor | None) -> Tensor:
-        """Return how far the moved states of the last sweep are from what the cell makes of their moved inputs, `(N,)`.
+    def relax(self, wish: Tensor, input_delta: Tensor | None, *, is_top: bool) -> tuple[Tensor, Tensor]:
+        """Return the output at the moved states, and how far all are from where they should be, `(N,)`.
 
-        The sum over time of `|delta_t - change_t|^2`, with the nonlinearity as it is; where all states are shown, that of
-        their distance to the wish, too.
+        `sum_t |delta_t - change_t|^2` with `change_t` what the cell makes of its moved inputs, nonlinearities as they are, and
+        `|wish - change|^2` at the output. Where that is the network's (`is_top`), its wish is no code but the loss itself: the
+        output follows the last moved state below it, and neither the last state's term nor the output's is counted.
         """
-        assert self._swept is not None
-        wish, _, deltas = self._swept
-        layer, x = self.recurrent.layer, self.input if input_delta is None else self.input + input_delta
-        for each, first in zip(self.recurrent.heads, self.heads, strict=True):
-            x = each.record(x, first).output
-        total = deltas[0].new_zeros(len(deltas[0]))
+        stage, deltas = self.recurrent, self._deltas(wish)
+        x, _ = RecordedRun.of(stage.heads, self.input if input_delta is None else self.input + input_delta, self.heads)
         moved = [self.states[0], *(s + d for s, d in zip(self.states[1:], deltas, strict=True))]
-        for t, (before, after) in enumerate(pairwise(moved)):
-            total += (after - layer.advance(x[:, t], before)).square().sum(1)
-        if not self.recurrent.is_last:
-            total += (wish - self.recurrent.read(deltas)).flatten(1).square().sum(1)
-        return total
+        following = [self.run.advance(t + 1, x[:, t], before) for t, before in enumerate(moved[:-1])]
+        if is_top:
+            moved[-1] = following[-1]
+        output, _ = RecordedRun.of(stage.tails, stage.read(moved[1:]), self.tails)
+        far = torch.stack([a - b for a, b in zip(moved[1:], following, strict=True)], 1).flatten(1).square().sum(1)
+        if not is_top:
+            far += (wish - (output - self.output)).flatten(1).square().sum(1)
+        return output, far
 
     def _of_state(self, values: Tensor) -> Tensor:
         more = self.recurrent.layer.state_size - values.shape[1]
         return F.pad(values, (0, more)) if more else values
 
     def _deltas(self, cotangent: Tensor) -> list[Tensor]:
-        if self._swept is None or self._swept[0] is not cotangent or self._swept[1] != cotangent._version:
-            return self.sweep(cotangent)
-        return self._swept[2]
+        deltas = self._swept.find(cotangent)
+        return self.sweep(cotangent) if deltas is None else deltas
+
+    def _at_layer(self, cotangent: Tensor) -> Tensor:
+        """Return the gradient at what the layer is driven by."""
+        deltas = self._deltas(cotangent)
+        gradient = self._driven.find(cotangent)
+        if gradient is None:
+            gradient = self.run.pull_inputs(deltas)
+            if self.heads.has_weights:  # they ask for it again
+                self._driven.keep(cotangent, gradient)
+        return gradient
 
     def __call__(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.__call__`; by the deltas of the last sweep, if it was for this cotangent."""
-        return self.pull_head(self.run.pull_inputs(self._deltas(cotangent)))
+        return self.heads.pull(self._at_layer(cotangent))
 
     @property
     def head_shape(self) -> torch.Size:
         """See `Pullback.head_shape`."""
-        return self.heads[-1].output.shape if self.heads else self.input_shape
+        return self.heads.shapes[self.recurrent.head]
 
     def pull_head(self, cotangent: Tensor) -> Tensor:
         """See `Pullback.pull_head`."""
-        for each in reversed(self.heads):
+        for each in reversed(self.heads.recorded[: self.recurrent.head]):
             cotangent = each.pull(cotangent)
         return cotangent
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
         """See `Pullback.push`."""
         del gated
-        for each in self.heads:
-            tangent = each.push(tangent)
-        return self.recurrent.read(self.run.push_inputs(tangent))
+        states = self.run.push_inputs(self.heads.push(tangent))
+        return self.tails.push(self.recurrent.read(states))
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
         """See `Pullback.add_gradients`."""
         self.run.add_gradients(self._deltas(cotangent), factor)
+        self.tails.add_gradients(cotangent, factor)
+        if self.heads.has_weights:
+            self.heads.add_gradients(self._at_layer(cotangent), factor)
 
     def at(self, z: Tensor) -> RecurrentPullback:
         """See `Pullback.at`."""
@@ -189,3 +210,7 @@ class RecurrentPullback(Pullback):
         torch.clear_autocast_cache()  # it holds casts of the old weights
         fresh = self.at(self.input)
         return fresh, fresh.output - self.output
+
+
+def _operations(modules: Sequence[nn.Module]) -> list[Operation]:
+    return [found for m in modules if (found := operation(m)) is not None]

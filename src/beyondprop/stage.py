@@ -3,20 +3,24 @@
 `stage.record(z)` runs the stage on a detached input and returns a `Pullback`: the output, a function from an output
 cotangent to an input cotangent, its transpose for tangents, and the weights' gradient. No autograd graph crosses a stage.
 
-Two kinds: `affine.AffineStage` has closed forms (Linear or Conv behind reshapes and one common nonlinearity);
-`block.BlockStage` is any other module or run of modules, differentiated locally by autograd.
+Four kinds: `affine.AffineStage` has closed forms (Linear or Conv behind reshapes and one common nonlinearity), and so has
+`pipeline.PipelineStage` (a run of such layers with pooling, dropout, normalisation and residual blocks);
+`recurrent.RecurrentStage` has a code for every time step; `block.BlockStage` is any other module or run of modules,
+differentiated locally by autograd.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop.transport import counterpart
+
+Found = TypeVar("Found")
 
 
 class Pullback(abc.ABC):
@@ -137,13 +141,28 @@ class Stage(abc.ABC):
         return f"{type(self).__name__}({self.name!r}: {' -> '.join(type(m).__name__ for m in self.modules)})"
 
 
-def check_normalized(name: str, modules: Sequence[nn.Module], z: Tensor) -> None:
-    """Raise `ValueError` if one sample is to be normalised over the batch."""
-    if z.shape[0] == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in modules):
-        raise ValueError(
-            f"Stage {name!r} normalises over the batch in training mode, and the batch has 1 sample: 2 or more are needed, or "
-            "model.eval()."
-        )
+class Memo(Generic[Found]):
+    """What was found for one cotangent, as long as that is the same tensor with the same values."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int, Found] | None = None
+
+    def keep(self, cotangent: Tensor, found: Found) -> None:
+        """Keep what was found for `cotangent`, in place of anything kept before."""
+        self._kept = cotangent, cotangent._version, found
+
+    def find(self, cotangent: Tensor) -> Found | None:
+        """Return what was found for `cotangent`, or None."""
+        kept = self._kept
+        return kept[2] if kept is not None and kept[0] is cotangent and kept[1] == cotangent._version else None
+
+
+def too_few_values(name: str) -> ValueError:
+    """Return the error for a batch that has one value for a channel, which cannot be normalised over the batch."""
+    return ValueError(
+        f"Stage {name!r} normalises over the batch in training mode, and the batch has 1 value for each channel: 2 or more "
+        "samples are needed, or model.eval()."
+    )
 
 
 def add_to_gradient(parameter: nn.Parameter, value: Tensor, factor: float) -> None:

@@ -94,6 +94,7 @@ def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
         return problem.keep_norm(d)
 
     solve.pushes = True  # type: ignore[attr-defined]
+    solve.needs_codes = False  # type: ignore[attr-defined]
     return solve
 
 

@@ -193,15 +193,19 @@ class Codes(Credit):
         `change` is how a stage's output follows its moved input, with the nonlinearity as it is.
         """
         total = assignments[0].delta.new_zeros(())
+        scale = assignments[0].loss.scale if assignments[0].loss is not None else 1 / len(assignments[0].delta)
         for a in assignments:
-            change = a.moved().output - a.pullback.output if a.input_delta is not None else torch.zeros_like(a.delta)
-            scale = assignments[0].loss.scale if assignments[0].loss is not None else 1 / len(a.delta)
-            if a.loss is not None:
-                total = total + a.loss.again(a.pullback.output + change).value
             if isinstance(a.pullback, RecurrentPullback):
-                total = total + 0.5 * self.mu * scale * a.pullback.violation(a.input_delta).sum()
-            elif a.loss is None:
-                total = total + 0.5 * self.mu * scale * code_solvers.square_norm(a.delta - change).sum()
+                output, far = a.pullback.relax(a.delta, a.input_delta, is_top=a.loss is not None)
+            else:
+                change = (
+                    a.moved().output - a.pullback.output if a.input_delta is not None else torch.zeros_like(a.delta)
+                )
+                output = a.pullback.output + change
+                far = torch.zeros_like(total) if a.loss is not None else code_solvers.square_norm(a.delta - change)
+            if a.loss is not None:
+                total = total + a.loss.again(output).value
+            total = total + 0.5 * self.mu * scale * far.sum()
         return total
 
     def state_dict(self) -> dict[str, object]:

@@ -28,7 +28,7 @@ class ElmanCell(nn.Module):
             W then has entries of standard deviation 0.001, as published.
 
     Raises:
-        ValueError: if a size is below 1 or the activation has no closed form.
+        ValueError: if a size is below 1, or the activation has no closed form or works in place.
 
     Source: Elman, "Finding Structure in Time", Cognitive Science 14, 1990.
     """
@@ -45,6 +45,8 @@ class ElmanCell(nn.Module):
                 "activation must be an elementwise module with a closed form, such as nn.Tanh() or nn.ReLU(), got "
                 f"{activation!r}."
             )
+        if getattr(self.activation, "inplace", False):
+            raise ValueError(f"activation must not overwrite the state, got {activation!r}; use inplace=False.")
         bound = 1 / math.sqrt(hidden_size)
         self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(torch.empty(hidden_size, hidden_size).uniform_(-bound, bound))

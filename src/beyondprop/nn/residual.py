@@ -16,6 +16,10 @@ class Residual(nn.Module):
         skip: what the input goes through beside it; default: nothing.
         after: the nonlinearity behind the sum; default: none.
 
+    Raises:
+        TypeError: if the branch is no `nn.Sequential`.
+        ValueError: on a batch for which branch and skip differ in shape.
+
     Example:
         >>> block = Residual(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), after=nn.ReLU())
 
@@ -32,7 +36,21 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, ...)` to the shape of the branch's output, which the skip must have, too."""
-        return self.after(self.skip(x) + self.branch(x))
+        return self.after(joined(self.skip(x), self.branch(x)))
+
+
+def joined(skip: Tensor, branch: Tensor) -> Tensor:
+    """Return `skip + branch`.
+
+    Raises:
+        ValueError: if their shapes differ; a sum that broadcasts is no skip.
+    """
+    if skip.shape != branch.shape:
+        raise ValueError(
+            f"Residual adds its skip, of shape {tuple(skip.shape)}, to its branch, of shape {tuple(branch.shape)}: these must "
+            "be equal. Pass a skip that gives the branch's shape."
+        )
+    return skip + branch
 
 
 class Shortcut(nn.Module):
@@ -41,6 +59,9 @@ class Shortcut(nn.Module):
     Args:
         stride: >= 1.
         padding: channels of zeros on each side, >= 0.
+
+    Raises:
+        ValueError: if a setting is out of its range.
 
     Source: He et al., CVPR 2016, option A.
     """

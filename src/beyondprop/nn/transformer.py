@@ -15,6 +15,9 @@ class Patches(nn.Module):
     Args:
         size: pixels of a side, >= 1.
 
+    Raises:
+        ValueError: if `size` is below 1.
+
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929.
     """
 
@@ -35,13 +38,17 @@ class Positions(nn.Module):
     """Add a learned vector to every position: `(N, count, width)` to the same shape.
 
     Args:
-        count: positions.
-        width: features.
+        count: positions, >= 1.
+        width: features, >= 1.
+
+    Raises:
+        ValueError: if one of them is below 1.
     """
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, width))
+        shape = _checks.at_least("count", count, 1), _checks.at_least("width", width, 1)
+        self.weight = nn.Parameter(torch.empty(shape))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

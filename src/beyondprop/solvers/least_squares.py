@@ -100,6 +100,10 @@ class Moments:
             bias: the old b `(out,)`, or None for a layer without.
             alpha: > 0.
             rho: > 0.
+
+        Raises:
+            ValueError: if alpha or rho is not above 0.
+            LinAlgError: if the moments are not finite.
         """
         _checks.positive("alpha", alpha)
         _checks.positive("rho", rho)
@@ -119,6 +123,10 @@ class Moments:
             bias: the old b `(out,)`, or None for a layer without.
             alpha: > 0.
             rho: > 0.
+
+        Raises:
+            ValueError: if alpha or rho is not above 0.
+            LinAlgError: if the moments are not finite.
         """
         _checks.positive("alpha", alpha)
         _checks.positive("rho", rho)

@@ -24,14 +24,16 @@ from beyondprop.affine import AffinePullback, AffineStage
 from beyondprop.chain import Chain
 from beyondprop.credit.base import Assignment
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.pipeline import PipelinePullback, PipelineStage
 from beyondprop.solvers.base import OptimizerFactory, Solver
 from beyondprop.solvers.descent import adam
+from beyondprop.stage import Pullback, Stage
 
 METHODS = ("rls", "bcd")
 
 
 class Memory(Solver):
-    """Solves every Linear and Conv stage against the accumulated second moments of its inputs.
+    """Solves every Linear and Conv against the accumulated second moments of its inputs, whatever its stage does before it.
 
     `"rls"`, damped recursive least squares in delta form (the default):
 
@@ -40,8 +42,8 @@ class Memory(Solver):
     `"bcd"`, block coordinate descent as published: `sweeps` over the columns (in blocks of `block`) of the accumulated
     least-squares problem, with the unit-step replacement of W by its minimiser.
 
-    Stages of other kinds (blocks, normalised stages, grouped convolutions) have no single weight matrix: their weights take
-    gradient steps of the `rest` optimizer.
+    Stages of other kinds (blocks, stages with a normalisation or something else behind the Linear or Conv, grouped
+    convolutions) have no single weight matrix: their weights take gradient steps of the `rest` optimizer.
 
     Args:
         method: `"rls"` or `"bcd"`.
@@ -100,8 +102,8 @@ class Memory(Solver):
             trainable = [p for p in stage.parameters if p.requires_grad]
             if self.method == "bcd" and index == last:
                 output = trainable
-            elif isinstance(stage, AffineStage) and getattr(stage.affine, "groups", 1) == 1 and trainable:
-                memory = StageMemory(stage, self)
+            elif (top := _top(stage)) is not None and getattr(top.affine, "groups", 1) == 1 and trainable:
+                memory = StageMemory(stage.name, top, self)
                 if memory.size > self.limit:
                     warnings.warn(
                         f"Stage {stage.name!r} has {memory.size} inputs: its memory takes "
@@ -128,8 +130,8 @@ class Memory(Solver):
         """See `Solver.collect`."""
         assignment.pullback.add_gradients(assignment.delta, factor)
         memory = self._stages.get(assignment.index)
-        if memory is not None and isinstance(assignment.pullback, AffinePullback):
-            memory.collect(assignment.pullback, -factor)
+        if memory is not None and (top := _top_at(assignment.pullback)) is not None:
+            memory.collect(top, -factor)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -167,6 +169,19 @@ class Memory(Solver):
             memory.load_state_dict(state[str(index)])
 
 
+def _top(stage: Stage) -> AffineStage | None:
+    """Return the Linear or Conv that a stage ends in, where it has no other weights."""
+    if isinstance(stage, PipelineStage):
+        return stage.top
+    return stage if isinstance(stage, AffineStage) else None
+
+
+def _top_at(pullback: Pullback) -> AffinePullback | None:
+    if isinstance(pullback, PipelinePullback):
+        return pullback.top
+    return pullback if isinstance(pullback, AffinePullback) else None
+
+
 class StageMemory:
     """One stage's A, R and factor.
 
@@ -177,10 +192,10 @@ class StageMemory:
         steps: batches seen.
     """
 
-    def __init__(self, stage: AffineStage, settings: Memory) -> None:
+    def __init__(self, name: str, stage: AffineStage, settings: Memory) -> None:
         weight, self.bias = stage.affine.weight, stage.affine.bias
         self.weight: nn.Parameter = weight
-        self.name = stage.name
+        self.name = name
         self.settings = settings
         self.inputs = weight[0].numel()
         # A frozen part has no column: the other's problem is its own.
@@ -197,8 +212,17 @@ class StageMemory:
         self._fresh: Tensor | None = None
 
     def collect(self, pullback: AffinePullback, weight: float) -> None:
-        """Add `weight * a^T a` of a batch to what the next `solve` takes in."""
+        """Add `weight * a^T a` of a batch to what the next `solve` takes in.
+
+        Raises:
+            ValueError: if the model has taken another dtype since the memory was made.
+        """
         rows = pullback.feature_rows()[:, self.columns]
+        if rows.dtype != self.moments.dtype:
+            raise ValueError(
+                f"Stage {self.name!r} has inputs of dtype {rows.dtype}, its memory has {self.moments.dtype}: convert the model "
+                "before the rule is built."
+            )
         if self.pending is None or self.pending.device != rows.device:
             self.pending = torch.zeros_like(self.moments, device=rows.device)
         self.pending.addmm_(rows.t(), rows, alpha=weight)
