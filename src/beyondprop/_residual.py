@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,8 +53,7 @@ class ResidualBlock(Operation):
     def of(cls, module: Residual, operation: Lookup) -> ResidualBlock | None:
         """Return the closed forms of a block, or None where a part has none."""
         parts = [*module.branch, module.skip, module.after]
-        # What works in place may overwrite what the skip hands on; closed forms would not.
-        if is_modified(module.branch) or any(getattr(m, "inplace", False) for m in parts):
+        if is_modified(module.branch) or _overwrites_input(module.branch) or getattr(module.skip, "inplace", False):
             return None
         found = [each for m in parts if (each := operation(m)) is not None]
         return cls(module, [found[:-2], found[-2:-1], found[-1:]]) if len(found) == len(parts) else None
@@ -98,3 +97,13 @@ class _ResidualAt(Recorded):
         self.after.add_gradients(cotangent, factor)
         self.branch.add_gradients(inner, factor)
         self.skip.add_gradients(inner, factor)
+
+
+def _overwrites_input(branch: Iterable[nn.Module]) -> bool:
+    """Whether the branch works in place on what the skip hands on; behind a map with parameters it has a tensor of its own."""
+    for module in branch:
+        if getattr(module, "inplace", False):
+            return True
+        if any(True for _ in module.parameters()):
+            return False
+    return False
