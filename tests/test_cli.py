@@ -119,7 +119,7 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--out", "full"], "'full' is there already"),
         (["--resume", "full"], "'full' is no run directory"),
         (["--plugin", "gone.py"], "The plugin 'gone.py' cannot be loaded"),
-        (["--net", "mlp:8x2:bn:dropout=0.1", "--rule", "am-mem"], "am-mem cannot train mlp:8x2:bn:dropout=0.1"),
+        (["--net", "mlp:8x2:bn:dropout=0.1", "--rule", "am-mem-bcd"], "am-mem-bcd cannot train mlp:8x2:bn:dropout=0.1"),
         (["--epochs", "many"], "many"),
         (["--epoch", "3"], "--epochs"),
         (["--device", "tpu"], "tpu"),

@@ -244,8 +244,8 @@ def test_interrupted_tuning_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_rule_that_cannot_train_the_net_is_named_before_anything_is_written(tmp_path: Path) -> None:
-    settings = Settings(**{**QUICK, "net": "mlp:12x2:bn:dropout=0.1"}, rules=("adam", "am-mem"))
-    with pytest.raises(UnsupportedModelError, match=r"am-mem cannot train mlp:12x2:bn:dropout=0.1: Memory needs"):
+    settings = Settings(**{**QUICK, "net": "mlp:12x2:bn:dropout=0.1"}, rules=("adam", "am-mem-bcd"))
+    with pytest.raises(UnsupportedModelError, match=r"am-mem-bcd cannot train mlp:12x2:bn:dropout=0.1: Memory needs"):
         compare(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -259,9 +259,9 @@ def test_bad_settings_are_refused(changed: dict[str, Any], message: str, tmp_pat
 
 
 def test_a_rule_that_cannot_train_the_net_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="am-mem cannot train"):
+    with pytest.raises(UnsupportedModelError, match="am-mem-bcd cannot train"):
         compare(
-            Settings(**{**QUICK, "net": "mlp:8x2:bn:dropout=0.1"}, rules=("adam",), warm_start="am-mem:1"),
+            Settings(**{**QUICK, "net": "mlp:8x2:bn:dropout=0.1"}, rules=("adam",), warm_start="am-mem-bcd:1"),
             out=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
