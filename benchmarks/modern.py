@@ -76,7 +76,7 @@ def characters() -> Problem:
     )
 
 
-PROBLEMS = {"resnet20": (resnet20, 1.0, (20.0, 70.0)), "transformer": (characters, 2.0, (1.5, 3.5))}
+PROBLEMS = {"resnet20": (resnet20, 1.0, (40.0, 80.0)), "transformer": (characters, 2.0, (1.5, 3.5))}
 
 
 def main() -> None:

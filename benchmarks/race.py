@@ -248,7 +248,8 @@ def tune(
 ) -> dict[str, float]:
     """Return every contender's best learning rate of its four: a share of the budget, seed 100, held-out training rows.
 
-    A contender with no finished run is left out.
+    Where all four fail, lower rates follow, each a third of the one before; a contender that fails at three of those,
+    too, is left out.
     """
     costs = results.costs(problem, names)
     held = problem.hold_out(held_out)
@@ -258,8 +259,11 @@ def tune(
         budget = f"{epochs:g} {'pacemaker epochs' if timed else 'epochs'}"
         # A share of the steps of a whole run; an epoch of the rows that are left is shorter.
         steps = max(1, math.floor(share * steps_within(epochs, problem.epoch, costs[name] if timed else None)))
-        scores = {}
-        for lr in contender.grid:
+        scores: dict[float, float] = {}
+        lower = [min(contender.grid) / 3**k for k in (1, 2, 3)]
+        for lr in (*contender.grid, *lower):
+            if lr in lower and min(scores.values()) < math.inf:
+                break
             run = results.run(held, name, phase="tune", budget=budget, lr=lr, seed=100, steps=steps, cost=costs[name])
             scores[lr] = math.inf if run["final"] is None else run["final"]
         lr = min(scores, key=lambda rate: scores[rate])
@@ -267,7 +271,7 @@ def tune(
             print(f"{name}: failed at every learning rate")
             continue
         best[name] = lr
-        edge = ", at the edge of the grid" if lr in {min(contender.grid), max(contender.grid)} else ""
+        edge = ", at the edge of the grid" if lr in {min(scores), max(scores)} else ""
         print(f"{name}: lr {lr:g}{edge}; " + ", ".join(f"{r:g}: {s:.2f}" for r, s in scores.items()), flush=True)
     return best
 

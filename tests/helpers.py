@@ -58,6 +58,17 @@ class Attention(nn.Module):
         return x + self.attend(y, y, y, need_weights=not self.fused)[0]
 
 
+class Functional(nn.Module):
+    """Two layers with tanh between them as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
 class Branch(nn.Module):
     """A layer, and one of two behind it, as `way` says."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Branch, blobs, convnet, difference, equal, images, mlp, state
+from helpers import Branch, Functional, blobs, convnet, difference, equal, images, mlp, state
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import SGD
@@ -156,15 +156,6 @@ def test_a_skipped_batch_whose_gradients_were_set_to_zero_is_forgotten(kind: str
     for m, own in ((model, run), (twin, other)):
         _step(m, own)
     assert difference(model.parameters(), twin.parameters()) < 1e-12
-
-
-class Functional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)))
 
 
 # torch's compiler looks at tensors between two pieces of a graph, and warns itself of it.

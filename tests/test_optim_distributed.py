@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Branch, blobs, convnet, difference, equal, images, mixed, mlp, relative, state
+from helpers import Branch, Functional, blobs, convnet, difference, equal, images, mixed, mlp, relative, state
 from torch import Tensor, nn
 from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
@@ -233,15 +233,6 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
             update()
         assert difference(state(model).values(), start.values()) > 1e-3
         assert difference(state(model).values(), weights.values()) < 1e-11, (kind, split)
-
-
-class Functional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)))
 
 
 COMPILED = [
