@@ -164,5 +164,5 @@ RECIPE = Recipe(
         "that show that the published xi is too large where mu > 3 lambda, over 20,000 steps."
     ),
     measure=measure,
-    minutes=12,
+    minutes=2,
 )
