@@ -123,14 +123,17 @@ def test_every_recipe_says_what_it_is() -> None:
 def test_the_ledger_shows_published_beside_measured(tmp_path: Path) -> None:
     _result().write(tmp_path / "lenet-mnist.json")
     _result("higgs", rows=(Row("only", (1.0,)),), settings={}, environment={}).write(tmp_path / "higgs.json")
-    text = ledger(tmp_path)
+    (tmp_path / "higgs.png").touch()
+    text = ledger(tmp_path, tmp_path / "docs" / "book.md")
+    assert f"![{recipes.get('higgs').title}](../higgs.png)" in text.splitlines()
+    assert "lenet-mnist.png" not in text
     assert text.startswith("# Reproduction\n")
     assert "| [`lenet-mnist`](#lenet-mnist) | LeNet-5 on MNIST | 1 | 1 | 1 |" in text
     assert "| [`higgs`](#higgs) |" in text
     line = "| a \\| b | 2 to 3 | >= 2 % | 1.50 % (1.00 to 2.00, 2 seeds) | **missed**; see there |"
     assert line in text.splitlines()
     assert "| lost |  |  | failed (1 of 2) | shown |" in text.splitlines()
-    made = "Recorded 2026-01-31, 2 minutes, torch 2.13.0, commit abc. batch 9: learning rates adam 0.001."
+    made = "Recorded 2026-01-31, 2 minutes, torch 2.13.0, commit abc. Learning rates, batch 9: adam: 0.001."
     assert made in text.splitlines()
     missing = text.rpartition("## Not yet recorded")[2]
     assert "`first-epoch`" in missing
@@ -139,16 +142,16 @@ def test_the_ledger_shows_published_beside_measured(tmp_path: Path) -> None:
 
 def test_the_ledger_takes_whole_results_of_full_runs_only(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no recorded result"):
-        ledger(tmp_path)
+        ledger(tmp_path, tmp_path / "docs" / "book.md")
     _result(quick=True).write(tmp_path / "a.json")
     with pytest.raises(ValueError, match=r"a\.json' is of the short version"):
-        ledger(tmp_path)
+        ledger(tmp_path, tmp_path / "docs" / "book.md")
     _result("gone").write(tmp_path / "a.json")
     with pytest.raises(ValueError, match="got 'gone'"):
-        ledger(tmp_path)
+        ledger(tmp_path, tmp_path / "docs" / "book.md")
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json' is no recorded result"):
-        ledger(tmp_path)
+        ledger(tmp_path, tmp_path / "docs" / "book.md")
 
 
 # The command line
@@ -190,6 +193,7 @@ def test_reproduce_shows_and_records(capsys: pytest.CaptureFixture[str], tmp_pat
         "runs/reproduce/tiny/figure.png",
     ):
         assert words in out
+    assert (tmp_path / "kept" / "tiny.png").is_file()
     (row,) = Result.read(tmp_path / "kept" / "tiny.json").rows
     assert row == Row("accuracy", (1.0,), "%", "2", at_least=2.0, note="of a kind")
     assert main(["ledger", "--recorded", "kept", "--output", "book.md"]) == 0

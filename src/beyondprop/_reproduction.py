@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beyondprop import data, recipes
+from beyondprop._files import write_atomically
 from beyondprop.recipes._base import MISSED, REACHED, Context, Recipe, Result
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def reproduce(
     result = recipe.run(name, Context(path, quick, tell))
     if record is not None and not quick:
         result.write(record / f"{name}.json")
+        if (figure := path / "figure.png").is_file():
+            write_atomically(record / f"{name}.png", figure.read_bytes())
     return result, path / "result.json"
 
 

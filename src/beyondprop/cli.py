@@ -202,7 +202,7 @@ class Reproduce:
     out: Annotated[Path, arg(metavar="DIR", help_behavior_hint="")] = Path("runs/reproduce")
     """Where each recipe has its directory; one that was stopped goes on from what is there."""
     record: Folder = None
-    """Copy the results to this directory, as the ledger wants them."""
+    """Copy results and figures to this directory, as the ledger wants them."""
     json: Flag = False
     """Print the results as JSON; progress goes to the error stream."""
     quiet: Flag = False
@@ -266,7 +266,7 @@ class Ledger:
         from beyondprop.recipes._ledger import ledger
 
         with _usage():
-            text = ledger(self.recorded)
+            text = ledger(self.recorded, self.output)
         sys.stdout.write(f"{write_atomically(self.output, text.encode())}\n")
         return 0
 

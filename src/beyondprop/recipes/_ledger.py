@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ out of the training rows, never on test rows, unless a recipe says otherwise.
 """
 
 
-def ledger(folder: Path) -> str:
+def ledger(folder: Path, output: Path) -> str:
     """Return the ledger of all results in a folder, in the order of the recipes' ids.
+
+    Args:
+        folder: of `ID.json`, and `ID.png` where there is a figure.
+        output: where the ledger will be, which its links start from.
 
     Raises:
         FileNotFoundError: if there is no result.
@@ -35,7 +40,11 @@ def ledger(folder: Path) -> str:
         if result.quick:
             raise ValueError(f"{str(file)!r} is of the short version, which is no reproduction; record the full one.")
     parts = [_HEAD, _overview(results)]
-    parts += [_section(result, recipes.get(result.recipe)) for result in results]
+    for file, result in zip(files, results, strict=True):
+        parts.append(_section(result, recipes.get(result.recipe)))
+        if (figure := file.with_suffix(".png")).is_file():
+            link = Path(os.path.relpath(figure, output.parent)).as_posix()
+            parts.append(f"![{recipes.get(result.recipe).title}]({link})\n")
     missing = sorted(set(recipes.names()) - {result.recipe for result in results})
     if missing:
         parts.append("## Not yet recorded\n\n" + ", ".join(f"`{name}`" for name in missing) + "\n")
@@ -75,9 +84,9 @@ def _settings(settings: dict[str, Any]) -> str:
     said = []
     for part, values in settings.items():
         if isinstance(values, dict) and "lr" in values:
-            rates = ", ".join(f"{name} {lr:g}" for name, lr in values["lr"].items() if lr is not None)
-            said.append(f"{part}: learning rates {rates}")
-    return ("; ".join(said) + ".") if said else ""
+            rates = "; ".join(f"{name}: {lr:g}" for name, lr in values["lr"].items() if lr is not None)
+            said.append(f"Learning rates, {part}: {rates}.")
+    return " ".join(said)
 
 
 def _cell(text: str) -> str:
