@@ -22,6 +22,7 @@ from beyondprop.recipes import (
     Row,
     adding_problem,
     bcd_3x1500,
+    binary_mnist,
     first_epoch,
     fully_connected,
     higgs,
@@ -443,6 +444,32 @@ def test_higgs_chooses_on_rows_that_are_not_reported(tmp_path: Path, monkeypatch
     assert whole is toy
     assert (len(held.x_train), len(held.x_test)) == (1000, 200)
     assert {tuple(r) for r in held.x_test.tolist()} <= {tuple(r) for r in toy.x_train.tolist()}
+
+
+def test_nets_of_signs_are_tuned_on_rows_that_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("mnist", (1, 28, 28), 10, rows=400)
+    seen: list[tuple[int, Dataset]] = []
+
+    def trained(
+        context: Context, name: str, build: Any, rows: Dataset, *, seed: int, epochs: int, **_: Any
+    ) -> list[dict[str, Any]]:
+        seen.append((seed, rows))
+        good = "-0.004-" in name  # the rate that is to be chosen
+        return [
+            {"step": e, "epoch": e, "test_accuracy": 0.5 + 0.2 * good, "train_error": 5.0} for e in range(epochs + 1)
+        ]
+
+    monkeypatch.setattr(binary_mnist, "trained", trained)
+    monkeypatch.setattr(data, "load", lambda name: toy)
+    rows, settings = binary_mnist.measure(_context(tmp_path, quick=False))
+    assert set(settings["batch 200"]["lr"].values()) == {4e-3}
+    assert binary_mnist.TUNING_SEED not in binary_mnist.SEEDS
+    assert all((rows is toy) == (seed in binary_mnist.SEEDS) for seed, rows in seen)
+    held = next(rows for seed, rows in seen if seed == binary_mnist.TUNING_SEED)
+    assert (len(held.x_train), len(held.x_test)) == (300, 100)
+    assert {tuple(r.flatten().tolist()) for r in held.x_test} <= {tuple(r.flatten().tolist()) for r in toy.x_train}
+    assert [row.verdict for row in rows if "minus" in row.label] == ["reached", "reached"]
+    assert {row.verdict for row in rows if "AM-Adam: training error" in row.label} == {"missed"}
 
 
 def test_drawn_rows_know_no_others() -> None:

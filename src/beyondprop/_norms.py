@@ -5,6 +5,7 @@ The Jacobian of a normalisation is symmetric up to its scale, so that tangents g
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ class _Norm(Recorded):
         self.bias: nn.Parameter | None = module.bias
         self._own: Memo[list[Tensor | None]] = Memo()
 
-    def _backward(self, cotangent: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _backward(self, cotangent: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]: ...
 
     def _wanted(self) -> list[bool]:
         return [p is not None and p.requires_grad for p in (self.weight, self.bias)]
