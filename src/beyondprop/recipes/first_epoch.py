@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from beyondprop.recipes._base import Context, Recipe, Row
@@ -17,6 +18,8 @@ PUBLISHED = {  # LeNet-5, batch 128: accuracy in % after so many batches
     "am-adam": {5: "24.1", 10: "44.8", 20: "61.3", 50: "82.6", 100: "90.6"},
 }
 RULES = ("am-adam", "am-paper-lenet", "adam")
+LINES = {"adam": (0, (3, 1.2)), "am-paper-lenet": "-."}
+"""Lines that stay apart where curves lie on each other; all others are whole."""
 
 
 def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
@@ -78,18 +81,29 @@ def _draw(context: Context, runs: Sequence[Run]) -> None:
         handles: dict[str, Any] = {}
         for axes, run in zip(panels, runs, strict=True):
             for entry in entries([run]):
-                for seed in run.config["seeds"]:
-                    rows = run.of("eval", entry.rule.name, seed)
-                    points = [(row["step"], 100 * number(row, "test_accuracy")) for row in rows]
-                    if points:
-                        (line,) = axes.plot(*zip(*points, strict=True), color=entry.color, linewidth=1)
-                        handles.setdefault(entry.rule.title, line)
+                steps, curves = _curves(run, entry.rule.name)
+                line = LINES.get(entry.rule.name, "-")
+                (handle,) = axes.plot(steps, [fmean(at) for at in curves], color=entry.color, linestyle=line)
+                low, high = [min(at) for at in curves], [max(at) for at in curves]
+                axes.fill_between(steps, low, high, color=entry.color, alpha=0.15, linewidth=0)
+                handles.setdefault(entry.rule.title, handle)
             axes.set_title(run.config["net"])
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlabel(f"batches of {run.config['batch_size']} rows, one line a seed")
-        panels[0].set_ylabel("test accuracy (%)")
-        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
+            axes.set_xlabel(f"batches of {run.config['batch_size']} rows")
+        panels[0].set_ylabel("test accuracy (%), mean and range of seeds")
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles), handlelength=3.0
+        )
         figure.savefig(context.out / "figure.png", dpi=150)
+
+
+def _curves(run: Run, rule: str) -> tuple[list[int], list[list[float]]]:
+    """Return the evaluated steps, and the accuracies of all seeds at each, in percent."""
+    found: dict[int, list[float]] = {}
+    for seed in run.config["seeds"]:
+        for row in run.of("eval", rule, seed):
+            found.setdefault(int(row["step"]), []).append(100 * number(row, "test_accuracy"))
+    return sorted(found), [found[step] for step in sorted(found)]
 
 
 RECIPE = Recipe(
