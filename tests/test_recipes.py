@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import json
 import math
 import signal
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,9 @@ import torch
 from torch import nn
 
 from beyondprop import Backprop, data, recipes
-from beyondprop.cli import main
-from beyondprop.data import Dataset, DataUnavailableError
+from beyondprop.data import Dataset
 from beyondprop.recipes import (
     Recipe,
-    Result,
     Row,
     adding_problem,
     bcd_3x1500,
@@ -31,7 +27,6 @@ from beyondprop.recipes import (
 from beyondprop.recipes._base import Context
 from beyondprop.recipes._compared import at_epoch, compared
 from beyondprop.recipes._kept import Kept, accuracy_at, trained
-from beyondprop.recipes._ledger import ledger
 from beyondprop.settings import Settings
 from beyondprop.solvers.descent import adam
 
@@ -53,229 +48,6 @@ def small() -> Dataset:
 
 def _context(out: Path, said: list[str] | None = None, quick: bool = True) -> Context:
     return Context(out, quick, (said if said is not None else []).append)
-
-
-# Rows and results
-
-
-@pytest.mark.parametrize(
-    ("row", "verdict", "asked", "shown"),
-    [
-        (Row("a", (97.5, 98.5), "%", at_least=98), "reached", ">= 98 %", "98.00 % (97.50 to 98.50, 2 seeds)"),
-        (Row("a", (97.5,), "%", at_least=98), "missed", ">= 98 %", "97.50 %"),
-        (Row("a", (0.5,), at_least=0.4, at_most=0.6, digits=1), "reached", ">= 0.4, <= 0.6", "0.5"),
-        (Row("a", (0.7,), at_most=0.6), "missed", "<= 0.6", "0.70"),
-        (Row("a", (1.0,)), "shown", "", "1.00"),
-        (Row("a", (1.0, NAN), at_most=3), "missed", "<= 3", "failed (1 of 2)"),
-        (Row("a", (), at_most=3), "missed", "<= 3", "not run"),
-        (Row("a", (NAN,)), "shown", "", "failed (1 of 1)"),
-    ],
-)
-def test_a_row_judges_its_mean(row: Row, verdict: str, asked: str, shown: str) -> None:
-    assert (row.verdict, row.asked, row.shown) == (verdict, asked, shown)
-
-
-def _result(name: str = "lenet-mnist", **changes: Any) -> Result:
-    rows = (
-        Row("a | b", (1.0, 2.0), "%", "2 to 3", at_least=2.0, note="see\nthere"),
-        Row("good", (1.0,), at_most=2.0),
-        Row("lost", (1.0, NAN), digits=4),
-    )
-    made = {"torch": "2.13.0", "commit": "abc"}
-    settings = {"batch 9": {"lr": {"adam": 0.001, "x": None}}, "other": {}}
-    return replace(Result(name, False, rows, settings, 90.0, "2026-01-31", made), **changes)
-
-
-def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    result = _result()
-    found = Result.read(result.write(tmp_path / "r.json"))
-    assert found.missed == result.missed == 1
-    assert math.isnan(found.rows[2].measured[1])
-    assert json.loads((tmp_path / "r.json").read_text())["rows"][2]["measured"] == [1.0, None]
-    assert replace(found, rows=found.rows[:2]) == replace(result, rows=result.rows[:2])
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    ["", "{", "[]", "{}", '{"rows": [{}]}', '{"rows": [{"label": "a", "measured": ["x"]}]}', '{"rows": [], "new": 1}'],
-)
-def test_a_damaged_result_is_named(tmp_path: Path, damaged: str) -> None:
-    (tmp_path / "r.json").write_text(damaged)
-    with pytest.raises(ValueError, match=r"r\.json' is no recorded result: \w+Error"):
-        Result.read(tmp_path / "r.json")
-
-
-def test_every_recipe_says_what_it_is() -> None:
-    assert {"lenet-mnist", "fully-connected", "higgs", "bcd-3x1500", "dtp-discrete"} <= set(recipes.names())
-    for name in recipes.names():
-        recipe = recipes.get(name)
-        assert recipe.title, name
-        assert recipe.source, name
-        assert recipe.about.endswith("."), name
-        assert recipe.minutes > 0, name
-        assert set(recipe.needs) <= set(data.names()), name
-    with pytest.raises(ValueError, match=r"recipe must be one of .*'higgs'.*, got 'higs'"):
-        recipes.get("higs")
-
-
-# The ledger
-
-
-def test_the_ledger_shows_published_beside_measured(tmp_path: Path) -> None:
-    _result().write(tmp_path / "lenet-mnist.json")
-    _result("higgs", rows=(Row("only", (1.0,)),), settings={}, environment={}).write(tmp_path / "higgs.json")
-    (tmp_path / "higgs.png").touch()
-    text = ledger(tmp_path, tmp_path / "docs" / "book.md")
-    assert f"![{recipes.get('higgs').title}](../higgs.png)" in text.splitlines()
-    assert "lenet-mnist.png" not in text
-    assert text.startswith("# Reproduction\n")
-    assert "| [`lenet-mnist`](#lenet-mnist) | LeNet-5 on MNIST | 1 | 1 | 1 |" in text
-    assert "| [`higgs`](#higgs) |" in text
-    line = "| a \\| b | 2 to 3 | >= 2 % | 1.50 % (1.00 to 2.00, 2 seeds) | **missed**; see there |"
-    assert line in text.splitlines()
-    assert "| lost |  |  | failed (1 of 2) | shown |" in text.splitlines()
-    made = "Recorded 2026-01-31, 2 minutes, torch 2.13.0, commit abc. Learning rates, batch 9: adam: 0.001."
-    assert made in text.splitlines()
-    missing = text.rpartition("## Not yet recorded")[2]
-    assert "`first-epoch`" in missing
-    assert "`higgs`" not in missing
-
-
-def test_the_ledger_takes_whole_results_of_full_runs_only(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="There is no recorded result"):
-        ledger(tmp_path, tmp_path / "docs" / "book.md")
-    _result(quick=True).write(tmp_path / "a.json")
-    with pytest.raises(ValueError, match=r"a\.json' is of the short version"):
-        ledger(tmp_path, tmp_path / "docs" / "book.md")
-    _result("gone").write(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="got 'gone'"):
-        ledger(tmp_path, tmp_path / "docs" / "book.md")
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"a\.json' is no recorded result"):
-        ledger(tmp_path, tmp_path / "docs" / "book.md")
-
-
-# The command line
-
-
-def _tiny(*needs: str) -> Recipe:
-    def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
-        context.say("training")
-        (context.out / "figure.png").touch()
-        return [Row("accuracy", (1.0,), "%", "2", at_least=2.0, note="of a kind")], {}
-
-    return Recipe("A tiny one", "nowhere", "Nothing.", measure, minutes=1, needs=needs)
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(recipes, "names", lambda: ["tiny", "needy"])
-    monkeypatch.setattr(recipes, "get", lambda name: _tiny("mnist") if name == "needy" else _tiny())
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.chdir(tmp_path)
-
-
-def test_reproduce_lists_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in recipes.names())
-
-
-@pytest.mark.usefixtures("tiny")
-def test_reproduce_shows_and_records(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["reproduce", "tiny", "--record", "kept"]) == 0
-    out = capsys.readouterr().out
-    for words in (
-        "tiny: training",
-        ">= 2 %",
-        "1.00 %",
-        "missed",
-        "of a kind",
-        "runs/reproduce/tiny/figure.png",
-    ):
-        assert words in out
-    assert (tmp_path / "kept" / "tiny.png").is_file()
-    (row,) = Result.read(tmp_path / "kept" / "tiny.json").rows
-    assert row == Row("accuracy", (1.0,), "%", "2", at_least=2.0, note="of a kind")
-    assert main(["ledger", "--recorded", "kept", "--output", "book.md"]) == 0
-    assert capsys.readouterr().out.endswith("book.md\n")
-    assert "**missed**; of a kind" in (tmp_path / "book.md").read_text()
-
-
-@pytest.mark.usefixtures("tiny")
-def test_the_short_version_is_not_recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["reproduce", "tiny", "--quick", "--out", "o", "--record", "kept"]) == 2
-    assert "--record keeps results of full runs; leave out --quick or --record" in capsys.readouterr().err
-    assert not (tmp_path / "o").exists()
-    assert main(["reproduce", "tiny", "--quick", "--json", "--quiet", "--out", "o"]) == 0
-    captured = capsys.readouterr()
-    (found,) = json.loads(captured.out)
-    assert found["quick"]
-    assert "its numbers are no reproduction" in captured.err
-    assert "missed" not in captured.err
-    assert "training" not in captured.err
-    assert (tmp_path / "o" / "tiny-quick" / "result.json").is_file()
-    assert not (tmp_path / "kept").exists()
-
-
-def test_recipes_are_listed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [one["id"] for one in found] == recipes.names()
-    assert found[0]["title"] == recipes.get(recipes.names()[0]).title
-
-
-@pytest.mark.usefixtures("tiny")
-def test_an_interrupted_recipe_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
-        warnings.simplefilter("always")  # elsewhere in the tests, a warning is an error
-        warnings.warn("mind the step", stacklevel=2)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(recipes, "get", lambda name: Recipe("Stopped", "nowhere", "Nothing.", measure, minutes=1))
-    assert main(["reproduce", "tiny", "needy", "--quick", "--out", "my runs"]) == 130
-    out = capsys.readouterr().out
-    assert "Warning: mind the step" in out.splitlines()
-    assert "beyondprop reproduce tiny needy --quick --out 'my runs'" in out.splitlines()
-
-
-def test_an_unknown_recipe_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce", "higgs", "higs"]) == 2
-    assert "recipe must be one of" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("tiny")
-def test_missing_data_is_found_before_anything_is_trained(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def load(name: str) -> None:
-        raise DataUnavailableError(f"{name} was not found.")
-
-    monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(data, "at_hand", lambda name: False)
-    assert main(["reproduce", "needy"]) == 1
-    captured = capsys.readouterr()
-    assert captured.err == "beyondprop: mnist was not found.\n"
-    assert "training" not in captured.out
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "There is no recorded result"), ("{", "is no recorded result"), ("quick", "is of the short version")],
-)
-def test_what_the_ledger_cannot_use_is_wrong_usage(
-    content: str | None, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    if content == "quick":
-        _result(quick=True).write(tmp_path / "a.json")
-    elif content is not None:
-        (tmp_path / "a.json").write_text(content)
-    assert main(["ledger", "--recorded", str(tmp_path), "--output", str(tmp_path / "book.md")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "book.md").exists()
 
 
 # What recipes are made of
