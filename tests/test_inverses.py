@@ -177,6 +177,24 @@ def test_an_inverse_ends_in_the_codes_own_nonlinearity(activation: nn.Module, mo
     rule.step(*blobs(9, dtype=torch.float64))
 
 
+def test_a_sequence_that_is_flattened_behind_its_linear_is_unflattened() -> None:
+    """Its inverse is of the Linear, position by position."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6), nn.Flatten(), nn.Tanh(), nn.Linear(18, 3)
+    ).double()
+    rule = DifferenceTargetProp(model, CE)
+    h = torch.randn(7, 18, dtype=torch.float64)
+    inverse: Any = rule.credit.inverses["2"]
+    weight, bias = inverse.inverse[1].weight, inverse.inverse[1].bias
+    by_hand = torch.stack([torch.tanh(h[:, 6 * t : 6 * t + 6] @ weight.t() + bias) for t in range(3)], 1)
+    assert torch.allclose(apply(inverse, h, (5,)), by_hand, atol=1e-14)
+    x = torch.randn(30, 3, 5, dtype=torch.float64)
+    y = x.sum(1)[:, :3].argmax(1)
+    losses = [float(rule.step(x, y).loss) for _ in range(250)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_an_inverse_keeps_a_units_target_rule() -> None:
     model = nn.Sequential(nn.Linear(6, 5), Sign("hinge"), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     inverse: Any = mirror(*list(Chain(model, ["1", "3"]))[:2])
