@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -22,7 +24,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
 }
 
-_CELLS: dict[str, Callable[[int, int], nn.Module]] = {"elman": ElmanCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+_CELLS: dict[str, Callable[[int, int], Any]] = {"elman": ElmanCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+_GATES = {"gru": 3, "lstm": 4}
+"""Parts of a cell's input weights; the third makes the new state."""
 
 _GAINS: dict[type[nn.Module], float] = {
     nn.ReLU: math.sqrt(2),
@@ -185,9 +189,14 @@ def _rnn(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: i
     layout: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (steps, size))]
     if order == "rows":
         return nn.Sequential(*layout, Recurrent(unit), *head, nn.Linear(units, num_classes))
-    read = [nn.Linear(units, 1), nn.Flatten(), nn.ReLU(), nn.Linear(steps, num_classes)]
-    nn.init.constant_(read[0].bias, 0.5)  # one output unit, seen through a ReLU: at 0, every third net starts dead
-    return nn.Sequential(*layout, Recurrent(unit, "all"), *head, *read)
+    read = nn.Linear(units, 1)
+    # One output unit, seen through a ReLU: with signs at random, every third net starts dead. It rises with its pixel instead.
+    reads_pixel = unit.weight_ih if cell == "elman" else unit.weight_ih.chunk(_GATES[cell])[2]
+    with torch.no_grad():
+        read.weight.copysign_(reads_pixel.t())
+        read.bias.zero_()
+    top = [nn.Flatten(), nn.ReLU(), nn.Linear(steps, num_classes)]
+    return nn.Sequential(*layout, Recurrent(unit, "all"), *head, read, *top)
 
 
 def _transformer(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:

@@ -44,6 +44,6 @@ RECIPE = Recipe(
     source=_lenet.SOURCE,
     about=f"{_lenet.ABOUT} The second comparison has batch 200 and 3 epochs, as the authors' release, which was run again.",
     measure=measure,
-    minutes=60,
+    minutes=25,
     needs=("mnist",),
 )
