@@ -272,6 +272,25 @@ def test_the_adding_problem_is_chosen_with_sequences_of_its_own(
     assert {row.measured for row in rows} == {(0.1, 0.1, 0.1)}
 
 
+def test_the_adding_problem_asks_for_what_backpropagation_solves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solvable, other = adding_problem.CELLS
+
+    def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[float]]:
+        return [[steps, 0.001 if (cell, rule) == (solvable, adding_problem.THEIRS) else 0.1]]
+
+    monkeypatch.setattr(adding_problem, "train", train)
+    rows, _ = adding_problem.measure(_context(tmp_path, quick=False))
+    verdicts = {row.label.partition(":")[0]: row.verdict for row in rows}
+    assert verdicts == {
+        f"{solvable}, {adding_problem.OURS}": "missed",
+        f"{solvable}, {adding_problem.THEIRS}": "shown",
+        f"{other}, {adding_problem.OURS}": "shown",
+        f"{other}, {adding_problem.THEIRS}": "shown",
+    }
+
+
 def test_an_infinite_error_ends_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adding_problem, "EVERY", 1)
     monkeypatch.setattr(adding_problem, "TEST_ROWS", 4)
