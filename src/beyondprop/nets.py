@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,7 +80,9 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
         return _lenet5(input_shape, num_classes)
     if spec.startswith("resnet"):
         return _resnet(spec, input_shape, num_classes)
-    raise ValueError(f"net must be one of {', '.join(FORMS)}, got {spec!r}.")
+    close = difflib.get_close_matches(kind, ["mlp", "conv", "lenet5", "binary", "rnn", "transformer", "resnet20"], n=1)
+    hint = f"; perhaps you meant {close[0]!r}" if close and close[0] != kind else ""
+    raise ValueError(f"net must be one of {', '.join(FORMS)}, got {spec!r}{hint}.")
 
 
 def _mlp(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,7 +62,6 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
     if settings.warm_rule is not None:
         warm_spec = registry.get(_known("the rule of warm_start", settings.warm_rule, registry.names()))
     info = data.describe(_known("data", settings.data, data.names()))
-    _known("net", settings.net, nets.FORMS, [form.partition(":")[0] for form in nets.FORMS])
     trained = specs if warm_spec is None else tuple(dict.fromkeys((*specs, warm_spec)))
     whole = [spec.name for spec in trained if spec.whole_set]
     if warm_spec is not None and whole:
@@ -131,12 +130,10 @@ def load_plugins(plugins: Sequence[str]) -> None:
         _loaded_plugins.add(key)
 
 
-def _known(what: str, given: str, shown: Iterable[str], accepted: Sequence[str] | None = None) -> str:
-    """Return `given`, or raise naming what there is; of a form such as `mlp:100x2` the word before the colon counts."""
-    accepted = list(shown) if accepted is None else accepted
-    word = given.partition(":")[0]
-    if word not in accepted:
-        close = difflib.get_close_matches(word, accepted, n=1)
+def _known(what: str, given: str, accepted: Sequence[str]) -> str:
+    """Return `given`, or raise naming what there is."""
+    if given not in accepted:
+        close = difflib.get_close_matches(given, accepted, n=1)
         hint = f"; perhaps you meant {close[0]!r}" if close else ""
-        raise ValueError(f"{what} must be one of {', '.join(shown)}, got {given!r}{hint}.")
+        raise ValueError(f"{what} must be one of {', '.join(accepted)}, got {given!r}{hint}.")
     return given
