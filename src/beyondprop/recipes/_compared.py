@@ -58,9 +58,12 @@ def at_epoch(run: Run, rule: str, epoch: float, key: str = "test_accuracy", scal
     """Return a metric of every seed at its evaluation nearest to an epoch; NaN for a seed that failed before."""
     found = []
     for seed in run.config["seeds"]:
-        rows = [row for row in run.of("eval", rule, seed) if math.isfinite(number(row, key))]
+        rows = [row for row in run.of("eval", rule, seed) if row["step"] and math.isfinite(number(row, key))]
         nearest = min(rows, key=lambda row: abs(row["epoch"] - epoch), default=None)
-        if nearest is None or abs(nearest["epoch"] - epoch) > 0.02 * max(epoch, 1.0):
+        # Epochs are rounded to whole steps.
+        if nearest is None or abs(nearest["epoch"] - epoch) > max(
+            0.02 * max(epoch, 1.0), nearest["epoch"] / nearest["step"]
+        ):
             found.append(math.nan)
         else:
             found.append(scale * number(nearest, key))

@@ -29,7 +29,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
                 data="cifar10",
                 net=net,
                 rules=RULES,
-                epochs=0.02 if quick else epochs,
+                epochs=0.005 if quick else epochs,
                 tune_epochs=tune_epochs,
                 batch_size=128,
                 seeds=(0,) if quick else seeds,
