@@ -28,6 +28,6 @@ RECIPE = Recipe(
     source=_lenet.SOURCE,
     about=_lenet.ABOUT,
     measure=measure,
-    minutes=50,
+    minutes=25,
     needs=("fashion-mnist",),
 )
