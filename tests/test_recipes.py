@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import signal
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from beyondprop.recipes import (
 from beyondprop.recipes._base import Context
 from beyondprop.recipes._compared import at_epoch, compared
 from beyondprop.recipes._kept import Kept, accuracy_at, trained
+from beyondprop.report._run import read_run
 from beyondprop.settings import Settings
 from beyondprop.solvers.descent import adam
 
@@ -289,10 +291,49 @@ def test_the_adding_problem_asks_for_what_backpropagation_solves(
     verdicts = {row.label.partition(":")[0]: row.verdict for row in rows}
     assert verdicts == {
         f"{solvable}, {adding_problem.OURS}": "missed",
-        f"{solvable}, {adding_problem.THEIRS}": "shown",
+        f"{solvable}, {adding_problem.THEIRS}": "reached",
         f"{other}, {adding_problem.OURS}": "shown",
         f"{other}, {adding_problem.THEIRS}": "shown",
     }
+
+
+@pytest.mark.parametrize(
+    ("errors", "verdicts"),
+    [
+        ((1e-4, 1e-4, 0.17), ["missed", "missed", "missed", "shown"]),  # one seed of backpropagation got nowhere
+        ((1e-4, 0.17, 0.17), ["missed", "missed", "shown", "shown"]),
+        ((None, 1e-4, 1e-4), ["missed", "missed", "missed", "shown"]),  # or failed
+        ((None, None, None), ["missed", "missed", "shown", "shown"]),
+    ],
+)
+def test_a_seed_that_fails_takes_no_bound_away(
+    errors: tuple[float | None, ...], verdicts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[float]]:
+        error = errors[seed % 100] if rule == adding_problem.THEIRS else 0.17
+        return [] if error is None else [[steps, error]]
+
+    monkeypatch.setattr(adding_problem, "train", train)
+    rows, _ = adding_problem.measure(_context(tmp_path, quick=False))
+    assert [row.verdict for row in rows] == verdicts
+
+
+def test_a_seed_that_failed_in_its_last_sweep_has_no_last_number(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "eval", "rule": "admm", "seed": seed, "step": step, "epoch": float(step), "test_accuracy": step / 100}
+        for seed in (0, 1)
+        for step in range(15 + (seed == 0))
+    ]
+    rows.append({"kind": "failed", "rule": "admm", "seed": 1, "step": 14, "message": "overflow"})
+    rows.insert(16, {"kind": "finished", "rule": "admm", "seed": 0, "step": 15, "epoch": 15.0, "stopped_early": False})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "env.json").write_text("{}")
+    (tmp_path / "config.toml").write_text(
+        'data = "mnist"\nnet = "mlp:8x2"\nepochs = 15.0\nseeds = [0, 1]\n[[rules]]\nname = "admm"\ntitle = "ADMM"\n'
+    )
+    run = read_run(tmp_path)
+    assert at_epoch(run, "admm", 15.0) == (15.0, pytest.approx(NAN, nan_ok=True))
+    assert at_epoch(run, "admm", 7.0) == (7.000000000000001, 7.000000000000001)
 
 
 def test_an_infinite_error_ends_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,19 @@ def colors_in(path: Path) -> set[tuple[int, ...]]:
     return {(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in np.unique(packed)}
 
 
+def test_a_stage_without_an_update_has_no_direction(tmp_path: Path) -> None:
+    """As in a net whose units are all dead: the run records null."""
+    rows = curves(ONE)
+    for row in rows:
+        if row["kind"] == "alignment" and row["seed"] == 1 and row["epoch"] > 1:
+            row["stages"]["0"] = {"cosine": None, "angle": None, "norm_ratio": None}
+    path = write_run(tmp_path / "run", config(ONE), rows)
+    _, page = written(path)
+    assert page.texts.count("undefined") == 3  # cosine, angle and ratio of that stage
+    assert "nan" not in " ".join(page.texts)
+    assert "alignment.png" in [file.name for file in figures(read_run(path), tmp_path / "figures")]
+
+
 def test_figures_are_drawn(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", config(TITLES), curves(TITLES)))
     files = figures(run, tmp_path / "made" / "figures")

@@ -54,6 +54,51 @@ def test_split_tasks_hold_their_classes_rows_once(digits: Dataset) -> None:
     assert as_rows(torch.cat(seen)) == as_rows(digits.x_train)
 
 
+def test_domain_incremental_tasks_of_one_class_would_have_nothing_to_tell_apart(digits: Dataset) -> None:
+    with pytest.raises(
+        ValueError, match=r"tasks must leave each task two classes or more .* got 10 for the 10 classes"
+    ):
+        SplitStream(digits, 10, "domain-incremental")
+    assert len(SplitStream(digits, 10)) == 10
+
+
+class _Epochs(Backprop):
+    """Backpropagation that writes down what it was called with."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.called: list[tuple[str, list[Tensor]]] = []
+
+    def begin_epoch(self, batches: Any) -> None:
+        self.called.append(("begin", [x.clone() for x, _ in batches]))
+
+    def step(self, x: Tensor, y: Tensor, *, diagnostics: bool = False) -> StepResult:
+        self.called.append(("step", [x.clone()]))
+        return super().step(x, y, diagnostics=diagnostics)
+
+    def end_epoch(self) -> None:
+        self.called.append(("end", []))
+
+    def end_task(self) -> None:
+        self.called.append(("task", []))
+
+
+def test_a_task_is_an_epoch_whose_batches_come_before_it(digits: Dataset) -> None:
+    rule = _Epochs(nn.Sequential(nn.Flatten(), *mlp(64, 8, 10)), nn.CrossEntropyLoss(), SGD)
+    run_stream(rule, SplitStream(digits), batch_size=100)
+    begun: list[Tensor] = []
+    order = []
+    for what, batches in rule.called:
+        order += [what] if what != "step" or order[-1] != "step" else []
+        if what == "begin":
+            begun = batches
+        elif what == "step":
+            assert torch.equal(begun.pop(0), batches[0])
+        else:
+            assert not begun
+    assert order == ["begin", "step", "end", "task"] * 5
+
+
 def test_domain_incremental_labels_count_from_zero_within_a_task(digits: Dataset) -> None:
     stream = SplitStream(digits, setting="domain-incremental")
     assert stream.num_classes == 2

@@ -142,6 +142,16 @@ def test_beyond_the_limit_the_bound_fails() -> None:
     assert float(found.error[-1]) > float(found.error[0])
 
 
+def test_the_bound_never_holds_for_constants_of_which_the_theorem_says_nothing() -> None:
+    """At the limit itself it is infinite, a little beyond it vast, and below any error nowhere."""
+    limit = BlockConstants(1.0, 3.0, 0.0, 3).limit
+    for share in (1.0, 1.01, 1.1):
+        constants = BlockConstants(1.0, 3.0, share * limit, 3, force=True)
+        found = measure(constants, noise=1.0, steps=100, repeats=5)
+        assert bool((found.error <= found.bound).all())
+        assert not found.holds
+
+
 @pytest.mark.slow
 def test_the_published_xi_admits_a_saddle_point_and_lambda_does_not() -> None:
     # 2 xi / 3 * 0.9 = 1.09 > lambda: along the aligned directions the curvature is lambda - gamma < 0.
@@ -180,7 +190,9 @@ def test_bad_constants_are_refused(arguments: tuple, message: str) -> None:
 
 def test_bad_arguments_are_refused() -> None:
     constants = BlockConstants(1.0, 3.0, 0.1, 3)
-    with pytest.raises(ValueError, match=r"radius must be >= distance=1, so that the optimum is in the ball, got 0.5"):
+    with pytest.raises(ValueError, match=r"radius must be >= distance=1, .* and finite, got inf"):
+        measure(constants, noise=1.0, radius=float("inf"))
+    with pytest.raises(ValueError, match=r"radius must be >= distance=1, .* and finite, got 0.5"):
         measure(constants, noise=1.0, radius=0.5)
     with pytest.raises(ValueError, match=r"noise must be a finite number >= 0"):
         measure(constants, noise=-1.0)

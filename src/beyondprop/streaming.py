@@ -69,7 +69,8 @@ def run_stream(
 ) -> StreamResult:
     """Train on every task's rows once, in the stream's order, and test on all tasks after each.
 
-    Nothing is stored but the rule's own state. Between two tasks only `rule.end_task()` is called; most rules do nothing there.
+    Nothing is stored but the rule's own state. A task is an epoch: `rule.begin_epoch` gets its batches before the first step
+    (most rules take none of them), `rule.end_epoch` and `rule.end_task` come after the last.
     A last batch of a single row is left out where the model has a BatchNorm, which could not normalise it.
 
     Args:
@@ -94,10 +95,14 @@ def run_stream(
     for index, task in enumerate(tasks):
         began = time.perf_counter()
         count, _ = epoch_of(rule.model, task.train_size, batch_size)
+        same_order = torch.Generator()
+        same_order.set_state(generator.get_state())
+        rule.begin_epoch(islice(task.batches(batch_size, generator=same_order), count))
         for x, y in islice(task.batches(batch_size, generator=generator), count):
             rule.step(x, y)
             samples += len(x)
             steps += 1
+        rule.end_epoch()
         rule.end_task()
         rule.check_finite()
         seconds += time.perf_counter() - began

@@ -229,7 +229,8 @@ class Measurement:
         error: mean squared error after 0, 1, ... steps, `(steps + 1,)`.
         bound: the theorem's bound on it.
         slope: of log error over log steps in the last nine tenths of the steps.
-        holds: whether the error was at or below the bound after every step.
+        holds: whether the constants are admissible and the error was at or below the bound after every step; of other constants
+            the theorem says nothing.
         slack: bound over error, where it is least.
     """
 
@@ -270,9 +271,9 @@ def measure(
     """
     _checks.non_negative("noise", noise)
     _checks.at_least("steps", steps, 10)
-    if not radius >= distance:
+    if not distance <= radius < math.inf:
         raise ValueError(
-            f"radius must be >= distance={distance:g}, so that the optimum is in the ball, got {radius!r}."
+            f"radius must be >= distance={distance:g}, so that the optimum is in the ball, and finite, got {radius!r}."
         )
     generator = torch.Generator().manual_seed(seed)
     problem = quadratic(constants, dim=dim, repeats=repeats, distance=distance, coupling=coupling, generator=generator)
@@ -284,7 +285,8 @@ def measure(
     second_moment = constants.blocks * (largest**2 + noise**2)
     bound = constants.bound(t, float(error[0]), second_moment)
     slack = bound / error
-    return Measurement(error, bound, slope(error), bool((error <= bound).all()), float(slack.min()))
+    holds = constants.is_admissible and bool((error <= bound).all())
+    return Measurement(error, bound, slope(error), holds, float(slack.min()))
 
 
 def slope(error: Tensor) -> float:

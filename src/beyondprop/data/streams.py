@@ -109,6 +109,11 @@ class SplitStream:
             raise ValueError(
                 f"tasks must divide the {dataset.num_classes} classes of {dataset.name!r}, each with as many, got {tasks}."
             )
+        if self.setting == "domain-incremental" and tasks == dataset.num_classes:
+            raise ValueError(
+                f"tasks must leave each task two classes or more where labels are counted within the task, got {tasks} for the "
+                f"{tasks} classes of {dataset.name!r}."
+            )
         classes = torch.arange(dataset.num_classes)
         if seed is not None:
             classes = classes[torch.randperm(len(classes), generator=_generator(seed))]

@@ -55,18 +55,21 @@ def compared(context: Context, part: str, settings: Settings) -> Run:
 
 
 def at_epoch(run: Run, rule: str, epoch: float, key: str = "test_accuracy", scale: float = 100.0) -> tuple[float, ...]:
-    """Return a metric of every seed at its evaluation nearest to an epoch; NaN for a seed that failed before."""
+    """Return a metric of every seed at its evaluation nearest to an epoch; NaN for a seed that failed before.
+
+    At the last epoch, or later, only seeds that were trained to the end count.
+    """
+    done = run.seeds(rule)["done"]
+    is_last = epoch >= run.config["epochs"]
     found = []
     for seed in run.config["seeds"]:
         rows = [row for row in run.of("eval", rule, seed) if row["step"] and math.isfinite(number(row, key))]
         nearest = min(rows, key=lambda row: abs(row["epoch"] - epoch), default=None)
-        # Epochs are rounded to whole steps.
-        if nearest is None or abs(nearest["epoch"] - epoch) > max(
-            0.02 * max(epoch, 1.0), nearest["epoch"] / nearest["step"]
-        ):
+        if nearest is None:
             found.append(math.nan)
-        else:
-            found.append(scale * number(nearest, key))
+            continue
+        is_there = seed in done if is_last else abs(nearest["epoch"] - epoch) <= 0.02 * max(epoch, 1.0)
+        found.append(scale * number(nearest, key) if is_there else math.nan)
     return tuple(found)
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ CELLS: dict[str, Callable[[], nn.Module]] = {
     "GRU, 64 units": lambda: nn.GRUCell(2, 64),
     "identity RNN, 100 ReLUs": lambda: ElmanCell(2, 100, nn.ReLU(), identity=True),
 }
+GATED = next(iter(CELLS))
 OURS, THEIRS = "AM-Adam", "Backprop through time, Adam"
 RULES: dict[str, Callable[..., LearningRule]] = {OURS: AltMin, THEIRS: Backprop}
 
@@ -91,11 +91,13 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
         curves[cell, rule] = [curve(cell, rule, best, seed) for seed in seeds]
     for cell in CELLS:
         measured = {rule: tuple(map(final, curves[cell, rule])) for rule in RULES}
-        is_solvable = fmean(measured[THEIRS]) <= SOLVED
+        solved = [error <= SOLVED for error in measured[THEIRS]]
+        is_solvable = sum(solved) > len(solved) / 2  # one seed that failed takes no bound away
         for rule, errors in measured.items():
-            bound = SOLVED if rule == OURS and is_solvable else None
+            # Of a gated cell both rules are asked, so that a broken cell or task shows.
+            bound = SOLVED if cell == GATED or (rule == OURS and is_solvable) else None
             label = f"{cell}, {rule}: error after {steps} steps"
-            note = "" if is_solvable or rule == THEIRS else "not asked: backpropagation does not solve it, either"
+            note = "" if bound is not None or rule == THEIRS else "not asked: backpropagation does not solve it, either"
             published = f"chance {ADDING_CHANCE:.3f}"
             rows.append(Row(label, errors, published=published, at_most=bound, digits=4, note=note))
     _draw(context, curves)
@@ -132,7 +134,7 @@ RECIPE = Recipe(
         "Fresh batches of 64 sequences, 2000 steps, Adam with a linear decay; the rate is the best of four with a seed and "
         "test sequences of its own, then three seeds. Alternating minimization has one code for every time step, line search; "
         "backpropagation goes through all 100 steps. Solved: mean squared error 0.01; always answering 1 has 0.167. Asked of "
-        "alternating minimization where backpropagation solves it in the same steps."
+        "both rules with the gated cell, and of alternating minimization where most seeds of backpropagation solve it."
     ),
     measure=measure,
     minutes=55,

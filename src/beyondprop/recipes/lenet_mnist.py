@@ -20,6 +20,10 @@ PUBLISHED: _lenet.Published = {
 def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     """Train for ten epochs at the published batch size, and for three at 200."""
     long, rows = _lenet.curves(context, "mnist", PUBLISHED, {})
+    last = long.config["epochs"]
+    at_end = (at_epoch(long, rule, last) for rule in ("am-adam", "adam"))
+    behind = tuple(a - b for a, b in zip(*at_end, strict=True))
+    rows.append(Row(f"AM-Adam minus Adam, batch 128, after epoch {last:g}", behind, "points", at_least=-0.2))
     settings = Settings(
         rules=("am-adam", "adam"),
         epochs=0.1 if context.quick else 3.0,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from beyondprop.report import _words as words
 from beyondprop.report._curves import Band, band, curve
-from beyondprop.report._run import Row
+from beyondprop.report._run import Row, number
 from beyondprop.report._style import Entry, plain
 from beyondprop.report._summary import Spread
 
@@ -38,7 +38,7 @@ def final_alignment(shown: Sequence[Entry]) -> list[StageAlignment]:
     for entry in shown:
         for stage in _stages(entry):
             rows = [r[-1] for seed in _seeds(entry) if (r := _rows(entry, seed, stage))]
-            spread = {key: Spread.over(row[key] for row in rows if key in row) for key in _KEYS}
+            spread = {key: Spread.over(number(row, key) for row in rows if key in row) for key in _KEYS}
             found.append(StageAlignment(entry.label, stage, min(row["epoch"] for row in rows), **spread))
     return found
 

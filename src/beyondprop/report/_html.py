@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -169,6 +170,8 @@ def _alignment(shown: Sequence[Entry]) -> _Markup:
     def cell(metric: str, spread: Any) -> str:
         if spread is None:
             return words.DASH
+        if not math.isfinite(spread.mean):
+            return "undefined"  # in a seed whose update or gradient is 0
         form = {"angle": ".1f", "norm_ratio": "#.3g"}.get(metric, ".3f")
         text = f"{spread.mean:{form}}"
         if spread.n < 2:
