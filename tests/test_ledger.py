@@ -27,6 +27,7 @@ NAN = math.nan
         (Row("a", (1.0, NAN), at_most=3), "missed", "<= 3", "failed (1 of 2)"),
         (Row("a", (), at_most=3), "missed", "<= 3", "not run"),
         (Row("a", (NAN,)), "shown", "", "failed (1 of 1)"),
+        (Row("a", (math.inf, 1.0), at_least=1.0), "missed", ">= 1", "failed (1 of 2)"),
     ],
 )
 def test_a_row_judges_its_mean(row: Row, verdict: str, asked: str, shown: str) -> None:
@@ -37,10 +38,10 @@ def _result(name: str = "lenet-mnist", **changes: Any) -> Result:
     rows = (
         Row("a | b", (1.0, 2.0), "%", "2 to 3", at_least=2.0, note="see\nthere"),
         Row("good", (1.0,), at_most=2.0),
-        Row("lost", (1.0, NAN), digits=4),
+        Row("lost", (1.0, math.inf), digits=4),
     )
     made = {"torch": "2.13.0", "commit": "abc"}
-    settings = {"batch 9": {"lr": {"adam": 0.001, "x": None}}, "other": {}}
+    settings = {"batch 9": {"lr": {"adam": 0.001, "sgd": 0.3, "x": None}, "at_edge": ["sgd"]}, "other": {}}
     return replace(Result(name, False, rows, settings, 90.0, "2026-01-31", made), **changes)
 
 
@@ -92,7 +93,8 @@ def test_the_ledger_shows_published_beside_measured(tmp_path: Path) -> None:
     line = "| a \\| b | 2 to 3 | >= 2 % | 1.50 % (1.00 to 2.00, 2 seeds) | **missed**; see there |"
     assert line in text.splitlines()
     assert "| lost |  |  | failed (1 of 2) | shown |" in text.splitlines()
-    made = "Recorded 2026-01-31, 2 minutes, torch 2.13.0, commit abc. Learning rates, batch 9: adam: 0.001."
+    made = "Recorded 2026-01-31, 2 minutes, torch 2.13.0, commit abc. Learning rates, batch 9: adam: 0.001; "
+    made += "sgd: 0.3 (at the edge of its grid)."
     assert made in text.splitlines()
     missing = text.rpartition("## Not yet recorded")[2]
     assert "`first-epoch`" in missing
@@ -106,8 +108,12 @@ def test_the_ledger_takes_whole_results_of_full_runs_only(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"a\.json' is of the short version"):
         ledger(tmp_path, tmp_path / "docs" / "book.md")
     _result("gone").write(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a\.json' is a result of 'gone'; it must be named gone\.json"):
+        ledger(tmp_path, tmp_path / "docs" / "book.md")
+    (tmp_path / "a.json").rename(tmp_path / "gone.json")
     with pytest.raises(ValueError, match="got 'gone'"):
         ledger(tmp_path, tmp_path / "docs" / "book.md")
+    (tmp_path / "gone.json").unlink()
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json' is no recorded result"):
         ledger(tmp_path, tmp_path / "docs" / "book.md")

@@ -238,6 +238,9 @@ def test_a_state_of_other_stages_is_refused() -> None:
     rule, other = _rule(mlp(6, 5, 3), Memory()), _rule(mlp(6, 5, 4, 3), Memory())
     with pytest.raises(ValueError, match=r"memories of stages \['0', '1', '2'\], this rule of"):
         rule.solver.load_state_dict(other.solver.state_dict())
+    wider = _rule(mlp(6, 8, 3), Memory())
+    with pytest.raises(ValueError, match=r"This state has moments \(9, 9\); stage '2' has \(6, 6\)"):
+        rule.solver.load_state_dict(wider.solver.state_dict())
 
 
 def test_accumulated_batches_are_one_batch() -> None:

@@ -86,6 +86,12 @@ def test_a_resnets_blocks_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("spec", "shape", "message"),
     [
+        ("rnn:\u00b2", (1, 8, 8), "must be the number of units"),
+        ("rnn:5:relu:gru", (1, 8, 8), "a gru cell has activations of its own"),
+        ("rnn:5:pixels:rows", (1, 8, 8), "'pixels' and 'rows' are given; take one of them"),
+        ("mlp:8x2:relu:tanh", (1, 8, 8), "'relu' and 'tanh' are given"),
+        ("mlp:8x2:dropout=0.2:dropout=0.9", (1, 8, 8), "'dropout=0.2' and 'dropout=0.9' are given"),
+        ("binary:8x2:rule=hinge:rule=tanh", (1, 8, 8), "'rule=hinge' and 'rule=tanh' are given"),
         ("rnn:0", (1, 8, 8), "'0' must be the number of units"),
         ("rnn:5:columns", (1, 8, 8), "unknown option 'columns'; accepted: relu"),
         ("rnn:5", (3, 8, 8), "reads grey images as sequences, got 3 channels"),

@@ -318,6 +318,12 @@ def test_a_seed_that_fails_takes_no_bound_away(
     assert [row.verdict for row in rows] == verdicts
 
 
+def test_damaged_notes_on_parts_are_named(tmp_path: Path) -> None:
+    (tmp_path / "parts.json").write_text('{"seconds')
+    with pytest.raises(ValueError, match=r"parts\.json' is damaged: .*Remove it"):
+        recipes.get("theorem-3-2").run("theorem-3-2", _context(tmp_path))
+
+
 def test_a_seed_that_failed_in_its_last_sweep_has_no_last_number(tmp_path: Path) -> None:
     rows = [
         {"kind": "eval", "rule": "admm", "seed": seed, "step": step, "epoch": float(step), "test_accuracy": step / 100}

@@ -432,6 +432,8 @@ def test_bad_arguments_are_refused_by_name() -> None:
         TypeError, match=r"cell must be a module with the attribute input_size, such as nn.GRUCell, got Linear"
     ):
         Recurrent(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match=r"cell must do one time step, .* got GRU, which does all; take nn.GRUCell"):
+        Recurrent(nn.GRU(3, 4, batch_first=True))
     with pytest.raises(ValueError, match="outputs must be one of"):
         Recurrent(nn.GRUCell(3, 4), "first")
 

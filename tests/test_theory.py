@@ -115,6 +115,7 @@ def test_noise_has_the_norm_that_it_is_given_as() -> None:
 def test_slope_of_a_power_law() -> None:
     t = torch.arange(1001, dtype=torch.float64)
     assert slope(7 * (t + 1e-12) ** -1.3) == pytest.approx(-1.3, abs=1e-9)
+    assert slope((7 * (t + 1e-12) ** -1.3).float()) == pytest.approx(-1.3, abs=1e-5)
 
 
 @pytest.mark.parametrize("setting", theorem_3_2.ADMISSIBLE, ids=lambda s: s.title)

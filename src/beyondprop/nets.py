@@ -66,6 +66,7 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
         ValueError: if `spec` is none of the accepted forms, or does not fit `input_shape`.
     """
     kind, *parts = spec.split(":")
+    _each_once(spec, parts[1:])
     if kind == "mlp" and parts:
         return _mlp(spec, parts, input_shape, num_classes)
     if kind == "conv" and parts:
@@ -83,6 +84,15 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
     close = difflib.get_close_matches(kind, ["mlp", "conv", "lenet5", "binary", "rnn", "transformer", "resnet20"], n=1)
     hint = f"; perhaps you meant {close[0]!r}" if close and close[0] != kind else ""
     raise ValueError(f"net must be one of {', '.join(FORMS)}, got {spec!r}{hint}.")
+
+
+def _each_once(spec: str, options: Sequence[str]) -> None:
+    """Refuse options that contradict each other: the last would win, under the name of all."""
+    names = [option.partition("=")[0] for option in options]
+    for group in (tuple(ACTIVATIONS), ("pixels", "rows"), tuple(_CELLS), *((name,) for name in names)):
+        given = [option for option, name in zip(options, names, strict=True) if name in group]
+        if len(given) > 1:
+            raise ValueError(f"{spec!r}: {' and '.join(map(repr, given))} are given; take one of them.")
 
 
 def _mlp(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
@@ -168,7 +178,7 @@ def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
 
 def _rnn(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
     width, *options = parts
-    if not (width.isdigit() and int(width) > 0):
+    if not (width.isdecimal() and int(width) > 0):
         raise ValueError(f"{spec!r}: {width!r} must be the number of units, >= 1, such as 15.")
     channels, height, breadth = _image(spec, input_shape)
     if channels != 1:
@@ -185,6 +195,8 @@ def _rnn(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: i
         else:
             accepted = ", ".join([*ACTIVATIONS, "pixels", "rows", *_CELLS])
             raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {accepted}.")
+    if cell != "elman" and set(options) & set(ACTIVATIONS):
+        raise ValueError(f"{spec!r}: a {cell} cell has activations of its own; leave the activation out, or the cell.")
     steps, size = (height * breadth, 1) if order == "pixels" else (height, breadth)
     units = int(width)
     unit = ElmanCell(size, units, activation()) if cell == "elman" else _CELLS[cell](size, units)
@@ -208,7 +220,7 @@ def _transformer(spec: str, parts: list[str], input_shape: Sequence[int], num_cl
     side = 4
     for option in parts[1:]:
         value = option.removeprefix("patch=")
-        if value == option or not value.isdigit() or not 1 <= int(value) <= min(height, breadth):
+        if value == option or not value.isdecimal() or not 1 <= int(value) <= min(height, breadth):
             raise ValueError(
                 f"{spec!r}: accepted is patch=SIZE with 1 <= SIZE <= {min(height, breadth)}, got {option!r}."
             )
@@ -246,7 +258,7 @@ def _basic_block(channels: int, width: int, stride: int) -> Residual:
 
 def _resnet(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
     depth = spec.removeprefix("resnet")
-    if not depth.isdigit() or int(depth) < 8 or (int(depth) - 2) % 6:
+    if not depth.isdecimal() or int(depth) < 8 or (int(depth) - 2) % 6:
         raise ValueError(f"{spec!r}: the depth must be 6 n + 2, such as resnet20 or resnet32.")
     channels, *_ = _image(spec, input_shape)
     layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
@@ -287,7 +299,7 @@ def _image(spec: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
 
 def _size(spec: str, size: str) -> tuple[int, int]:
     width, _, depth = size.partition("x")
-    if not (width.isdigit() and depth.isdigit() and int(width) > 0 and int(depth) > 0):
+    if not (width.isdecimal() and depth.isdecimal() and int(width) > 0 and int(depth) > 0):
         raise ValueError(f"{spec!r}: {size!r} must be WIDTHxDEPTH with both >= 1, such as 100x2.")
     return int(width), int(depth)
 

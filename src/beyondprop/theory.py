@@ -298,7 +298,7 @@ def slope(error: Tensor) -> float:
     steps = len(error) - 1
     first = max(1, steps // 10)
     t = torch.logspace(math.log10(first), math.log10(steps), 50, dtype=torch.float64).round().long().unique()
-    x, y = t.double().log(), error[t].clamp_min(1e-300).log()
+    x, y = t.double().log(), error[t].double().clamp_min(1e-300).log()
     x = x - x.mean()
     return float((x @ (y - y.mean())) / (x @ x))
 

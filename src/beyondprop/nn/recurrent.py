@@ -84,6 +84,11 @@ class Recurrent(nn.Module):
 
     def __init__(self, cell: nn.Module, outputs: str = "last") -> None:
         super().__init__()
+        if isinstance(cell, nn.RNNBase):
+            kind = type(cell).__name__
+            raise TypeError(
+                f"cell must do one time step, such as nn.GRUCell, got {kind}, which does all; take nn.{kind}Cell."
+            )
         for name in ("input_size", "hidden_size"):
             if not isinstance(getattr(cell, name, None), int):
                 raise TypeError(

@@ -43,8 +43,8 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """Mean over seeds, NaN where one failed."""
-        return statistics.fmean(self.measured) if self.measured else math.nan
+        """Mean over seeds, NaN where one failed or overflowed."""
+        return statistics.fmean(self.measured) if self.measured and all(map(math.isfinite, self.measured)) else math.nan
 
     @property
     def verdict(self) -> str:
@@ -65,7 +65,7 @@ class Row:
     def shown(self) -> str:
         """The mean, and the range over several seeds, as text."""
         if math.isnan(self.mean):
-            failed = sum(map(math.isnan, self.measured))
+            failed = sum(not math.isfinite(value) for value in self.measured)
             return f"failed ({failed} of {len(self.measured)})" if self.measured else "not run"
         text = f"{self.mean:.{self.digits}f}{self._unit}"
         if len(self.measured) > 1:
@@ -109,7 +109,7 @@ class Result:
         """Write the result as JSON."""
         values = asdict(self)
         for row, own in zip(values["rows"], self.rows, strict=True):
-            row["measured"] = [None if math.isnan(v) else v for v in own.measured]  # JSON has no NaN
+            row["measured"] = [v if math.isfinite(v) else None for v in own.measured]  # JSON has neither NaN nor Inf
         return write_atomically(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
     @classmethod
@@ -198,12 +198,22 @@ class Recipe:
         return result
 
 
+def is_at_edge(lr: float | None, grid: Sequence[float]) -> bool:
+    """Return whether a chosen learning rate is the least or the largest that was tried, so that a better one may lie beyond."""
+    return len(grid) > 1 and lr in (min(grid), max(grid))
+
+
 class _Parts:
     """The time that all parts of a recipe took, and the commits that they ran at."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "commits": []}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "commits": []}
+        except ValueError as error:
+            raise ValueError(
+                f"{str(path)!r} is damaged: {error}. Remove it; what was measured is kept elsewhere."
+            ) from error
         self.seconds: float = found["seconds"]
         self.commits: list[str] = found["commits"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from beyondprop import comparison
 from beyondprop._files import write_atomically
 from beyondprop._members import Member, Silent
-from beyondprop.recipes._base import Context
+from beyondprop.recipes._base import Context, is_at_edge
 from beyondprop.report._figures import draw
 from beyondprop.report._run import Run, number, read_run
 from beyondprop.report._style import entries
@@ -77,7 +77,9 @@ def summary(run: Run) -> dict[str, Any]:
     """Return what the ledger says of a run's settings: everything but what is usual, and the learning rates."""
     kept = ("data", "net", "epochs", "batch_size", "seeds", "schedule", "tune", "tune_epochs")
     settings = {key: run.config[key] for key in kept if key in run.config}
-    return settings | {"lr": {rule.name: rule.settings.get("lr") for rule in run.rules}}
+    tuned = {rule.name: rule.settings["lr_tuned_over"] for rule in run.rules if "lr_tuned_over" in rule.settings}
+    rates = {rule.name: rule.settings.get("lr") for rule in run.rules}
+    return settings | {"lr": rates, "at_edge": [name for name, grid in tuned.items() if is_at_edge(rates[name], grid)]}
 
 
 def figure(runs: Sequence[Run], path: Path) -> Path:

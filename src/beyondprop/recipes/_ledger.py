@@ -39,6 +39,8 @@ def ledger(folder: Path, output: Path) -> str:
     for file, result in zip(files, results, strict=True):
         if result.quick:
             raise ValueError(f"{str(file)!r} is of the short version, which is no reproduction; record the full one.")
+        if result.recipe != file.stem:
+            raise ValueError(f"{str(file)!r} is a result of {result.recipe!r}; it must be named {result.recipe}.json.")
     parts = [_HEAD, _overview(results)]
     for file, result in zip(files, results, strict=True):
         parts.append(_section(result, recipes.get(result.recipe)))
@@ -84,7 +86,9 @@ def _settings(settings: dict[str, Any]) -> str:
     said = []
     for part, values in settings.items():
         if isinstance(values, dict) and "lr" in values:
-            rates = "; ".join(f"{name}: {lr:g}" for name, lr in values["lr"].items() if lr is not None)
+            edge = values.get("at_edge", ())
+            marks = {name: " (at the edge of its grid)" if name in edge else "" for name in values["lr"]}
+            rates = "; ".join(f"{name}: {lr:g}{marks[name]}" for name, lr in values["lr"].items() if lr is not None)
             said.append(f"Learning rates, {part}: {rates}.")
     return " ".join(said)
 

@@ -14,7 +14,7 @@ from torch import nn
 from beyondprop import AltMin, Backprop, LearningRule, NonFiniteError
 from beyondprop.data.sequences import ADDING_CHANCE, adding
 from beyondprop.nn import ElmanCell, Recurrent
-from beyondprop.recipes._base import Context, Recipe, Row
+from beyondprop.recipes._base import Context, Recipe, Row, is_at_edge
 from beyondprop.recipes._kept import Kept
 from beyondprop.report._style import drawing
 
@@ -101,7 +101,8 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
             published = f"chance {ADDING_CHANCE:.3f}"
             rows.append(Row(label, errors, published=published, at_most=bound, digits=4, note=note))
     _draw(context, curves)
-    return rows, {f"batch {BATCH}": {"lr": chosen}}
+    at_edge = [name for name, lr in chosen.items() if is_at_edge(lr, rates)]
+    return rows, {f"batch {BATCH}": {"lr": chosen, "at_edge": at_edge}}
 
 
 def _draw(context: Context, curves: dict[tuple[str, str], list[list[list[float]]]]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from beyondprop import AltMin, Backprop, data, nets
 from beyondprop._evaluation import evaluate
 from beyondprop.data import Dataset
-from beyondprop.recipes._base import Context, Recipe, Row
+from beyondprop.recipes._base import Context, Recipe, Row, is_at_edge
 from beyondprop.recipes._kept import accuracy_at, trained
 from beyondprop.report._style import drawing
 from beyondprop.rules.base import LearningRule
@@ -80,7 +80,8 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
         lead = tuple(a - b for a, b in zip(final[OURS], final[THEIRS], strict=True))
         rows.append(Row(f"{title}, {OURS} minus {THEIRS}: test error", lead, "points", at_most=0.0))
     _draw(context, curves)
-    return rows, {f"batch {BATCH}": {"lr": chosen}}
+    at_edge = [name for name, lr in chosen.items() if not context.quick and is_at_edge(lr, RATES)]
+    return rows, {f"batch {BATCH}": {"lr": chosen, "at_edge": at_edge}}
 
 
 def _best(context: Context, held: Dataset, spec: str, rule: str) -> float:

@@ -320,6 +320,9 @@ class StageMemory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        if state["moments"].shape != self.moments.shape:
+            saved, own = tuple(state["moments"].shape), tuple(self.moments.shape)
+            raise ValueError(f"This state has moments {saved}; stage {self.name!r} has {own}.")
         self.steps = int(state["steps"])
         self.moments = state["moments"].to(self.weight.device, copy=True)
         self.inverse = state["inverse"].to(self.weight.device, copy=True)
