@@ -259,6 +259,7 @@ def test_a_rule_that_cannot_train_the_net_is_named_before_anything_is_written(tm
         ({"data": "minst"}, r"data must be one of digits, .* perhaps you meant 'mnist'"),
         ({"net": "mpl:3x3"}, r"net must be one of mlp:WIDTHxDEPTH.* got 'mpl:3x3'; perhaps you meant 'mlp'"),
         ({"net": "mlp:3"}, r"must be WIDTHxDEPTH"),
+        ({"tune": True, "validation": True}, r"tune chooses learning rates on the rows that validation reports"),
         ({"schedule": "linar"}, r"schedule must be one of"),
         ({"lr": {"adm": 0.1}}, r"lr is given for 'adm', which is none of the rules"),
         ({"lr": {"adam": -1.0}}, r"lr of adam must be a finite number > 0"),
