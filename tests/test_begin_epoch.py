@@ -11,21 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import SGD, blobs, equal, mlp, rule_state
+from test_targetprop import _rule
 from torch import Tensor, nn
 
 from beyondprop import Backprop, DifferenceTargetProp, StepResult, fit
 from beyondprop._checkpoint import load_checkpoint, save_checkpoint
 
 CE = nn.CrossEntropyLoss()
-
-
-def _rule(**changes: Any) -> DifferenceTargetProp:
-    torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Dropout(0.2), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7),
-        nn.ReLU(), nn.Linear(7, 3),
-    )  # fmt: skip
-    return DifferenceTargetProp(model, CE, **changes)
 
 
 class _Counting(Backprop):
