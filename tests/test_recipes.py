@@ -26,7 +26,7 @@ from beyondprop.recipes import (
     theorem_3_2,
 )  # fmt: skip
 from beyondprop.recipes._base import Context
-from beyondprop.recipes._compared import at_epoch, compared
+from beyondprop.recipes._compared import at_epoch, compared, summary
 from beyondprop.recipes._kept import Kept, accuracy_at, trained
 from beyondprop.report._run import read_run
 from beyondprop.settings import Settings
@@ -275,6 +275,7 @@ def test_the_adding_problem_is_chosen_with_sequences_of_its_own(
     assert {lr for lr, seed in seen if seed == adding_problem.TUNING_SEED} == set(adding_problem.RATES)
     assert {seed for _, seed in seen if seed != adding_problem.TUNING_SEED} == {0, 1, 2}
     assert set(settings["batch 64"]["lr"].values()) == {3e-3}
+    assert settings["batch 64"]["at_edge"] == []
     assert {row.measured for row in rows} == {(0.1, 0.1, 0.1)}
 
 
@@ -336,8 +337,10 @@ def test_a_seed_that_failed_in_its_last_sweep_has_no_last_number(tmp_path: Path)
     (tmp_path / "env.json").write_text("{}")
     (tmp_path / "config.toml").write_text(
         'data = "mnist"\nnet = "mlp:8x2"\nepochs = 15.0\nseeds = [0, 1]\n[[rules]]\nname = "admm"\ntitle = "ADMM"\n'
+        "[rules.settings]\nlr = 10.0\nlr_tuned_over = [1.0, 3.0, 10.0]\n"
     )
     run = read_run(tmp_path)
+    assert summary(run)["at_edge"] == ["admm"]
     assert at_epoch(run, "admm", 15.0) == (15.0, pytest.approx(NAN, nan_ok=True))
     assert at_epoch(run, "admm", 7.0) == (7.000000000000001, 7.000000000000001)
 

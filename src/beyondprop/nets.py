@@ -81,7 +81,8 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequent
         return _lenet5(input_shape, num_classes)
     if spec.startswith("resnet"):
         return _resnet(spec, input_shape, num_classes)
-    close = difflib.get_close_matches(kind, ["mlp", "conv", "lenet5", "binary", "rnn", "transformer", "resnet20"], n=1)
+    kinds = [form.partition(":")[0].replace("DEPTH", "20") for form in FORMS]
+    close = difflib.get_close_matches(kind, kinds, n=1)
     hint = f"; perhaps you meant {close[0]!r}" if close and close[0] != kind else ""
     raise ValueError(f"net must be one of {', '.join(FORMS)}, got {spec!r}{hint}.")
 

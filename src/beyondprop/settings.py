@@ -80,6 +80,11 @@ class Settings:
                 raise ValueError(f"{name} must be one or more, each once, got {', '.join(map(str, given)) or 'none'}.")
         for seed in self.seeds:
             _checks.at_least("seed", seed, 0)
+        if self.tune and self.validation:
+            raise ValueError(
+                "tune chooses learning rates on the rows that validation reports, so that those numbers flatter; take one of "
+                "them."
+            )
         self._check_warm_start()
         known = self.rules if self.warm_rule is None else (*self.rules, self.warm_rule)
         for name, lr in self.lr.items():

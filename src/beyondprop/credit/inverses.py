@@ -44,8 +44,8 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
         inverse: nn.Module = nn.Linear(affine.out_features, affine.in_features)
         nn.init.orthogonal_(inverse.weight)
         nn.init.zeros_(inverse.bias)
-        behind = list(stage.modules)[[m is affine for m in stage.modules].index(True) :]
-        if any(isinstance(m, nn.Flatten) for m in behind):
+        modules = list(stage.modules)
+        if any(isinstance(m, nn.Flatten) for m in modules[modules.index(affine) :]):
             inverse = nn.Sequential(nn.Unflatten(1, (-1, affine.out_features)), inverse)
     elif affine is not None and type(affine) in _CONVS:
         inverse = TransposedConvolution(affine)

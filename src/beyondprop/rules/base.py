@@ -158,14 +158,14 @@ class LearningRule(abc.ABC):
         return None
 
     def begin_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Do what the rule does before an epoch; the training loop calls it with the batches that the epoch will have.
+        """Do what the rule does before an epoch; `fit` calls it with the epoch's batches, `run_stream` with the task's.
 
         A run that is resumed in the middle of an epoch does not repeat it.
         """
         del batches
 
     def end_epoch(self) -> None:
-        """Advance the rule's own schedules; the training loop calls it after every epoch."""
+        """Advance the rule's own schedules; `fit` calls it after every epoch, `run_stream` after every task."""
 
     def end_task(self) -> None:
         """Know that a task of a stream is over; `streaming.run_stream` calls it. Most rules need not know."""
