@@ -97,6 +97,7 @@ class RecurrentPullback(Pullback):
         stage.layer.check_input(x)
         self._push = push
         self._solve: Solve | None = None if first is None else first._solve
+        self._heard: float = 1.0 if first is None else first._heard
         self.run: Any = stage.moments.unroll(x, push, None if first is None else first.run)
         self.states = self.run.states
         shown = stage.read(self.states[1:])
@@ -104,16 +105,19 @@ class RecurrentPullback(Pullback):
         self._swept: Memo[list[Tensor]] = Memo()
         self._driven: Memo[Tensor] = Memo()
 
-    def sweep(self, wish: Tensor, solve: Solve | None = None) -> list[Tensor]:
+    def sweep(self, wish: Tensor, solve: Solve | None = None, *, heard: float = 1.0) -> list[Tensor]:
         """Give the states s_1 .. s_T their deltas, last first, and return them.
 
         Args:
             wish: how the output should change, shape of the output.
             solve: turns a state's problem into its delta; None: that of the last sweep, at first the gradient, that is
                 backpropagation through time.
+            heard: factor of what a state before the last hears from the output, in its problem; comes with `solve`.
         """
         stage, run = self.recurrent, self.run
-        solve = self._solve = solve or self._solve
+        if solve is not None:
+            self._solve, self._heard = solve, heard
+        solve, heard = self._solve, self._heard
         shown = self.tails.pull(wish)
         wishes = None if stage.is_last else shown.unbind(1)
         delta = self._of_state(shown if wishes is None else wishes[-1])
@@ -124,9 +128,9 @@ class RecurrentPullback(Pullback):
             if wishes is None:
                 delta = gradient if solve is None else solve(moment, delta, gradient)
             else:
-                heard = wishes[step - 2]
-                gradient = gradient + self._of_state(heard)
-                both = torch.cat([delta, heard], 1)
+                shown = wishes[step - 2] * heard
+                gradient = gradient + self._of_state(shown)
+                both = torch.cat([delta, shown], 1)
                 delta = gradient if solve is None else solve(Heard(moment, stage.width), both, gradient)
             deltas.append(delta)
         deltas.reverse()

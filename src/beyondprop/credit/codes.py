@@ -126,7 +126,7 @@ class Codes(Credit):
             return
 
         def below(index: int, pullback: Pullback, wish: Tensor) -> Tensor:
-            self._sweep_inside(pullback, wish)
+            self._sweep_inside(pullback, wish, is_top=index == top)
             problem = CodeProblem(
                 stage=pullback,
                 wish=wish,
@@ -141,11 +141,11 @@ class Codes(Credit):
 
         for assignment in self.top_down(trace, loss, below):
             if assignment.input_delta is None:  # the lowest stage, whose input nobody asked for
-                self._sweep_inside(assignment.pullback, assignment.delta)
+                self._sweep_inside(assignment.pullback, assignment.delta, is_top=assignment.loss is not None)
             yield assignment
             del assignment  # nothing here holds the stage once the caller is done with it
 
-    def _sweep_inside(self, pullback: Pullback, wish: Tensor) -> None:
+    def _sweep_inside(self, pullback: Pullback, wish: Tensor, *, is_top: bool) -> None:
         """Give the codes inside a recurrent stage their deltas, one for each time step."""
         if not isinstance(pullback, RecurrentPullback):
             return
@@ -155,7 +155,11 @@ class Codes(Credit):
             delta = self.solver(problem)
             return _soft_threshold(moment.input, delta, self.l1) if self.l1 else delta
 
-        pullback.sweep(wish, solve)
+        # A hidden layer's wish for its output is a delta that was damped once. A state that is shown is that output: with this
+        # factor it minimises |delta_next - J d|^2 + (1 + damping) |wish - d|^2, and the penalty is not paid twice. Plain
+        # gradients are not damped at all.
+        is_damped = not is_top and not self.normalize and self.solver is not code_solvers.gradient
+        pullback.sweep(wish, solve, heard=1 + self.damping if is_damped else 1.0)
 
     def _line_search(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """Yield what `assign` yields with `code_solvers.line_search`, in fewer operations.

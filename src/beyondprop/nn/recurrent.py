@@ -103,9 +103,20 @@ class Recurrent(nn.Module):
         return self.cell.hidden_size * (2 if isinstance(self.cell, nn.LSTMCell) else 1)
 
     def advance(self, x: Tensor, state: Tensor) -> Tensor:
-        """Map an input `(N, input_size)` and a state `(N, state_size)` to the next state."""
+        """Map an input `(N, input_size)` and a state `(N, state_size)` to the next state.
+
+        Raises:
+            ValueError: if the cell returns something else.
+        """
         if not isinstance(self.cell, nn.LSTMCell):
-            return self.cell(x, state)
+            after = self.cell(x, state)
+            if not isinstance(after, Tensor) or after.shape != state.shape:
+                found = f"shape {tuple(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
+                raise ValueError(
+                    f"{type(self.cell).__name__} must return the next state, of the last one's shape {tuple(state.shape)}, "
+                    f"got {found}."
+                )
+            return after
         return torch.cat(self.cell(x, tuple(state.chunk(2, 1))), 1)
 
     def forward(self, x: Tensor) -> Tensor:
