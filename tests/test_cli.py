@@ -114,6 +114,8 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--net", "lenet5"], "lenet5 needs images of 16x16 or more"),
         (["--lr", "adam"], "--lr takes RULE=LR, such as adam=0.001, got 'adam'"),
         (["--lr", "adm=1"], "lr is given for 'adm'"),
+        (["--lr", "adam=1", "--lr", "adam=2"], "--lr must name each rule once, got adam=1, adam=2"),
+        (["--tune-epochs", "1"], "--tune-epochs is for the trainings of --tune"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
         (["--schedule", "linar"], "perhaps you meant 'linear'"),
         (["--out", "full"], "'full' is there already"),

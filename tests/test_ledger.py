@@ -56,7 +56,17 @@ def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damaged",
-    ["", "{", "[]", "{}", '{"rows": [{}]}', '{"rows": [{"label": "a", "measured": ["x"]}]}', '{"rows": [], "new": 1}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"rows": [{}]}',
+        '{"rows": [{"label": "a", "measured": ["x"]}]}',
+        '{"rows": [{"label": "a", "measured": [1], "at_least": "98"}], "recipe": "r", "quick": false}',
+        '{"rows": [{"label": 7, "measured": [1]}], "recipe": "r", "quick": false}',
+        '{"rows": [], "new": 1}',
+    ],
 )
 def test_a_damaged_result_is_named(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "r.json").write_text(damaged)

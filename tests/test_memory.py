@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -272,6 +273,20 @@ def test_stages_without_memory_train_by_the_rest(method: str) -> None:
     assert [o.param_groups[0]["lr"] for o in rule.optimizers][-1] == 0.125
     held = [p for o in rule.optimizers for g in o.param_groups for p in g["params"]]
     assert len(held) == len(set(held)) == len(list(model.parameters()))
+
+
+def test_where_most_weights_have_no_memory_a_warning_says_what_trains_them() -> None:
+    def build(memory: Memory) -> AltMin:
+        return AltMin(nets.build("conv:4x2:bn", (1, 8, 8), 3), nn.CrossEntropyLoss(), memory)
+
+    with pytest.warns(
+        UserWarning, match=r"^\d+% of the weights have no memory and take Adam's steps with lr 0.003: those of "
+    ):
+        build(Memory())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(Memory(rest=partial(torch.optim.SGD, lr=0.1)))  # asked for
+        AltMin(nets.build("lenet5", (1, 28, 28), 10), nn.CrossEntropyLoss(), Memory())
 
 
 def test_grouped_convolutions_have_no_memory() -> None:

@@ -68,6 +68,7 @@ def test_the_short_version_is_not_recorded(capsys: pytest.CaptureFixture[str], t
     captured = capsys.readouterr()
     (found,) = json.loads(captured.out)
     assert found["quick"]
+    assert {row["verdict"] for row in found["rows"]} == {"shown"}
     assert "its numbers are no reproduction" in captured.err
     assert "missed" not in captured.err
     assert "training" not in captured.err

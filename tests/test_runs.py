@@ -295,9 +295,15 @@ def test_plugins_register_once_and_are_recorded(tmp_path: Path, extra_rules: Non
 def test_foreign_directories_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     check_free(tmp_path / "empty")
+    begun = tmp_path / "begun"  # killed before its config was written
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / "env.json").write_text("{}")
+    (begun / "metrics.jsonl").touch()
+    check_free(begun)
+    (begun / "metrics.jsonl").write_text('{"kind": "eval"}')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    for taken in ("full", "full/thesis.txt"):
+    for taken in ("full", "full/thesis.txt", "begun"):
         with pytest.raises(FileExistsError, match=rf"{taken}' is there already and no empty directory"):
             compare(Settings(**QUICK), out=tmp_path / taken)
     RunDirectory.create(tmp_path / "run", {"rules": []}, {}).close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,24 @@ def test_a_batch_of_one_row_is_left_out_for_batch_norm(digits: Dataset) -> None:
 def test_outputs_that_are_too_few_are_refused_before_training(digits: Dataset) -> None:
     rule = Counting(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), nn.CrossEntropyLoss(), SGD)
     with pytest.raises(ValueError, match=r"an output for each of the stream's classes, \(N, 10\), got \(N, 2\)"):
+        run_stream(rule, SplitStream(digits))
+    assert rule.log == []
+
+
+def test_a_stream_that_does_not_fit_is_refused_before_training(digits: Dataset) -> None:
+    class Empty:
+        num_classes = 10
+
+        def __len__(self) -> int:
+            return 0
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    rule = Counting(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double(), nn.CrossEntropyLoss(), SGD)
+    with pytest.raises(ValueError, match="stream must have a task or more, got none"):
+        run_stream(rule, Empty())
+    with pytest.raises(ValueError, match=r"x has dtype torch.float32, the model's weights torch.float64"):
         run_stream(rule, SplitStream(digits))
     assert rule.log == []
 

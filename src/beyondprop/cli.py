@@ -149,7 +149,12 @@ class Compare:
                 raise ValueError(f"seeds must be >= 1, got {self.seeds}.")
             given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if hasattr(self, f.name)}
             given["seeds"] = tuple(range(self.seeds))
-            given["lr"] = dict(map(_rule_and_rate, self.lr))
+            if self.tune_epochs is not None and not self.tune:
+                raise ValueError("--tune-epochs is for the trainings of --tune; give both, or neither.")
+            rates = [_rule_and_rate(text) for text in self.lr]
+            given["lr"] = dict(rates)
+            if len(given["lr"]) < len(rates):
+                raise ValueError(f"--lr must name each rule once, got {', '.join(self.lr)}.")
             return Settings(**given, rules=self.rule or Settings.rules, plugins=self.plugin)
 
     def _recorded(self, path: Path) -> Settings:
@@ -193,7 +198,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
-    """Run a published experiment again, and show published and measured side by side."""
+    """Run a published experiment again, and show published and measured side by side.
+
+    The exit status says whether it ran. Whether what is asked for was reached stands in the table's and the JSON's verdicts.
+    """
 
     recipe: Positional[tuple[str, ...]] = ()
     """Recipes by id; without one, they are listed."""
@@ -243,6 +251,8 @@ class Reproduce:
                     _reproduction.say(console, shlex.join(["beyondprop", "reproduce", *left, *rest]))
                     raise
                 results.append(json.loads(page.read_text(encoding="utf-8")))
+                for row, measured in zip(results[-1]["rows"], result.rows, strict=True):
+                    row["verdict"] = measured.verdict
                 _reproduction.show(result, recipe, page, console)
         if self.json:
             _write_json(results)

@@ -171,8 +171,14 @@ def check_free(path: Path) -> None:
         raise FileExistsError(
             f"{str(path)!r} holds a run already; go on with it by --resume, or choose another directory."
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and _holds_nothing(path)):
         raise FileExistsError(f"{str(path)!r} is there already and no empty directory; choose another.")
+
+
+def _holds_nothing(path: Path) -> bool:
+    # A run that was killed before its config was written leaves these behind, and nothing in them was trained.
+    begun = {path / "env.json", path / "metrics.jsonl", path / "checkpoints"}
+    return all(p in begun and (p.name != "metrics.jsonl" or not p.stat().st_size) for p in path.rglob("*"))
 
 
 def _line(row: Row) -> str:

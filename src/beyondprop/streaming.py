@@ -81,17 +81,22 @@ def run_stream(
         progress: called after each task with the tasks done and all tasks.
 
     Raises:
-        ValueError: if an argument is out of its range, or the model has not one output for each class.
+        ValueError: if an argument is out of its range, the stream has no task or is on another device or of another dtype than
+            the model, or the model has not one output for each class.
         NonFiniteError: where the rule does.
     """
     _checks.at_least("seed", seed, 0)
     _checks.at_least("batch_size", batch_size, 1)
     generator = torch.Generator().manual_seed(seed)
     tasks = list(stream)
+    if not tasks:
+        raise ValueError("stream must have a task or more, got none.")
     accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     samples = steps = 0
     seconds = 0.0
-    _check_outputs(rule.model, tasks[0].test()[0][:1], stream.num_classes)
+    x, _ = tasks[0].test()
+    rule.check_input(x)
+    _check_outputs(rule.model, x[:1], stream.num_classes)
     for index, task in enumerate(tasks):
         began = time.perf_counter()
         count, _ = epoch_of(rule.model, task.train_size, batch_size)

@@ -125,6 +125,9 @@ class Result:
             for row in values["rows"]:
                 measured = tuple(math.nan if v is None else float(v) for v in row["measured"])
                 rows.append(Row(**row | {"measured": measured}))
+                if not all(isinstance(row.get(key, ""), str) for key in ("label", "unit", "published", "note")):
+                    raise TypeError(f"a row's texts must be strings, got {row}")
+                _ = rows[-1].asked, rows[-1].verdict, rows[-1].shown  # raise where numbers are none
             return cls(**values | {"rows": tuple(rows)})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is no recorded result: {type(error).__name__}: {error}.") from error

@@ -30,6 +30,8 @@ from beyondprop.solvers.descent import adam
 from beyondprop.stage import Pullback, Stage
 
 METHODS = ("rls", "bcd")
+REST_LR = 3e-3
+"""Adam's, for weights without a memory, where no other optimizer is given."""
 
 
 class Memory(Solver):
@@ -55,7 +57,7 @@ class Memory(Solver):
         block: columns that are solved together (`"bcd"`); 1 as published.
         limit: input size of a stage above which its n x n memory is announced with a warning.
         output_lr: step size of the last stage in `"bcd"`, which follows the gradient of the task loss, as published.
-        rest: optimizer factory for weights without a memory; default Adam, lr 3e-3.
+        rest: optimizer factory for weights without a memory; default Adam, lr 3e-3, with a warning where these are most.
 
     Raises:
         ValueError: if an argument is out of its range; the message has the range.
@@ -89,15 +91,16 @@ class Memory(Solver):
         self.block = _checks.at_least("block", block, 1)
         self.limit = _checks.at_least("limit", limit, 1)
         self.output_lr = _checks.positive("output_lr", output_lr)
-        self._rest = rest or adam()
+        self._rest = rest
         self._stages: dict[int, StageMemory] = {}
 
     def bind(self, chain: Chain) -> None:
-        """See `Solver.bind`; warns where a stage's memory is large."""
+        """See `Solver.bind`; warns where a stage's memory is large, and where most weights have none."""
         if self._stages:
             raise ValueError("This Memory serves another rule already; one instance serves one rule.")
         last = len(chain) - 1
         remembered, output, rest = [], [], []
+        others: list[str] = []
         for index, stage in enumerate(chain):
             trainable = [p for p in stage.parameters if p.requires_grad]
             if self.method == "bcd" and index == last:
@@ -115,6 +118,7 @@ class Memory(Solver):
                 remembered += trainable
             else:
                 rest += trainable
+                others += [stage.name] * bool(trainable)
         if not remembered:
             raise UnsupportedModelError(
                 "Memory needs a stage that ends in a plain Linear or Conv (groups=1, no normalisation); this chain has none:\n"
@@ -124,7 +128,16 @@ class Memory(Solver):
         if output:
             self.optimizers += (torch.optim.SGD(output, lr=self.output_lr, momentum=0.9, nesterov=True),)
         if rest:
-            self.optimizers += (self._rest(rest),)
+            self.optimizers += ((self._rest or adam(REST_LR))(rest),)
+            share = sum(p.numel() for p in rest) / sum(p.numel() for p in (*remembered, *output, *rest))
+            if share > 0.5 and self._rest is None:
+                shown = ", ".join(map(repr, others[:3])) + ", ..." * (len(others) > 3)
+                warnings.warn(
+                    f"{share:.0%} of the weights have no memory and take Adam's steps with lr {REST_LR:g}: those of the stages "
+                    f"{shown}. A memory is kept for a plain Linear or Conv without a normalisation behind it. Give "
+                    "Memory(rest=...) to choose their optimizer, or use Descent.",
+                    stacklevel=4,
+                )
 
     def collect(self, assignment: Assignment, factor: float) -> None:
         """See `Solver.collect`."""
