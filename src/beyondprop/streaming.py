@@ -74,7 +74,7 @@ def run_stream(
     A last batch of a single row is left out where the model has a BatchNorm, which could not normalise it.
 
     Args:
-        rule: any learning rule; its model has `stream.num_classes` outputs.
+        rule: any rule that learns from batches; its model has `stream.num_classes` outputs.
         stream: the tasks.
         batch_size: rows in a batch.
         seed: of the order of the rows within each task.

@@ -67,11 +67,12 @@ class Row:
         if math.isnan(self.mean):
             failed = sum(not math.isfinite(value) for value in self.measured)
             return f"failed ({failed} of {len(self.measured)})" if self.measured else "not run"
-        text = f"{self.mean:.{self.digits}f}{self._unit}"
-        if len(self.measured) > 1:
-            low, high = min(self.measured), max(self.measured)
-            text += f" ({low:.{self.digits}f} to {high:.{self.digits}f}, {len(self.measured)} seeds)"
-        return text
+        mean, low, high = (
+            f"{round(value, self.digits) + 0.0:.{self.digits}f}"  # no -0.00
+            for value in (self.mean, min(self.measured), max(self.measured))
+        )
+        spread = f" ({low} to {high}, {len(self.measured)} seeds)" if len(self.measured) > 1 else ""
+        return f"{mean}{self._unit}{spread}"
 
     @property
     def _unit(self) -> str:

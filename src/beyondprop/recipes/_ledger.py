@@ -15,7 +15,8 @@ _HEAD = """# Reproduction
 Published numbers of the methods here beside what this library measures, made by `beyondprop ledger` from the results in
 `reproduction/`; rows that speak against a method are left in. `beyondprop reproduce ID` runs a recipe again, with `--quick`
 a short version whose numbers are no reproduction. Learning rates are chosen from each rule's own grid of four on rows held
-out of the training rows, never on test rows, unless a recipe says otherwise.
+out of the training rows, never on test rows, unless a recipe says otherwise; for offline rules the number is 1 over the
+weight of their penalties.
 
 *reached*: the mean over seeds keeps to what is asked for; *missed*: it does not; *shown*: nothing is asked for.
 """
@@ -78,7 +79,8 @@ def _section(result: Result, recipe: Recipe) -> str:
 def _made(result: Result) -> str:
     on = result.environment
     versions = ", ".join(f"{key} {on[key]}" for key in ("torch", "beyondprop", "commit") if on.get(key))
-    text = f"Recorded {result.date}, {result.seconds / 60:.0f} minutes, {versions}."
+    minutes = round(result.seconds / 60)
+    text = f"Recorded {result.date}, {minutes} minute{'s' * (minutes != 1)}, {versions}."
     return text + (f" {_settings(result.settings)}" if result.settings else "")
 
 

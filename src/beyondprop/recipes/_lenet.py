@@ -15,7 +15,7 @@ EPOCHS = (1, 2, 3, 5, 10)
 ABOUT = (
     "Batch 128 and 10 epochs as published, three seeds; learning rates chosen on 10,000 held-out training rows after two "
     "epochs, then a linear decay to 0 (published: 0.002, constant, for Adam and AM-Adam). `am-paper-lenet` has the published "
-    "settings of the codes."
+    "codes and a constant rate, which is chosen as the others' are."
 )
 SOURCE = "Choromanska et al., ICML 2019, arXiv 1806.09077: LeNet curves, from the authors' logs (about 50 seeds)"
 

@@ -73,6 +73,6 @@ RECIPE = Recipe(
         "linear decay, rates chosen after as many epochs as are reported."
     ),
     measure=measure,
-    minutes=20,
+    minutes=26,
     needs=("mnist",),
 )

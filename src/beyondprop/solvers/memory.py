@@ -44,8 +44,8 @@ class Memory(Solver):
     `"bcd"`, block coordinate descent as published: `sweeps` over the columns (in blocks of `block`) of the accumulated
     least-squares problem, with the unit-step replacement of W by its minimiser.
 
-    Stages of other kinds (blocks, stages with a normalisation or something else behind the Linear or Conv, grouped
-    convolutions) have no single weight matrix: their weights take gradient steps of the `rest` optimizer.
+    Stages of other kinds (blocks, stages with a normalisation, grouped convolutions) have no single weight matrix: their
+    weights take gradient steps of the `rest` optimizer.
 
     Args:
         method: `"rls"` or `"bcd"`.
@@ -134,7 +134,7 @@ class Memory(Solver):
                 shown = ", ".join(map(repr, others[:3])) + ", ..." * (len(others) > 3)
                 warnings.warn(
                     f"{share:.0%} of the weights have no memory and take Adam's steps with lr {REST_LR:g}: those of the stages "
-                    f"{shown}. A memory is kept for a plain Linear or Conv without a normalisation behind it. Give "
+                    f"{shown}. A memory is kept where a plain Linear or Conv is all that has weights in its stage. Give "
                     "Memory(rest=...) to choose their optimizer, or use Descent.",
                     stacklevel=4,
                 )
