@@ -90,7 +90,7 @@ def _draw(context: Context, found: Sequence[dict[str, Any]], layers: int) -> Non
     with drawing():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        figure = Figure(figsize=(9, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         seen = [row for row in found if row["step"]]
         left.plot([row["step"] for row in seen], [100 * row["test_accuracy"] for row in seen], color="#0072B2")
@@ -108,7 +108,9 @@ def _draw(context: Context, found: Sequence[dict[str, Any]], layers: int) -> Non
                 right.plot([row["step"] for row in measured], y, color=color, linestyle=line, marker="o", label=label)
         right.set_yscale("log")
         right.set_ylabel("gap, as a share of the codes' size")
-        right.legend(fontsize=7, handlelength=3.6)
+        figure.legend(
+            *right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8, handlelength=3.6
+        )
         for axes in (left, right):
             axes.set_xlabel("sweeps")
         figure.savefig(context.out / "figure.png", dpi=150)
@@ -124,6 +126,6 @@ RECIPE = Recipe(
         "written every 5 sweeps."
     ),
     measure=measure,
-    minutes=60,
+    minutes=120,
     needs=("mnist",),
 )
