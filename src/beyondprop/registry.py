@@ -145,6 +145,15 @@ for _spec in (
         grid=_ADAM_GRID,
     ),
     RuleSpec(
+        "am-adam-damped",
+        "AM-Adam, damping 100",
+        "the same with codes kept close to the network: for residual nets with BatchNorm",
+        f"{_AM}, Algorithm 2.1",
+        lambda model, loss, lr: AltMin(model, loss, adam(lr), damping=100.0),
+        lr=3e-3,
+        grid=_ADAM_GRID,
+    ),
+    RuleSpec(
         "am-sgd",
         "AM-SGD",
         "alternating minimization, line-search codes, Nesterov SGD weight steps",

@@ -3,53 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from beyondprop.recipes._base import Context, Recipe, Row
 from beyondprop.recipes._compared import at_epoch, compared, figure, summary
 from beyondprop.settings import Settings
 
-RULES = ("am-adam", "adam")
-NETS = {  # with its name in rows, epochs, epochs of tuning, seeds, and the least lead that is asked for, in points
-    "resnet20": ("ResNet-20, blocks as stages", 5.0, 0.5, (0, 1), -1.5),
-    "conv:32x4:bn": ("4 convolutions with BatchNorm", 3.0, 0.5, (0, 1, 2), None),
-    "transformer:64x4": ("transformer, 4 blocks of 64 features", 3.0, 0.5, (0, 1, 2), None),
+BASELINE = "adam"
+TUNE_EPOCHS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One comparison; parts of one net have the same batches, weights and schedule."""
+
+    net: str
+    title: str
+    rules: tuple[str, ...]
+    epochs: float
+    seeds: tuple[int, ...]
+    lead: float | None = None
+    """Points by which alternating minimization must be ahead of the baseline, in a part of its net so far."""
+
+
+RESNET = "ResNet-20, blocks as stages"
+PARTS = {
+    "resnet20": Part("resnet20", RESNET, ("am-adam", BASELINE), 5.0, (0, 1), -1.5),
+    "resnet20-damped": Part("resnet20", RESNET, ("am-adam-damped",), 5.0, (0, 1), -1.5),
+    "conv": Part("conv:32x4:bn", "4 convolutions with BatchNorm", ("am-adam", BASELINE), 2.0, (0, 1)),
+    "transformer": Part("transformer:64x4", "transformer, 4 blocks of 64", ("am-adam", BASELINE), 2.0, (0, 1)),
 }
 
 
 def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
-    """Train every net by both rules on the same schedule."""
-    rows, settings, runs = [], {}, []
-    for net, (title, epochs, tune_epochs, seeds, asked) in NETS.items():
+    """Train every net by alternating minimization and by backpropagation on the same schedule."""
+    rows, leads, settings, runs = [], [], {}, []
+    baselines: dict[str, tuple[float, ...]] = {}
+    for name, part in PARTS.items():
         quick = context.quick
         run = compared(
             context,
-            net.partition(":")[0],
+            name,
             Settings(
                 data="cifar10",
-                net=net,
-                rules=RULES,
-                epochs=0.005 if quick else epochs,
-                tune_epochs=tune_epochs,
+                net=part.net,
+                rules=part.rules,
+                epochs=0.005 if quick else part.epochs,
+                tune_epochs=TUNE_EPOCHS,
                 batch_size=128,
-                seeds=(0,) if quick else seeds,
+                seeds=(0,) if quick else part.seeds,
                 tune=not quick,
                 alignment=False,
             ),
         )
-        titles = {rule.name: rule.title for rule in run.rules}
-        ours, theirs = (at_epoch(run, rule, run.config["epochs"]) for rule in RULES)
         after = f"after epoch {run.config['epochs']:g}"
-        lead = tuple(a - b for a, b in zip(ours, theirs, strict=True))
-        rows += [
-            Row(f"{title}, {titles[RULES[0]]}, {after}", ours, "%"),
-            Row(f"{title}, {titles[RULES[1]]}, {after}", theirs, "%"),
-            Row(f"{title}, AM-Adam minus Adam, {after}", lead, "points", at_least=asked),
-        ]
-        settings[net] = summary(run)
+        found = {rule.name: at_epoch(run, rule.name, run.config["epochs"]) for rule in run.rules}
+        if BASELINE in found:
+            baselines[part.net] = found[BASELINE]
+        for rule in run.rules:
+            rows.append(Row(f"{part.title}, {rule.title}, {after}", found[rule.name], "%"))
+            if rule.name != BASELINE:
+                lead = tuple(a - b for a, b in zip(found[rule.name], baselines[part.net], strict=True))
+                leads.append(Row(f"{part.title}, {rule.title} minus Adam, {after}", lead, "points", at_least=part.lead))
+        settings[name] = summary(run)
         runs.append(run)
     figure(runs, context.out / "figure.png")
-    return rows, settings
+    return rows + leads, settings
 
 
 RECIPE = Recipe(
@@ -57,7 +77,9 @@ RECIPE = Recipe(
     source="no published number: alternating minimization was published on LeNet-5 and smaller nets",
     about=(
         "Batch 128, no augmentation, linear decay; learning rates chosen on held-out training rows after half an epoch. A "
-        "residual or attention block is one stage with one code at its output."
+        "residual or attention block is one stage with one code at its output. The damping of 100 was chosen on the same held-out "
+        "rows after half an epoch, learning rate 0.003, one seed: 1 (the default) gave 46.8 %, 10 gave 51.0 %, 100 gave 51.7 %, "
+        "Adam 51.6 %."
     ),
     measure=measure,
     minutes=300,
