@@ -170,7 +170,9 @@ def test_the_mask_of_the_first_run_is_kept(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("code_solver", ["gradient", "line_search", "cg"])
 @pytest.mark.parametrize("weight_inputs", ["old", "new"])
-@pytest.mark.parametrize("solver", [lambda: Descent(SGD), lambda: Descent(SGD, local_steps=3), Memory])
+@pytest.mark.parametrize(
+    "solver", [lambda: Descent(SGD), lambda: Descent(SGD, local_steps=3), lambda: Memory(rest=SGD)]
+)
 @pytest.mark.filterwarnings("ignore::beyondprop.FrozenStageWarning")
 def test_running_statistics_move_once_a_step(code_solver: str, weight_inputs: str, solver: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))

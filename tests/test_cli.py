@@ -104,7 +104,7 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--rule", "amadam"], "rule must be one of am-adam, am-sgd"),
+        (["--rule", "amadam"], "rule must be one of am-adam, am-adam-damped"),
         (["--rule", "amadam"], "perhaps you meant 'am-adam'"),
         (
             ["--data", "minst"],
@@ -117,6 +117,7 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lr", "adam=1", "--lr", "adam=2"], "--lr must name each rule once, got adam=1, adam=2"),
         (["--tune-epochs", "1"], "--tune-epochs is for the trainings of --tune"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
+        (["--batch-size", "1", "--net", "mlp:5x1:bn"], "batch_size must be 2 or more for mlp:5x1:bn, whose BatchNorm"),
         (["--schedule", "linar"], "perhaps you meant 'linear'"),
         (["--out", "full"], "'full' is there already"),
         (["--resume", "full"], "'full' is no run directory"),

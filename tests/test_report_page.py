@@ -15,6 +15,7 @@ from test_report import TITLES, config, curves, write_run
 
 from beyondprop.report import figures, read_run, write_report
 from beyondprop.report._curves import Band, Curve, band, end_limits
+from beyondprop.report._figures import _accuracy, _bands
 from beyondprop.report._style import entries
 
 ONE = {"adam": "Adam"}
@@ -241,6 +242,30 @@ def test_band_interpolates_where_the_seeds_differ() -> None:
     np.testing.assert_allclose(b.high, [0, 3, 4])
     assert b.marks == [0, 2]
     assert band([Curve(np.array([]), np.array([]))]) is None
+
+
+def test_the_enlarged_row_has_the_range_that_the_epochs_ask_for(tmp_path: Path) -> None:
+    rows = curves(TITLES)
+    for row in rows:
+        if row["seed"] == 1 and "seconds" in row:
+            row["seconds"] *= 4
+    shown = entries([read_run(write_run(tmp_path / "run", config(TITLES), rows))])
+    figure = _accuracy(shown, ["epoch", "work", "seconds"], [])[2]
+    wanted = end_limits(list(_bands(shown, "epoch", "test_accuracy", scale=100).values()), higher_is_better=True)
+    assert wanted is not None
+    for axes in figure.axes[3:6]:
+        assert axes.get_ylim() == pytest.approx((wanted[0], min(wanted[1], 100.5)))
+
+
+def test_a_slower_seed_takes_nothing_from_the_end_of_the_band() -> None:
+    fast = Curve(np.array([0.0, 1.0, 2.0]), np.array([0.1, 0.8, 0.9]))
+    slow = Curve(np.array([0.0, 4.0, 8.0]), np.array([0.1, 0.7, 0.95]))
+    b = band([fast, slow])
+    assert b is not None
+    np.testing.assert_allclose(b.x, [0, 2.5, 5])
+    np.testing.assert_allclose(b.mean, [0.1, 0.75, 0.925])
+    np.testing.assert_allclose(b.low, [0.1, 0.7, 0.9])
+    assert b.marks == [0, 1, 2]
 
 
 def test_end_limits_show_the_end_and_leave_out_the_lost() -> None:

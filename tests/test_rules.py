@@ -232,6 +232,7 @@ def test_clipping_between_backward_and_update(name: str) -> None:
 
 @every_rule
 @pytest.mark.parametrize("net", list(NETS))
+@pytest.mark.filterwarnings("ignore:.* of the weights have no memory")
 def test_autocast(name: str, net: str) -> None:
     batches = _batches(net)
     lr = RATES[name] if name in ("fa", "dfa") else get(name).lr

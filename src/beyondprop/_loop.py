@@ -108,6 +108,7 @@ class Loop:
             raise ValueError(
                 f"The training handed over in after ends at step {self.first}, this one at step {self.last}."
             )
+        self.rates = [(group["lr"], "initial_lr" in group) for group in self._groups()]
         self.schedulers = schedules.attach(
             self.rule.optimizers, self.schedule, self.steps, self.steps_per_epoch, self.first
         )
@@ -162,6 +163,16 @@ class Loop:
             self._run_epoch()
         row: Row = {"kind": "finished", "step": self.step, "epoch": self.epoch}
         self.record(row | {"stopped_early": self.history.stopped_early})
+
+    def give_back(self) -> None:
+        """Give the optimizers the learning rates that they came with."""
+        for group, (lr, was_scheduled) in zip(self._groups(), self.rates, strict=True):
+            group["lr"] = lr
+            if not was_scheduled:
+                group.pop("initial_lr", None)  # a later schedule would start from it
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.rule.optimizers for group in optimizer.param_groups]
 
     def _run_epoch(self) -> None:
         """Train to the end of the epoch, of the run, or of the improvement."""
@@ -218,7 +229,7 @@ class Loop:
         self.rule.check_finite()
         found = totals(self.rule.model, self.rule.loss, self.data.x_test, self.data.y_test)
         train, loss, correct = torch.cat([self.loss_sum.view(1), found]).tolist()  # the one read
-        result = from_totals(loss, correct, len(self.data.x_test))
+        result = from_totals(loss, correct)
         row: Row = {
             "kind": "eval",
             "step": self.step,

@@ -24,9 +24,11 @@ class Run(abc.ABC):
 
     Attributes:
         states: s_0 .. s_T.
+        walked: what `finish` left of the last way back, for `pull_inputs` and `add_gradients`; it can be put back.
     """
 
     states: list[Tensor]
+    walked: Any
 
     @abc.abstractmethod
     def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
@@ -116,6 +118,7 @@ class ElmanRun(Run):
         cell = moments.cell
         state = x.new_zeros(len(x), cell.hidden_size)
         self.states, self.features = [state], []
+        self.walked: Tensor = x.new_empty(0)
         for driven in whole(F.linear(x, cell.weight_ih, cell.bias), x).unbind(1):
             feature = moments.activation.value(state)
             state = whole(torch.addmm(driven, feature, cell.weight_hh.t()), x)
@@ -137,13 +140,13 @@ class ElmanRun(Run):
 
     def finish(self, deltas: list[Tensor]) -> None:
         """See `Run.finish`."""
-        self._stacked = torch.stack(deltas, 1)
+        self.walked = torch.stack(deltas, 1)
 
     def pull_inputs(self, deltas: list[Tensor]) -> Tensor:
         """See `Run.pull_inputs`."""
         del deltas
         moments = self.moments
-        return whole(self._stacked @ moments.stage.backward_weight(moments.cell.weight_ih), self._stacked)
+        return whole(self.walked @ moments.stage.backward_weight(moments.cell.weight_ih), self.walked)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
         """See `Run.push_inputs`."""
@@ -156,7 +159,7 @@ class ElmanRun(Run):
     def add_gradients(self, deltas: list[Tensor], factor: float) -> None:
         """See `Run.add_gradients`."""
         del deltas
-        cell, rows = self.moments.cell, self._stacked.flatten(0, 1)
+        cell, rows = self.moments.cell, self.walked.flatten(0, 1)
         if cell.weight_ih.requires_grad:
             add_to_gradient(cell.weight_ih, rows.t() @ self.x.flatten(0, 1), factor)
         if cell.weight_hh.requires_grad:
@@ -223,8 +226,7 @@ class CellRun(Run):
             state = pullback.output
             self.states.append(state)
             self.pullbacks.append(pullback)
-        self._gradients: list[Tensor | None] = []
-        self._inputs: list[Tensor] = []
+        self.walked: tuple[list[Tensor | None], list[Tensor]] = ([], [])  # gradients of the weights, and at the inputs
 
     def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
         """See `Run.advance`."""
@@ -237,15 +239,16 @@ class CellRun(Run):
     def pull(self, step: int, delta: Tensor) -> Tensor:
         """See `Run.pull`."""
         if step == len(self.pullbacks):
-            self._gradients, self._inputs = [None] * len(self.parameters), []
+            self.walked = ([None] * len(self.parameters), [])
+        gradients, inputs = self.walked
         pullback = self.pullbacks[step - 1]
         gradient = pullback(delta)
         own = pullback.take_gradients(delta)
         for i, g in enumerate(own):
             if g is not None:
-                total = self._gradients[i]
-                self._gradients[i] = g if total is None else total + g
-        self._inputs.append(gradient[:, self.size :])
+                total = gradients[i]
+                gradients[i] = g if total is None else total + g
+        inputs.append(gradient[:, self.size :])
         return gradient[:, : self.size].clone()
 
     def finish(self, deltas: list[Tensor]) -> None:
@@ -255,7 +258,7 @@ class CellRun(Run):
     def pull_inputs(self, deltas: list[Tensor]) -> Tensor:
         """See `Run.pull_inputs`."""
         del deltas
-        return torch.stack(self._inputs[::-1], 1)
+        return torch.stack(self.walked[1][::-1], 1)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
         """See `Run.push_inputs`."""
@@ -269,7 +272,7 @@ class CellRun(Run):
     def add_gradients(self, deltas: list[Tensor], factor: float) -> None:
         """See `Run.add_gradients`."""
         del deltas
-        for p, g in zip(self.parameters, self._gradients, strict=True):
+        for p, g in zip(self.parameters, self.walked[0], strict=True):
             if g is not None:
                 add_to_gradient(p, g, factor)
 

@@ -99,6 +99,11 @@ class Chain:
         self.stages: list[Stage] = [_stage(run) for run in _cut(model, cuts)]
         self._is_composition_of_model = isinstance(cuts, str) or all(isinstance(c, str) for c in cuts)
         self._check()
+        # Closed forms call no module: what is put on one later would be passed over in silence.
+        closed = [m for s in self.stages if not isinstance(s, BlockStage) for part in s.modules for m in part.modules()]
+        self._hooks = [hooks for m in closed for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooked = sum(map(len, self._hooks))
+        self._weights = [(m._parameters, name, p) for m in closed for name, p in m._parameters.items()]
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -125,6 +130,7 @@ class Chain:
         lowest = next((i for i, stage in enumerate(self.stages) if stage.is_trainable), len(self.stages))
         if not self._is_composition_of_model:
             self._check_composition(x)
+        self._check_unchanged()
         pullbacks: list[Pullback | None] = []
         z = x
         for index, stage in enumerate(self.stages):
@@ -140,6 +146,18 @@ class Chain:
                         pullback.forget("output")
                 pullbacks.append(pullback)
         return Trace(pullbacks, lowest, z)
+
+    def _check_unchanged(self) -> None:
+        if sum(map(len, self._hooks)) > self._hooked:
+            what = "got a hook"
+        elif any(place.get(name) is not p for place, name, p in self._weights):
+            what = "got another weight (by pruning, a parametrization or an assignment)"
+        else:
+            return
+        raise UnsupportedModelError(
+            f"A module of this {type(self.model).__name__} {what} after the rule was built, which closed forms would pass "
+            "over; build the rule anew."
+        )
 
     def _check(self) -> None:
         if len(self.stages) < 2:

@@ -40,7 +40,7 @@ class LossPoint:
     def curvature(self, tangent: Tensor) -> Tensor:
         """Return `v^T H v` for every sample, shape `(N,)`, never negative."""
         product = tangent * self.hessian(tangent)
-        return product.flatten(1).sum(1).clamp_min_(0.0)
+        return product.reshape(len(product), -1).sum(1).clamp_min_(0.0)
 
 
 class OutputLoss:
@@ -110,6 +110,17 @@ class OutputLoss:
                     )
             elif y.dtype != torch.int64:
                 raise ValueError(f"y has dtype {y.dtype}: cross-entropy takes int64 class indices; use y.long().")
+            elif y.shape != output.shape[:1] + output.shape[2:]:
+                wanted = tuple(output.shape[:1] + output.shape[2:])
+                raise ValueError(
+                    f"y has shape {tuple(y.shape)}; cross-entropy on the output {tuple(output.shape)} takes class indices of "
+                    f"shape {wanted}."
+                )
+            elif y.device.type == "cpu" and y.numel() and self._is_beyond(y, output.shape[1]):
+                raise ValueError(
+                    f"y has labels from {int(y.min())} to {int(y.max())}; {output.shape[1]} outputs accept 0 to "
+                    f"{output.shape[1] - 1}."
+                )
         elif isinstance(self.loss, nn.MSELoss | nn.BCEWithLogitsLoss | nn.BCELoss):
             if y.dtype != output.dtype:
                 raise ValueError(
@@ -119,6 +130,12 @@ class OutputLoss:
                 raise ValueError(
                     f"y has shape {tuple(y.shape)}, the output {tuple(output.shape)}: {_name(self.loss)} takes equal shapes."
                 )
+
+    def _is_beyond(self, y: Tensor, classes: int) -> bool:
+        least, most = y.aminmax()
+        if int(least) >= 0 and int(most) < classes:
+            return False
+        return bool(((y < 0) | (y >= classes)).logical_and_(y != self.loss.ignore_index).any())  # type: ignore[attr-defined]
 
     def _cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
         # Autograd's own kernels, called directly: rows with ignore_index have no part in value, mean and gradient.
@@ -154,10 +171,16 @@ class OutputLoss:
         scale = self.scale(output)
         with torch.enable_grad():
             value = self.loss(leaf, y)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"loss must return a tensor, got {type(value).__name__}.")
             if value.ndim:
                 raise ValueError(
                     f"loss must return a scalar (mean or sum over the batch), got shape {tuple(value.shape)}; "
                     "use reduction='mean' or 'sum'."
+                )
+            if not value.requires_grad:
+                raise ValueError(
+                    "loss must follow the output by operations with a gradient; this one is detached from it."
                 )
             (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
 

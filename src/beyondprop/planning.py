@@ -85,6 +85,8 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
                 spec.build(model, nn.CrossEntropyLoss(), spec.lr)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{spec.name} cannot train {settings.net}: {error}") from error
+            if settings.batch_size == 1:
+                _check_single_row(settings.net, model, torch.zeros(1, *info.input_shape))
     full = data.load(settings.data, progress=progress)
     split = None
     if settings.validation or settings.tune:
@@ -95,6 +97,16 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
         with torch.random.fork_rng(devices=[]):
             _check_warm_start(plan, nets.build(settings.net, info.input_shape, len(info.classes)))
     return plan
+
+
+def _check_single_row(net: str, model: nn.Module, x: torch.Tensor) -> None:
+    try:
+        with torch.no_grad():
+            model(x)
+    except ValueError as error:  # torch's BatchNorm, of a single value for a channel
+        raise ValueError(
+            f"batch_size must be 2 or more for {net}, whose BatchNorm cannot normalise one row."
+        ) from error
 
 
 def _check_warm_start(plan: Plan, model: nn.Module) -> None:

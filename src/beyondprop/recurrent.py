@@ -85,9 +85,13 @@ class RecurrentStage(Stage):
 class RecurrentPullback(Pullback):
     """A `RecurrentStage` at one input.
 
+    A wish that was swept is pulled down by its states' deltas, every other cotangent by the Jacobian.
+
     Attributes:
         states: s_0 .. s_T, each `(N, state_size)`.
     """
+
+    has_codes = True
 
     def __init__(self, stage: RecurrentStage, z: Tensor, push: bool, first: RecurrentPullback | None = None) -> None:
         self.stage = self.recurrent = stage
@@ -114,10 +118,15 @@ class RecurrentPullback(Pullback):
                 backpropagation through time.
             heard: factor of what a state before the last hears from the output, in its problem; comes with `solve`.
         """
-        stage, run = self.recurrent, self.run
         if solve is not None:
             self._solve, self._heard = solve, heard
-        solve, heard = self._solve, self._heard
+        deltas = self._walk(wish, self._solve, self._heard)
+        self._swept.keep(wish, deltas)
+        self._driven = Memo()
+        return deltas
+
+    def _walk(self, wish: Tensor, solve: Solve | None, heard: float) -> list[Tensor]:
+        stage, run = self.recurrent, self.run
         shown = self.tails.pull(wish)
         wishes = None if stage.is_last else shown.unbind(1)
         delta = self._of_state(shown if wishes is None else wishes[-1])
@@ -135,8 +144,6 @@ class RecurrentPullback(Pullback):
             deltas.append(delta)
         deltas.reverse()
         run.finish(deltas)
-        self._swept.keep(wish, deltas)
-        self._driven = Memo()
         return deltas
 
     def relax(self, wish: Tensor, input_delta: Tensor | None, *, is_top: bool) -> tuple[Tensor, Tensor]:
@@ -146,7 +153,8 @@ class RecurrentPullback(Pullback):
         `|wish - change|^2` at the output. Where that is the network's (`is_top`), its wish is no code but the loss itself: the
         output follows the last moved state below it, and neither the last state's term nor the output's is counted.
         """
-        stage, deltas = self.recurrent, self._deltas(wish)
+        stage, found = self.recurrent, self._swept.find(wish)
+        deltas = self.sweep(wish) if found is None else found
         x, _ = RecordedRun.of(stage.heads, self.input if input_delta is None else self.input + input_delta, self.heads)
         moved = [self.states[0], *(s + d for s, d in zip(self.states[1:], deltas, strict=True))]
         following = [self.run.advance(t + 1, x[:, t], before) for t, before in enumerate(moved[:-1])]
@@ -162,13 +170,14 @@ class RecurrentPullback(Pullback):
         more = self.recurrent.layer.state_size - values.shape[1]
         return F.pad(values, (0, more)) if more else values
 
-    def _deltas(self, cotangent: Tensor) -> list[Tensor]:
-        deltas = self._swept.find(cotangent)
-        return self.sweep(cotangent) if deltas is None else deltas
-
     def _at_layer(self, cotangent: Tensor) -> Tensor:
-        """Return the gradient at what the layer is driven by."""
-        deltas = self._deltas(cotangent)
+        """Return the gradient at what drives the layer: by the deltas of a wish that was swept, else the Jacobian's own."""
+        deltas = self._swept.find(cotangent)
+        if deltas is None:  # a solver of the code below asks
+            walked = self.run.walked
+            gradient = self.run.pull_inputs(self._walk(cotangent, None, 1.0))
+            self.run.walked = walked
+            return gradient
         gradient = self._driven.find(cotangent)
         if gradient is None:
             gradient = self.run.pull_inputs(deltas)
@@ -177,7 +186,7 @@ class RecurrentPullback(Pullback):
         return gradient
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.__call__`; by the deltas of the last sweep, if it was for this cotangent."""
+        """See `Pullback.__call__`; by the deltas of the last sweep where it was for this cotangent, else by plain gradients."""
         return self.heads.pull(self._at_layer(cotangent))
 
     @property
@@ -199,7 +208,8 @@ class RecurrentPullback(Pullback):
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
         """See `Pullback.add_gradients`."""
-        self.run.add_gradients(self._deltas(cotangent), factor)
+        deltas = self._swept.find(cotangent)
+        self.run.add_gradients(self.sweep(cotangent) if deltas is None else deltas, factor)
         self.tails.add_gradients(cotangent, factor)
         if self.heads.has_weights:
             self.heads.add_gradients(self._at_layer(cotangent), factor)

@@ -31,8 +31,10 @@ class Pullback(abc.ABC):
         input_shape: shape of the input.
         input: the detached input `(N, ...)`; there while codes are kept, see `Chain.record`.
         output: the detached output `(N, ...)`; likewise.
+        has_codes: whether there are codes inside, by whose deltas a wish is pulled down.
     """
 
+    has_codes: bool = False
     stage: Stage
     input_shape: torch.Size
     input: Tensor
@@ -166,8 +168,11 @@ def too_few_values(name: str) -> ValueError:
 
 
 def add_to_gradient(parameter: nn.Parameter, value: Tensor, factor: float) -> None:
-    """Add `factor * value` to the parameter's `.grad`."""
+    """Add `factor * value` to the parameter's `.grad`, which has the parameter's memory layout."""
     if parameter.grad is None:
-        parameter.grad = (value * factor).to(parameter.dtype)
+        gradient = (value * factor).to(parameter.dtype)
+        if gradient.stride() != parameter.stride():  # fused optimizers walk both in the order of memory
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient
     else:
         parameter.grad.add_(value, alpha=factor)

@@ -65,7 +65,7 @@ def fit(
             goes on with its next batch, in the middle of the schedule, and counts samples, work and seconds on from it.
         batch_size: rows in a batch.
         seed: of the order of the batches.
-        schedule: of the learning rates, see `schedules.FORMS`.
+        schedule: of the learning rates, see `schedules.FORMS`; afterwards the optimizers have those that they came with.
         evaluate_every: steps between two evaluations; default: an epoch. There is one before the first step and one after
             the last in any case.
         alignment: record, at every evaluation, how each stage's update agrees with the gradient on a fixed training batch.
@@ -112,4 +112,6 @@ def fit(
             message = " ".join(str(error).split()) or type(error).__name__
             loop.record({"kind": "failed", "step": loop.step, "epoch": loop.epoch, "message": message})
             raise
+        finally:
+            loop.give_back()
     return loop.history

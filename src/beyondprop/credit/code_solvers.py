@@ -121,23 +121,26 @@ def exact(limit: int = 4096) -> Callable[[CodeProblem], Tensor]:
                 f"Stage {name!r} maps {width} to {out} units, over the limit of {limit} for solver='exact': use 'cg' or raise "
                 "code_solvers.exact(limit=...)."
             )
-        jacobian = _jacobian(problem, width, out)  # (N, out, width)
+        jacobian = _jacobian(problem, width, out).to(problem.gradient.dtype)  # (N, out, width)
         curved = jacobian
         if problem.loss is not None:
-            columns = [problem.curve(jacobian[..., i].view_as(stage.output)).flatten(1) for i in range(width)]
-            curved = torch.stack(columns, -1)  # H J
-        right = problem.gradient.flatten(1)[..., None]
-        if problem.damping == 0.0:  # minimum norm: the pseudo-inverse, target propagation
-            d = torch.linalg.pinv(jacobian.transpose(1, 2) @ curved, hermitian=True) @ right
-        elif width <= out:
-            system = jacobian.transpose(1, 2) @ curved
-            system.diagonal(dim1=1, dim2=2).add_(problem.damping)
-            d = torch.cholesky_solve(right, torch.linalg.cholesky(system))
-        else:
-            # (r I + J^T H J)^-1 J^T = J^T (r I + H J J^T)^-1
-            system = curved @ jacobian.transpose(1, 2)
-            system.diagonal(dim1=1, dim2=2).add_(problem.damping)
-            d = jacobian.transpose(1, 2) @ torch.linalg.solve(system, problem.wish.flatten(1)[..., None])
+            columns = [flat(problem.curve(jacobian[..., i].view_as(stage.output))) for i in range(width)]
+            curved = torch.stack(columns, -1).to(jacobian.dtype)  # H J
+        with torch.autocast(jacobian.device.type, enabled=False):
+            right = flat(problem.gradient)[..., None]
+            if problem.damping == 0.0:  # minimum norm: the pseudo-inverse, target propagation
+                d = torch.linalg.pinv(jacobian.transpose(1, 2) @ curved, hermitian=True) @ right
+            elif width <= out or stage.has_codes:
+                system = jacobian.transpose(1, 2) @ curved
+                system.diagonal(dim1=1, dim2=2).add_(problem.damping)
+                d = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+            else:
+                # (r I + J^T H J)^-1 J^T = J^T (r I + H J J^T)^-1
+                system = curved @ jacobian.transpose(1, 2)
+                system.diagonal(dim1=1, dim2=2).add_(problem.damping)
+                d = jacobian.transpose(1, 2) @ torch.linalg.solve(
+                    system, flat(problem.wish).to(jacobian.dtype)[..., None]
+                )
         return problem.keep_norm(d.view_as(problem.gradient))
 
     solve.pushes = True  # type: ignore[attr-defined]
@@ -210,8 +213,12 @@ BY_NAME: dict[str, Callable[[], Any]] = {
 
 def square_norm(values: Tensor) -> Tensor:
     """Return the squared norm of every sample, `(N,)`."""
-    flat = values if values.ndim == 2 else values.flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1).square_()
+    return torch.linalg.vector_norm(flat(values), dim=1).square_()
+
+
+def flat(values: Tensor) -> Tensor:
+    """Return every sample's values in one row, `(N, ...)` to `(N, n)`; a sample of one number may be `(N,)`."""
+    return values if values.ndim == 2 else values.reshape(len(values), -1)
 
 
 def per_sample(factors: Tensor, values: Tensor) -> Tensor:
@@ -225,7 +232,7 @@ def tiny(values: Tensor) -> float:
 
 
 def _dot_samples(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    return flat(a * b).sum(1)
 
 
 def _dot_batch(a: Tensor, b: Tensor) -> Tensor:
@@ -237,10 +244,8 @@ def _jacobian(problem: CodeProblem, width: int, out: int) -> Tensor:
     if width <= out:
         basis = torch.eye(width, dtype=stage.input.dtype, device=stage.input.device)
         return torch.stack(
-            [stage.push(e.expand(stage.input.shape[0], -1).reshape(stage.input.shape)).flatten(1) for e in basis],
+            [flat(stage.push(e.expand(stage.input.shape[0], -1).reshape(stage.input.shape))) for e in basis],
             -1,
         )
     basis = torch.eye(out, dtype=stage.output.dtype, device=stage.output.device)
-    return torch.stack(
-        [stage(e.expand(stage.output.shape[0], -1).reshape(stage.output.shape)).flatten(1) for e in basis], 1
-    )
+    return torch.stack([flat(stage(e.expand(stage.output.shape[0], -1).reshape(stage.output.shape))) for e in basis], 1)

@@ -27,6 +27,7 @@ from beyondprop import _checks
 from beyondprop.block import BlockPullback, BlockStage
 from beyondprop.chain import NORMS, Chain, Trace
 from beyondprop.credit.base import Assignment, Credit
+from beyondprop.credit.code_solvers import flat
 from beyondprop.losses import LossPoint
 from beyondprop.nn import ElmanCell, Positions, Recurrent
 from beyondprop.stage import Pullback, Stage
@@ -151,7 +152,7 @@ class DirectFeedbackAlignment(Credit):
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
-        error = loss.cotangent.neg().flatten(1)
+        error = flat(loss.cotangent.neg())
         return self.top_down(trace, loss, lambda index, pullback, wish: self._below(index, pullback, error))
 
     @property

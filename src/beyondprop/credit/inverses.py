@@ -49,6 +49,10 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
             inverse = nn.Sequential(nn.Unflatten(1, (-1, affine.out_features)), inverse)
     elif affine is not None and type(affine) in _CONVS:
         inverse = TransposedConvolution(affine)
+        modules = list(stage.modules)
+        folded = [m for m in modules[: modules.index(affine)] if isinstance(m, nn.Unflatten)]
+        if folded:
+            inverse = _Unfolded(inverse, tuple(folded[-1].unflattened_size)[1:])
     else:
         kinds = ", ".join(type(m).__name__ for m in carriers)
         raise UnsupportedModelError(
@@ -99,6 +103,23 @@ class TransposedConvolution(nn.Module):
         return found
 
 
+class _Unfolded(nn.Module):
+    """The inverse of a convolution behind an `nn.Unflatten(1, (channels, *size))`: its result is flattened again."""
+
+    def __init__(self, inverse: TransposedConvolution, size: tuple[int, ...]) -> None:
+        super().__init__()
+        if any(n < 0 for n in size):
+            raise UnsupportedModelError(
+                f"nn.Unflatten in front of a convolution must name its size for an inverse, got {size}."
+            )
+        self.inverse, self.size = inverse, size
+
+    def forward(self, h: Tensor, size: tuple[int, ...] = ()) -> Tensor:
+        """Map `(N, out_channels, ...)` to `(N, in_channels * ...)`."""
+        del size
+        return self.inverse(h, self.size).flatten(1)
+
+
 class _Sequence(nn.Module):
     """An inverse and the nonlinearity after it; hands on the wanted size."""
 
@@ -112,8 +133,12 @@ class _Sequence(nn.Module):
 
 
 def apply(inverse: nn.Module, h: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Return `inverse(h)`; the library's own are told the spatial size that is wanted."""
-    return inverse(h, size) if isinstance(inverse, TransposedConvolution | _Sequence) else inverse(h)
+    """Return `inverse(h)`; the library's own are told the spatial size that is wanted, within an `nn.Sequential`, too."""
+    if type(inverse) is nn.Sequential:
+        for module in inverse:
+            h = apply(module, h, size)
+        return h
+    return inverse(h, size) if isinstance(inverse, TransposedConvolution | _Sequence | _Unfolded) else inverse(h)
 
 
 def _last_activation(stage: Stage) -> nn.Module | None:

@@ -51,12 +51,17 @@ def curve(rows: Sequence[Row], x: str, y: str) -> Curve:
 def band(curves: Sequence[Curve]) -> Band | None:
     """Return mean and range over the curves, where all of them are known.
 
-    Where their x differ, each is interpolated linearly at the points of all the others, from the latest start
-    to the earliest end; nothing is extrapolated.
+    Where curves of one length have other x, as seconds do, the n-th points belong together, at their mean x. Where the
+    lengths differ, each is interpolated linearly at the points of all the others, from the latest start to the earliest
+    end; nothing is extrapolated.
     """
     curves = [c for c in curves if c.x.size]
     if not curves:
         return None
+    if len({c.x.size for c in curves}) == 1:
+        x, values = np.mean([c.x for c in curves], axis=0), np.stack([c.y for c in curves])
+        marks = list(range(0, x.size, max(1, x.size // _MOST_MARKS)))
+        return Band(x, values.mean(axis=0), values.min(axis=0), values.max(axis=0), marks)
     start, end = max(c.x[0] for c in curves), min(c.x[-1] for c in curves)
     grid = np.unique(np.concatenate([c.x for c in curves]))
     grid = grid[(grid >= start) & (grid <= end)]

@@ -88,13 +88,13 @@ def _accuracy(shown: Sequence[Entry], xs: Sequence[str], warm: Sequence[Entry]) 
     for column, x in enumerate(xs):
         for row in range(2):
             _plot(axes[row, column], [*warm, *shown], x, "test_accuracy", scale=100)
-        bands = _bands(shown, x, "test_accuracy", scale=100)
-        limits = end_limits(list(bands.values()), higher_is_better=True)
-        if limits is not None:
-            axes[1, column].set_ylim(limits[0], min(limits[1], 100.5))
-            for label, b in bands.items():
-                if b.high[-1] < limits[0]:
-                    beyond.setdefault(label, f"{label}, which ends at {b.mean[-1]:.1f} %")
+    bands = _bands(shown, xs[0], "test_accuracy", scale=100)  # one range for the row, which has one axis
+    limits = end_limits(list(bands.values()), higher_is_better=True)
+    if limits is not None:
+        axes[1, 0].set_ylim(limits[0], min(limits[1], 100.5))
+        for label, b in bands.items():
+            if b.high[-1] < limits[0]:
+                beyond.setdefault(label, f"{label}, which ends at {b.mean[-1]:.1f} %")
     for row, name in enumerate(("whole course", "the end, enlarged")):
         axes[row, 0].set_ylabel(f"{split} accuracy (%)\n{name}")
     caption = f"{split.capitalize()} accuracy: the whole course above, the end enlarged below. {_seeds(shown)}"

@@ -54,11 +54,11 @@ def write_report(*run_dirs: str | Path, output: str | Path | None = None) -> Pat
     if output is None:
         for drawing in drawings:
             write_atomically(runs[0].path / "figures" / f"{drawing.name}.png", drawing.files["png"])
-    page = _page(runs, shown, drawings)
+    page = _page(runs, shown, drawings, output)
     return write_atomically(runs[0].path / "report.html" if output is None else Path(output), page.encode())
 
 
-def _page(runs: Sequence[Run], shown: Sequence[Entry], drawings: Sequence[Drawing]) -> str:
+def _page(runs: Sequence[Run], shown: Sequence[Entry], drawings: Sequence[Drawing], output: str | Path | None) -> str:
     summaries = [s for run in runs for s in summary(run)]
     title = words.title(
         (run.config["data"] for run in runs),
@@ -66,7 +66,8 @@ def _page(runs: Sequence[Run], shown: Sequence[Entry], drawings: Sequence[Drawin
         len(summaries),
         (s.seeds for s in summaries),
     )
-    command = shlex.join(["beyondprop", "report", *(run.name for run in runs)])
+    elsewhere = [] if output is None else ["--output", _from_here(Path(output))]
+    command = shlex.join(["beyondprop", "report", *(_from_here(run.path) for run in runs), *elsewhere])
     body = [
         _tag("h1", title),
         _tag("p", " · ".join(run_labels(runs)) + _started(runs), cls="under"),
@@ -267,3 +268,9 @@ def _join(*parts: str | Iterable[str]) -> _Markup:
 
 def _html(text: str) -> str:
     return text if isinstance(text, _Markup) else escape(text)
+
+
+def _from_here(path: Path) -> str:
+    """Return the path from the working directory; its name alone where it lies elsewhere, as pages go from hand to hand."""
+    path, here = path.resolve(), Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name

@@ -73,17 +73,17 @@ class FiniteGuard:
             return bool(self._total(result).isfinite())
         gradients = [p.grad for p in self.rule._parameters if p.grad is not None]
         vectors = [g for g in gradients if g.ndim == 1]  # biases, together
-        sums = [g.sum() for g in gradients if g.ndim != 1]
+        sums = [_sum(g) for g in gradients if g.ndim != 1]
         if vectors:
-            sums.append(torch.cat(vectors).sum())
+            sums.append(_sum(torch.cat(vectors)))
         # Floats are added faster in Python than 0-d tensors by torch, and reading them waits for nobody.
         return math.isfinite(sum(map(float, sums), float(result.loss)))
 
     def _total(self, result: StepResult) -> Tensor:
         # A sum is finite if its terms are: one pass over each gradient, cheaper than isfinite().all() by 30 times.
-        sums = [p.grad.sum() for p in self.rule._parameters if p.grad is not None]
+        sums = [_sum(p.grad) for p in self.rule._parameters if p.grad is not None]
         sums.append(result.loss)
-        dtype = result.loss.dtype
+        dtype = torch.float32 if result.loss.dtype in _HALF else result.loss.dtype
         return torch.stack([s if s.dtype is dtype else s.to(dtype) for s in sums]).sum()
 
     def _deferred(self, loss: Tensor) -> bool:
@@ -134,11 +134,20 @@ class FiniteGuard:
     def _raise(self, x: Tensor, y: Tensor, result: StepResult) -> None:
         where = self.rule.locate_nonfinite(x, y) or "loss"
         what = where if where in ("x", "y") else "The loss" if where == "loss" else f"Stage {where!r}"
+        if where == "loss" and math.isfinite(float(result.loss)):
+            what = "A gradient"
         raise NonFiniteError(
             f"{what} is not finite at step {self.steps} (loss {float(result.loss):.4g}). No weight was changed. "
             "Check the inputs, lower the learning rate, or raise the damping.",
             where=where,
         )
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(dtype=torch.float32) if values.dtype in _HALF else values.sum()  # halves end at 65504
 
 
 def _can_skip(optimizer: torch.optim.Optimizer) -> bool:

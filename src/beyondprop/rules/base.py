@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,10 +100,12 @@ class LearningRule(abc.ABC):
     def step(self, x: Tensor, y: Tensor, *, diagnostics: bool = False) -> StepResult:
         """Train on one batch: `backward`, then `update`.
 
-        The model's own mode decides about dropout and normalisation statistics; it is not changed.
+        The model's own mode decides about dropout and normalisation statistics; it is not changed. A `.grad` that is there
+        already has its part in the step, as in any torch loop.
 
         Raises:
-            ValueError: if the batch is empty, `x` and `y` differ in length, or they do not fit the model.
+            ValueError: if the batch is empty, `x` and `y` differ in length, or `y` does not fit the output. Where `x` does not
+                fit the first layer, torch's own error says so.
             NonFiniteError: if a NaN or Inf appears; weights, optimizer state and running statistics stay as they were.
         """
         _checks.batch(x, y)
@@ -131,6 +134,10 @@ class LearningRule(abc.ABC):
         weight = self._parameters[0]
         if x.device != weight.device:
             raise ValueError(f"x is on {x.device}, the model on {weight.device}; move one of them.")
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "torch.inference_mode() is on: nothing can be trained in it; leave it, or use torch.no_grad()."
+            )
         if x.is_floating_point() and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x has dtype {x.dtype}, the model's weights {weight.dtype}; convert one of them.")
 
@@ -174,6 +181,20 @@ class LearningRule(abc.ABC):
         """Wait for the device and raise `NonFiniteError` if a step with deferred checking was skipped."""
         self._guard.wait()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearningRule:
+        twin: LearningRule = object.__new__(type(self))
+        memo[id(self)] = twin
+        for key, value in vars(self).items():
+            object.__setattr__(twin, key, copy.deepcopy(value, memo))
+        for own, copied in zip(self.optimizers, twin.optimizers, strict=True):
+            _complete(copied, own, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled; save the model's state_dict() and the rule's, or copy.deepcopy it."
+        )
+
     def to(self, device: torch.device | str) -> LearningRule:
         """Move the model and all of the rule's state to `device`; return the rule."""
         state = self.state_dict()
@@ -189,16 +210,20 @@ class LearningRule(abc.ABC):
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "watchdog": self.watchdog.state_dict(),
             "steps": self._guard.steps,
+            "shapes": [list(p.shape) for p in self._parameters],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: if it comes from another kind of rule.
+            ValueError: if it comes from another kind of rule, or from a model of other shapes; nothing is changed then.
         """
         if state.get("rule") != type(self).__name__:
             raise ValueError(f"This state is of {state.get('rule')!r}, this rule is {type(self).__name__!r}.")
+        own = [list(p.shape) for p in self._parameters]
+        if (shapes := state.get("shapes", own)) != own:
+            raise ValueError(f"This state is of a model with parameters of shapes {shapes}, this one's are {own}.")
         if len(state["optimizers"]) != len(self.optimizers):
             raise ValueError(
                 f"This state holds {len(state['optimizers'])} optimizers, this rule has {len(self.optimizers)}."
@@ -207,3 +232,12 @@ class LearningRule(abc.ABC):
             optimizer.load_state_dict(saved)
         self.watchdog.load_state_dict(state["watchdog"])
         self._guard.steps = int(state["steps"])
+
+
+def _complete(copied: torch.optim.Optimizer, own: torch.optim.Optimizer, memo: dict[int, Any]) -> None:
+    """Give a copied optimizer the attributes that `torch.optim.Optimizer.__getstate__` leaves out."""
+    if hasattr(type(own), "__deepcopy__"):
+        return
+    for key, value in own.__dict__.items():
+        if key not in copied.__dict__ and key != "step":  # a scheduler's `step` is bound to the original
+            copied.__dict__[key] = copy.deepcopy(value, memo)

@@ -61,6 +61,9 @@ class Descent(Solver):
         if self._output_factory is not None:
             groups.append((self._output_factory, [p for p in stages[-1].parameters if p.requires_grad]))
         self.optimizers = tuple(factory(parameters) for factory, parameters in groups if parameters)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise TypeError("Descent takes optimizers whose step takes no closure, got LBFGS.")
 
     def collect(self, assignment: Assignment, factor: float) -> None:
         """See `Solver.collect`."""

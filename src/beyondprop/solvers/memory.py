@@ -119,9 +119,15 @@ class Memory(Solver):
             else:
                 rest += trainable
                 others += [stage.name] * bool(trainable)
+        halves = {p.dtype for p in remembered} & {torch.float16, torch.bfloat16}
+        if halves:
+            raise UnsupportedModelError(
+                f"Memory factorises matrices, which takes float32 or float64; the model has {halves.pop()}."
+            )
         if not remembered:
             raise UnsupportedModelError(
-                "Memory needs a stage that ends in a plain Linear or Conv (groups=1, no normalisation); this chain has none:\n"
+                "Memory needs a stage that ends in a plain Linear or Conv (groups=1) and is differentiated in closed form, "
+                "with no normalisation in it; this chain has none:\n"
                 f"{chain!r}"
             )
         self.optimizers = (torch.optim.SGD(remembered, lr=self.lr if self.method == "rls" else 1.0),)
