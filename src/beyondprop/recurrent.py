@@ -173,6 +173,8 @@ class RecurrentPullback(Pullback):
     def _at_layer(self, cotangent: Tensor) -> Tensor:
         """Return the gradient at what drives the layer: by the deltas of a wish that was swept, else the Jacobian's own."""
         deltas = self._swept.find(cotangent)
+        if deltas is None and self._solve is None:
+            deltas = self.sweep(cotangent)
         if deltas is None:  # a solver of the code below asks
             walked = self.run.walked
             gradient = self.run.pull_inputs(self._walk(cotangent, None, 1.0))
