@@ -5,13 +5,11 @@ Whatever imports torch is imported when a command runs: help is there at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
 
+from beyondprop._usage import UsageError, usage, warnings_to, write_json
 from beyondprop.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,10 +30,6 @@ Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
 Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 Amount = Annotated[float | None, arg(metavar="N", help_behavior_hint="")]
 Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message says what can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +93,7 @@ class Compare:
         console = Console(stderr=self.json)
         live = console.is_terminal and not self.quiet
         observer = Bars(console) if live else Lines(console, quiet=self.quiet)
-        with _warnings_to(lambda text: observer.note(text)):
+        with warnings_to(lambda text: observer.note(text)):
             path: Path | None = None
             try:
                 path = self._train(settings, observer)
@@ -123,7 +118,7 @@ class Compare:
         if self.resume is not None:
             plan = self._plan(settings, observer)
             return comparison.go_on(plan, self.resume, observer)
-        with _usage():
+        with usage():
             if self.out is not None:
                 check_free(self.out)
         return comparison.run(self._plan(settings, observer), self.out, observer)
@@ -138,11 +133,11 @@ class Compare:
                 said.add(name)
                 observer.note(f"Downloading {name}" + (f" ({total / 1e6:.0f} MB)" if total else ""), style="dim")
 
-        with _usage():
+        with usage():
             return comparison.prepare(settings, progress=progress)
 
     def _settings(self) -> Settings:
-        with _usage():
+        with usage():
             if self.resume is not None:
                 return self._recorded(self.resume)
             if self.seeds < 1:
@@ -229,14 +224,14 @@ class Reproduce:
         console = Console(stderr=self.json)
         if not self.recipe:
             if self.json:
-                _write_json(_reproduction.inventory())
+                write_json(_reproduction.inventory())
             else:
                 _reproduction.show_recipes(console)
             return 0
-        with _usage():
+        with usage():
             chosen = _reproduction.chosen(self.recipe)
         results = []
-        with _warnings_to(lambda text: _reproduction.say(console, text)):
+        with warnings_to(lambda text: _reproduction.say(console, text)):
             _reproduction.load_data(chosen, console)
             for name, recipe in chosen:
                 try:
@@ -255,7 +250,7 @@ class Reproduce:
                     row["verdict"] = measured.verdict
                 _reproduction.show(result, recipe, page, console)
         if self.json:
-            _write_json(results)
+            write_json(results)
         return 0
 
 
@@ -275,7 +270,7 @@ class Ledger:
         from beyondprop._files import write_atomically
         from beyondprop.recipes._ledger import ledger
 
-        with _usage():
+        with usage():
             text = ledger(self.recorded, self.output)
         sys.stdout.write(f"{write_atomically(self.output, text.encode())}\n")
         return 0
@@ -298,10 +293,10 @@ class List:
 
         from beyondprop import _listing
 
-        with _usage():
+        with usage():
             found = _listing.inventory(self.plugin)
         if self.json:
-            _write_json(found)
+            write_json(found)
         else:
             _listing.show(found, Console())
         return 0
@@ -347,7 +342,7 @@ def _show(paths: Sequence[Path], output: Path | None, *, as_json: bool, console:
     """Write the report, show the results; return 1 where every training failed."""
     from beyondprop import report
 
-    with _usage():
+    with usage():
         runs = [report.read_run(path) for path in paths]
     page = report.write_report(*paths, output=output)
     if as_json:
@@ -355,7 +350,7 @@ def _show(paths: Sequence[Path], output: Path | None, *, as_json: bool, console:
             {**report.to_json(run), "path": str(path), "report": str(page)}
             for run, path in zip(runs, paths, strict=True)
         ]
-        _write_json(found[0] if len(found) == 1 else found)
+        write_json(found[0] if len(found) == 1 else found)
     else:
         for run in runs:
             console.print(report.table(run))
@@ -367,10 +362,6 @@ def _show(paths: Sequence[Path], output: Path | None, *, as_json: bool, console:
     return int(all(not s["done"] and not s["unfinished"] for s in seeds))
 
 
-def _write_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _rule_and_rate(text: str) -> tuple[str, float]:
     name, equals, number = text.partition("=")
     try:
@@ -380,24 +371,6 @@ def _rule_and_rate(text: str) -> tuple[str, float]:
     if not name or not equals or rate is None:
         raise ValueError(f"--lr takes RULE=LR, such as adam=0.001, got {text!r}.")
     return name, rate
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """Turn what is wrong with the arguments into a `UsageError`; damaged data is not the user's mistake."""
-    try:
-        yield
-    except (ValueError, ImportError, FileExistsError, FileNotFoundError) as error:
-        if type(error).__name__ in ("DataIntegrityError", "DataUnavailableError"):  # whose module imports torch
-            raise
-        raise UsageError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _warnings_to(say: Callable[[str], None]) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_rest: say(f"Warning: {message}")
-        yield
 
 
 if __name__ == "__main__":
