@@ -104,7 +104,7 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--rule", "amadam"], "rule must be one of am-adam, am-adam-damped"),
+        (["--rule", "amadam"], "rule must be one of am-adam, am-adam-unit"),
         (["--rule", "amadam"], "perhaps you meant 'am-adam'"),
         (
             ["--data", "minst"],

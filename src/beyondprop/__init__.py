@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from beyondprop.chain import Chain
     from beyondprop.credit.base import Assignment, Credit
     from beyondprop.credit.codes import CodeProblem, Codes
+    from beyondprop.credit.damping import RelativeDamping
     from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
     from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
     from beyondprop.diagnostics import Alignment, alignment
@@ -44,6 +45,7 @@ _HOMES = {
     "beyondprop.chain": ("Chain",),
     "beyondprop.credit.base": ("Assignment", "Credit"),
     "beyondprop.credit.codes": ("CodeProblem", "Codes"),
+    "beyondprop.credit.damping": ("RelativeDamping",),
     "beyondprop.credit.feedback": ("DirectFeedbackAlignment", "FeedbackAlignment"),
     "beyondprop.credit.targets": ("DifferenceTargetPropagation", "TargetPropagation"),
     "beyondprop.diagnostics": ("Alignment", "alignment"),
@@ -98,6 +100,7 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test has it
     "OfflineRule",
     "OnlineEWC",
     "Pullback",
+    "RelativeDamping",
     "RuleSpec",
     "Solver",
     "Stage",

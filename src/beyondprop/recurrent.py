@@ -62,6 +62,11 @@ class RecurrentStage(Stage):
         return all(m is layers[0] or operation(m) is not None for m in modules)
 
     @property
+    def is_block(self) -> bool:
+        """See `Stage.is_block`; a recurrent layer has codes of its own."""
+        return False
+
+    @property
     def couples_batch(self) -> bool:
         """See `Stage.couples_batch`."""
         inside = isinstance(self.moments, CellMoments) and self.moments.couples_batch

@@ -133,6 +133,11 @@ class Stage(abc.ABC):
         """Whether one sample's output depends on the others: normalisation over the batch, in training mode."""
         return False
 
+    @property
+    def is_block(self) -> bool:
+        """Whether it has several layers of weights, such as a residual block: then its slope may be of any size."""
+        return sum(p.ndim > 1 for p in self.parameters) > 1
+
     def forward(self, z: Tensor) -> Tensor:
         """Apply the stage's modules as the user's model would."""
         for module in self.modules:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
+from beyondprop.credit.damping import resolved
 
 if TYPE_CHECKING:
     from beyondprop.credit.codes import CodeProblem
@@ -32,23 +33,27 @@ gradient.needs_codes = False  # type: ignore[attr-defined]
 def line_search(problem: CodeProblem) -> Tensor:
     """Return the exact minimiser along the gradient, per sample: `g |g|^2 / (damping |g|^2 + (J g)^T H (J g))`."""
     g = problem.gradient
-    curvature = problem.curvature(problem.stage.push(g, gated=True))
-    factors = step_factors(square_norm(g)[None], curvature[None], [problem.damping], normalize=problem.normalize)
+    squared, curvature = square_norm(g), problem.curvature(problem.stage.push(g, gated=True))
+    damping = resolved(problem.penalty, squared, curvature)
+    factors = step_factors(squared[None], curvature[None], [damping], normalize=problem.normalize)
     return g.mul_(per_sample(factors[0], g))
 
 
-def step_factors(squared: Tensor, curvature: Tensor, damping: Sequence[float], *, normalize: bool) -> Tensor:
+def step_factors(squared: Tensor, curvature: Tensor, damping: Sequence[float | Tensor], *, normalize: bool) -> Tensor:
     """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, `(codes, N)`.
 
     Args:
         squared: `|g|^2`, `(codes, N)`.
         curvature: `(J g)^T H (J g)`, `(codes, N)`.
-        damping: one number a code.
+        damping: one number a code, or one 0-d tensor.
         normalize: divide every code's factors by their mean over the samples that have a gradient.
     """
     least = tiny(squared)
-    if len(set(damping)) == 1:
-        system = torch.add(curvature, squared, alpha=damping[0])
+    if any(isinstance(d, Tensor) for d in damping):
+        weights = torch.stack([torch.as_tensor(d, dtype=squared.dtype, device=squared.device) for d in damping])
+        system = torch.addcmul(curvature, squared, weights[:, None])
+    elif len(set(damping)) == 1:
+        system = torch.add(curvature, squared, alpha=float(damping[0]))
     else:
         system = torch.addcmul(curvature, squared, squared.new_tensor(damping)[:, None])
     factors = squared / system.add_(least)  # 0 for a sample without gradient

@@ -13,7 +13,7 @@ arXiv 1806.09077, Problems (4) and (5), linearised at the forward pass:
 
 With J the Jacobian of the stage above and g = J^T delta_above (for the top code, g = -J^T dLoss/doutput):
 
-    hidden code   min_d  |delta_above - J d|^2 + damping |d|^2  [+ l1 |c + d|_1]
+    hidden code   min_d  |delta_above - J d|^2 + damping |d|^2  [+ l1 |c + d|_1]      `damping.py`
     top code      min_d  -<g, d> + d^T J^T H J d / 2 + mu |d|^2 / 2  [+ l1 |c + d|_1]
 
 One sweep from the last code to the first. The published code stores c + d and averages the penalties over features; in
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from beyondprop import _checks
 from beyondprop.chain import Trace
 from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
+from beyondprop.credit.damping import OF_LAYER, Damping, RelativeDamping, checked, default, resolved
 from beyondprop.losses import LossPoint
 from beyondprop.recurrent import RecurrentPullback
 from beyondprop.stage import Pullback
@@ -40,7 +42,7 @@ CodeSolver = Callable[["CodeProblem"], Tensor]
 """Maps a problem to a delta of the shape of `problem.gradient`."""
 
 
-@dataclass(slots=True)
+@dataclass
 class CodeProblem:
     """One code's quadratic problem: `min_d -<gradient, d> + <J d, H J d> / 2 + damping |d|^2 / 2`, sample by sample.
 
@@ -48,7 +50,9 @@ class CodeProblem:
         stage: the stage above the code, linearised at it (J).
         wish: what the stage above wishes at its output: its delta, or minus the gradient of the loss.
         gradient: `J^T wish`.
-        damping: weight of the code's distance from what the stage below produced: r, or mu for the top code.
+        penalty: weight of the code's distance from what the stage below produced: r, which may be relative, or mu for the
+            top code.
+        damping: the same as a number; one that is relative takes a push of the gradient as it is when first asked.
         loss: the loss, whose Hessian is H, for the top code; None (H = I) for the others.
         normalize: whether the delta shall be, averaged over the batch, as long as the gradient.
         mu: weight of the top code's penalty, told to all codes.
@@ -57,10 +61,20 @@ class CodeProblem:
     stage: Pullback
     wish: Tensor
     gradient: Tensor
-    damping: float
+    penalty: Damping
     loss: LossPoint | None
     normalize: bool = False
     mu: float = 1.0
+
+    @cached_property
+    def damping(self) -> float:
+        """See the attributes."""
+        if not isinstance(self.penalty, RelativeDamping):
+            return self.penalty
+        g = self.gradient
+        return float(
+            resolved(self.penalty, code_solvers.square_norm(g), self.curvature(self.stage.push(g, gated=True)))
+        )
 
     def curve(self, image: Tensor) -> Tensor:
         """Return `H image` for an output tangent."""
@@ -87,7 +101,9 @@ class Codes(Credit):
     Args:
         solver: `"line_search"`, `"gradient"`, `"cg"`, `"exact"`, or a function `CodeProblem -> delta`, such as
             `code_solvers.cg(3)` or `code_solvers.momentum(5, lr=0.3)`.
-        damping: r >= 0, the weight of a hidden code's own penalty.
+        damping: r, the weight of a hidden code's own penalty: a number >= 0, or a `RelativeDamping`. None: 1 below a layer,
+            as published, and `RelativeDamping(4)` below a stage of several layers, whose gain may be of any size. A relative
+            damping is of codes between stages; those of time steps inside a recurrent layer keep 1.
         mu: > 0, the weight of the top code's penalty: a trust region, large mu = small step.
         normalize: divide every delta by the mean step factor of the batch, so that wishes keep their size at any depth;
             only their distribution over samples (and, for cg and exact, over units) differs from the gradient's.
@@ -101,7 +117,7 @@ class Codes(Credit):
         self,
         solver: str | CodeSolver = "line_search",
         *,
-        damping: float = 1.0,
+        damping: Damping | None = None,
         mu: float = 1.0,
         normalize: bool = True,
         l1: float = 0.0,
@@ -111,7 +127,7 @@ class Codes(Credit):
         if not callable(solver):
             raise TypeError(f"solver must be a name or a function CodeProblem -> delta, got {type(solver).__name__}.")
         self.solver: CodeSolver = solver
-        self.damping = _checks.non_negative("damping", damping)
+        self.damping = checked(damping)
         self.mu = _checks.positive("mu", mu)
         self.normalize = normalize
         self.l1 = _checks.non_negative("l1", l1)
@@ -131,7 +147,7 @@ class Codes(Credit):
                 stage=pullback,
                 wish=wish,
                 gradient=pullback(wish),
-                damping=self.mu if index == top else self.damping,
+                penalty=self.mu if index == top else self._penalty(pullback),
                 loss=loss if index == top else None,
                 mu=self.mu,
                 normalize=self.normalize,
@@ -145,13 +161,18 @@ class Codes(Credit):
             yield assignment
             del assignment  # nothing here holds the stage once the caller is done with it
 
+    def _penalty(self, pullback: Pullback) -> Damping:
+        """Return the damping of the code below a stage."""
+        return default(pullback.stage) if self.damping is None else self.damping
+
     def _sweep_inside(self, pullback: Pullback, wish: Tensor, *, is_top: bool) -> None:
         """Give the codes inside a recurrent stage their deltas, one for each time step."""
         if not isinstance(pullback, RecurrentPullback):
             return
+        damping = self.damping if isinstance(self.damping, int | float) else OF_LAYER
 
         def solve(moment: Pullback, wish: Tensor, gradient: Tensor) -> Tensor:
-            problem = CodeProblem(moment, wish, gradient, self.damping, None, self.normalize, self.mu)
+            problem = CodeProblem(moment, wish, gradient, damping, None, self.normalize, self.mu)
             delta = self.solver(problem)
             return _soft_threshold(moment.input, delta, self.l1) if self.l1 else delta
 
@@ -159,7 +180,7 @@ class Codes(Credit):
         # factor it minimises |delta_next - J d|^2 + (1 + damping) |wish - d|^2, and the penalty is not paid twice. Plain
         # gradients are not damped at all.
         is_damped = not is_top and not self.normalize and self.solver is not code_solvers.gradient
-        pullback.sweep(wish, solve, heard=1 + self.damping if is_damped else 1.0)
+        pullback.sweep(wish, solve, heard=1 + damping if is_damped else 1.0)
 
     def _line_search(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """Yield what `assign` yields with `code_solvers.line_search`, in fewer operations.
@@ -178,7 +199,8 @@ class Codes(Credit):
             image = stage.push(deltas[-1], gated=True)
             curvature.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
             del stage, image
-        damping = [self.mu, *[self.damping] * (len(squared) - 1)]
+        penalties = [self.mu, *(self._penalty(trace[index]) for index in range(top - 1, trace.lowest, -1))]
+        damping = [resolved(*each) for each in zip(penalties, squared, curvature, strict=True)]
         factors = code_solvers.step_factors(
             torch.stack(squared), torch.stack(curvature), damping, normalize=self.normalize
         )

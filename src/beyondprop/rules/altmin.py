@@ -22,6 +22,7 @@ from torch import nn
 from beyondprop.chain import Cuts
 from beyondprop.credit import code_solvers
 from beyondprop.credit.codes import Codes, CodeSolver
+from beyondprop.credit.damping import Damping
 from beyondprop.losses import LossFunction
 from beyondprop.rules.local import LocalRule
 from beyondprop.solvers.base import OptimizerFactory, Solver
@@ -37,7 +38,8 @@ class AltMin(LocalRule):
         weight_solver: a solver, or an optimizer factory for `Descent`; default Adam, lr 3e-3, one step.
         code_solver: `"line_search"`, `"gradient"` (the exact backpropagation limit), `"cg"`, `"exact"` or a function; see
             `credit.Codes`.
-        damping: r >= 0, weight of a hidden code's own penalty.
+        damping: r, weight of a hidden code's own penalty: a number >= 0, a `RelativeDamping`, or None: 1 below a layer,
+            `RelativeDamping(4)` below a stage of several layers; see `credit.Codes`.
         mu: > 0, weight of the top code's penalty; large mu = small step.
         mu_growth: factor on mu at each `end_epoch`.
         mu_limit: where the growth of mu ends.
@@ -68,7 +70,7 @@ class AltMin(LocalRule):
         weight_solver: Solver | OptimizerFactory | None = None,
         *,
         code_solver: str | CodeSolver = "line_search",
-        damping: float = 1.0,
+        damping: Damping | None = None,
         mu: float = 1.0,
         mu_growth: float = 1.0,
         mu_limit: float = float("inf"),
