@@ -78,10 +78,9 @@ RECIPE = Recipe(
     source="no published number: alternating minimization was published on LeNet-5 and smaller nets",
     about=(
         "Batch 128, no augmentation, linear decay; learning rates chosen on held-out training rows after half an epoch. A "
-        "residual or attention block is one stage with one code at its output. "
-        "A code below a residual or attention block is held by 4 times the block's mean squared gain (1 or 4 by held-out rows, "
-        "one seed), the default. Unit damping is the published objective, 1 for every code. Asked of ResNet-20: within 1.5 "
-        "points of Adam."
+        "residual or attention block is one stage with one code at its output, held by 4 times the block's mean squared gain "
+        "(of 1 and 4, by held-out rows, one seed), which is the default. Unit damping is the published objective, 1 for every "
+        "code. Asked of ResNet-20: within 1.5 points of Adam."
     ),
     measure=measure,
     minutes=300,
