@@ -200,11 +200,8 @@ class Codes(Credit):
             curvature.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
             del stage, image
         penalties = [self.mu, *(self._penalty(trace[index]) for index in range(top - 1, trace.lowest, -1))]
-        damping = [resolved(*each) for each in zip(penalties, squared, curvature, strict=True)]
-        factors = code_solvers.step_factors(
-            torch.stack(squared), torch.stack(curvature), damping, normalize=self.normalize
-        )
-        for delta, factor in zip(deltas[1:], factors.cumprod(0).unbind(), strict=True):
+        factors = self._factors(squared, curvature, penalties)
+        for delta, factor in zip(deltas[1:], factors, strict=True):
             delta.mul_(code_solvers.per_sample(factor, delta))
         deltas.reverse()  # the next one is popped from the end
         for index in range(top, trace.lowest - 1, -1):
@@ -212,6 +209,23 @@ class Codes(Credit):
             yield Assignment(
                 index, trace.take(index), wish, deltas[-1] if deltas else None, loss if index == top else None
             )
+
+    def _factors(
+        self, squared: Sequence[Tensor], curvature: Sequence[Tensor], penalties: Sequence[Damping]
+    ) -> Sequence[Tensor]:
+        """Return, code by code from the last to the first, what line search multiplies each sample's gradient by."""
+        numbers = [d for d in penalties if not isinstance(d, RelativeDamping)]
+        if len(numbers) == len(penalties):
+            stacked = torch.stack(list(squared)), torch.stack(list(curvature))
+            return code_solvers.step_factors(*stacked, numbers, normalize=self.normalize).cumprod(0).unbind()
+        # A relative damping is of wishes that the factors above have weighted already.
+        found = [torch.ones_like(squared[0])]
+        for s, c, penalty in zip(squared, curvature, penalties, strict=True):
+            weights = found[-1].square()
+            damping = resolved(penalty, weights * s, weights * c)
+            factors = code_solvers.step_factors(s[None], c[None], [damping], normalize=self.normalize)
+            found.append(found[-1] * factors[0])
+        return found[1:]
 
     def energy(self, assignments: Sequence[Assignment]) -> Tensor:
         """Return the relaxed objective at the moved codes: mean over samples of `Loss + mu / 2 * sum |delta - change|^2`.

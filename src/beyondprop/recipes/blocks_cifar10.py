@@ -37,6 +37,7 @@ PARTS = {
     "transformer": Part("transformer:64x2", TRANSFORMER, (AM,), 1.0, (0, 1)),
 }
 
+
 def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     """Train every net by alternating minimization and by backpropagation on the same schedule."""
     rows, leads, settings, runs = [], [], {}, []
