@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SGD, Attention, assignments, blobs, jacobian, mlp, relative
+from helpers import Attention, assignments, blobs, jacobian, mlp, relative
 from torch import Tensor, nn
 
 import beyondprop.nn as bnn
-from beyondprop import AltMin, CodeProblem, Codes, RelativeDamping
+from beyondprop import AltMin, CodeProblem, Codes, RelativeDamping, registry
+from beyondprop.block import BlockPullback
 from beyondprop.chain import Chain
 from beyondprop.credit import code_solvers
-from beyondprop.credit.damping import OF_BLOCK, OF_LAYER
+from beyondprop.credit.damping import BLOCK_DAMPING, LAYER_DAMPING
 
 LOSS = nn.CrossEntropyLoss()
 SOLVERS = ["line_search", "cg", "exact"]
@@ -82,7 +83,7 @@ def test_the_default_is_as_published_below_a_layer_and_relative_below_a_block(so
 
     def spying(name: str) -> Any:
         def solve(problem: CodeProblem) -> Tensor:
-            seen.setdefault(name, []).append(problem.damping)
+            seen.setdefault(name, []).append(float(problem.damping))
             return known(problem)
 
         return solve
@@ -107,7 +108,7 @@ def test_a_relative_damping_solves_the_problem_of_the_number_that_it_comes_to(so
     found: list[float] = []
 
     def spy(problem: CodeProblem) -> Tensor:
-        found.append(problem.damping)
+        found.append(float(problem.damping))
         return known(problem)
 
     known: Any = code_solvers.BY_NAME[solver]()
@@ -145,7 +146,7 @@ def test_no_factor_is_more_than_promised() -> None:
     curvature = torch.tensor([0.0, 0.1, 1.0, 1.0, 3.9, 0.0], dtype=torch.float64)
     for share in (0.5, 4.0):
         damping = share * float(curvature.mean())
-        (factors,) = code_solvers.step_factors(squared[None], curvature[None], [damping], normalize=False)
+        (factors,) = code_solvers.step_factors(squared[None], curvature[None], damping, normalize=False)
         at_mean = 1 / (damping + float(curvature.mean()))
         assert float(factors.max()) / at_mean == pytest.approx(1 + 1 / share)
 
@@ -190,6 +191,17 @@ def _stages(*modules: nn.Module) -> list[bool]:
     return [stage.is_block for stage in Chain(nn.Sequential(*modules)).stages]
 
 
+class _Scaled(nn.Module):
+    """A layer whose weight is made of two tensors of two dimensions each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
 def test_a_block_is_a_stage_of_several_layers() -> None:
     block = bnn.Residual(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
     hidden = _Autograd(copy.deepcopy(block))
@@ -197,10 +209,21 @@ def test_a_block_is_a_stage_of_several_layers() -> None:
     assert _stages(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Softsign(), nn.Linear(4, 4)) == [False, False]
     assert _stages(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)) == [False, False]
     assert _stages(bnn.Residual(nn.Sequential(nn.Linear(4, 4))), bnn.Recurrent(bnn.ElmanCell(4, 4))) == [False, False]
-    assert (1.0, RelativeDamping(4.0)) == (OF_LAYER, OF_BLOCK)
+    assert _stages(nn.Linear(4, 4), _Scaled(), nn.utils.spectral_norm(nn.Linear(4, 4))) == [False] * 3
+    assert _stages(nn.Conv2d(1, 2, 1), nn.LayerNorm([2, 4, 4]), nn.Conv2d(2, 2, 1)) == [False] * 2
 
 
-def test_altmin_lowers_the_loss_through_blocks_of_any_gain() -> None:
+def test_the_default_is_the_same_wherever_none_is_given() -> None:
+    assert (1.0, RelativeDamping(4.0)) == (LAYER_DAMPING, BLOCK_DAMPING)
+    model = mlp(6, 5, 3)
+    assert AltMin(model, LOSS).credit.damping is None
+    assert Codes().damping is None
+    published = registry.get("am-adam-unit").build(model, LOSS, 1e-3)
+    assert isinstance(published, AltMin)
+    assert published.credit.damping == 1.0
+
+
+def test_blocks_of_large_gain_leave_no_sample_out() -> None:
     """Blocks that amplify a thousandfold: unit damping leaves the batch to its samples of least gain."""
     x, y = blobs(64, dtype=torch.float64)
     model: Any = _net()
@@ -215,9 +238,93 @@ def test_altmin_lowers_the_loss_through_blocks_of_any_gain() -> None:
         effective[name] = float(weights.sum() ** 2 / weights.square().sum())
     assert effective["default"] > 0.95 * len(x)
     assert effective["unit"] < 0.6 * len(x)
-    rule = AltMin(model, LOSS, SGD)
-    losses = [float(rule.step(x, y).loss) for _ in range(20)]
-    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("form", ["closed", "autograd"])
+def test_half_precision_loses_no_stage(form: str, normalize: bool) -> None:
+    """Sums of squares over a batch leave float16 at 65504."""
+    x, y = blobs(128)
+    model: Any = _net(form).float()
+    with torch.no_grad():
+        for module in (model[1], model[2]):
+            block = module.block if form == "autograd" else module
+            block.branch[2].weight.mul_(10.0)
+    credit = Codes(normalize=normalize)
+    wide = assignments(model, LOSS, credit, x, y)
+    half = assignments(model.half(), LOSS, credit, x.half(), y)
+    assert all(relative(a.delta.float(), b.delta) < 0.05 for a, b in zip(half, wide, strict=True))
+
+
+def test_many_blocks_in_float32_keep_what_float64_finds() -> None:
+    """Without normalisation deltas shrink with every block, and their squares sooner."""
+    x, y = blobs(16, dtype=torch.float64)
+    torch.manual_seed(0)
+    blocks = [bnn.Residual(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))) for _ in range(24)]
+    model = nn.Sequential(nn.Linear(6, 5), *blocks, nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        for block in blocks:
+            block.branch[2].weight.mul_(3.0)  # type: ignore[operator]
+    credit = Codes(normalize=False)
+    fine = assignments(model, LOSS, credit, x, y)[-1].delta
+    coarse = assignments(model.float(), LOSS, credit, x.float(), y)[-1].delta
+    assert float(fine.abs().max()) < 1e-12
+    assert relative(coarse.double(), fine) < 1e-3
+
+
+@pytest.mark.parametrize(("solver", "pushes"), [("line_search", 1), ("cg", 3), ("gradient", 0)])
+def test_a_relative_damping_costs_no_push_more(solver: str, pushes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs(9, dtype=torch.float64)
+    count = 0
+    push = BlockPullback.push
+
+    def counting(self: BlockPullback, tangent: Tensor, *, gated: bool = False) -> Tensor:
+        nonlocal count
+        count += 1
+        return push(self, tangent, gated=gated)
+
+    monkeypatch.setattr(BlockPullback, "push", counting)
+    assignments(_net("autograd"), LOSS, Codes(solver), x, y)
+    assert count == 2 * pushes
+
+
+def test_solvers_may_change_the_damping_and_read_it_after_the_search() -> None:
+    x, y = blobs(9, dtype=torch.float64)
+    read: list[tuple[float, float]] = []
+
+    def wrapped(problem: CodeProblem) -> Tensor:
+        if problem.loss is None:
+            problem.damping = 100.0
+        return code_solvers.line_search(problem)
+
+    def reading(problem: CodeProblem) -> Tensor:
+        before = float(problem.damping)
+        delta = code_solvers.line_search(problem)
+        read.append((before, float(problem.damping)))
+        return delta
+
+    found = assignments(_net(), LOSS, Codes(wrapped), x, y)
+    expected = assignments(_net(), LOSS, Codes(damping=100.0), x, y)
+    assert all(relative(a.delta, b.delta) < 1e-12 for a, b in zip(found, expected, strict=True))
+    assignments(_net(), LOSS, Codes(reading), x, y)
+    assert len(read) == 3
+    assert all(before == after for before, after in read)
+
+
+def test_solvers_that_never_push_have_the_published_damping_below_blocks() -> None:
+    x, y = blobs(9, dtype=torch.float64)
+    seen: list[float] = []
+
+    def solve(problem: CodeProblem) -> Tensor:
+        seen.append(float(problem.damping))
+        return problem.gradient
+
+    solve.pushes = False  # type: ignore[attr-defined]
+    assignments(_net("autograd"), LOSS, Codes(solve), x, y)
+    assert seen == [1.0] * 3
+    for solver in ("gradient", code_solvers.momentum(2, 0.1), solve):
+        with pytest.raises(ValueError, match="A RelativeDamping needs a solver that pushes tangents"):
+            Codes(solver, damping=RelativeDamping(4.0))
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, float("nan"), float("inf"), "4"])
@@ -228,5 +335,5 @@ def test_a_share_that_is_no_positive_number_is_refused(share: Any) -> None:
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), "relative"])
 def test_a_damping_that_is_neither_number_nor_share_is_refused(damping: Any) -> None:
-    with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
+    with pytest.raises(ValueError, match=r"damping must be a finite number >= 0.*RelativeDamping and None"):
         AltMin(mlp(6, 5, 3), LOSS, damping=damping)

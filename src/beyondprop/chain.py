@@ -15,20 +15,12 @@ from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.recurrent import Recurrent
 from beyondprop.pipeline import PipelineStage
 from beyondprop.recurrent import RecurrentStage
-from beyondprop.stage import Pullback, Stage
+from beyondprop.stage import NORMS, Pullback, Stage
 
 Cuts = str | Sequence[str] | Sequence[nn.Module]
 """Where stages end: `"linear"`, `"block"`, the names of the modules that end a stage, or the blocks themselves."""
 
 _AFFINE = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-NORMS = (
-    nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-)
-"""Layers that normalise: their weights stand for no map of their own."""
 _PLACE_HOLDERS = (nn.Flatten, nn.Unflatten, nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 

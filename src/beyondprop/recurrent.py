@@ -39,6 +39,7 @@ class RecurrentStage(Stage):
         super().__init__(name, modules)
         place = next(i for i, m in enumerate(self.modules) if type(m) is Recurrent)
         self.layer: Any = self.modules[place]
+        self.is_block = False  # its time steps have codes of their own
         self.is_last = self.layer.outputs == "last"
         self.width: int = self.layer.cell.hidden_size
         self.heads, self.tails = _operations(self.modules[:place]), _operations(self.modules[place + 1 :])
@@ -60,11 +61,6 @@ class RecurrentStage(Stage):
         if len(layers) != 1 or is_modified(layers[0]):
             return False
         return all(m is layers[0] or operation(m) is not None for m in modules)
-
-    @property
-    def is_block(self) -> bool:
-        """See `Stage.is_block`; a recurrent layer has codes of its own."""
-        return False
 
     @property
     def couples_batch(self) -> bool:

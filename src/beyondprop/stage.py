@@ -17,10 +17,20 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from beyondprop.transport import counterpart
 
 Found = TypeVar("Found")
+
+NORMS = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+"""Layers that normalise: their weights stand for no map of their own."""
 
 
 class Pullback(abc.ABC):
@@ -101,6 +111,7 @@ class Stage(abc.ABC):
         name: dotted name, in the user's model, of the module that carries the weights.
         modules: the modules it applies, in order.
         parameters: its parameters.
+        is_block: whether it has several layers of weights, as a residual block has: then its gain may be of any size.
         feedback: tensors that its pullbacks use in place of weights, their shapes the same; the weights' own gradients do
             not. Empty: the pullback is the transposed Jacobian.
     """
@@ -110,6 +121,7 @@ class Stage(abc.ABC):
         self.names = [n for n, _ in modules]
         self.modules = [m for _, m in modules]
         self.parameters = list(dict.fromkeys(p for m in self.modules for p in m.parameters()))
+        self.is_block = sum(_weights(m) for m in self.modules) > 1
         self.feedback: dict[nn.Parameter, Tensor] = {}
 
     @abc.abstractmethod
@@ -132,11 +144,6 @@ class Stage(abc.ABC):
     def couples_batch(self) -> bool:
         """Whether one sample's output depends on the others: normalisation over the batch, in training mode."""
         return False
-
-    @property
-    def is_block(self) -> bool:
-        """Whether it has several layers of weights, such as a residual block: then its slope may be of any size."""
-        return sum(p.ndim > 1 for p in self.parameters) > 1
 
     def forward(self, z: Tensor) -> Tensor:
         """Apply the stage's modules as the user's model would."""
@@ -162,6 +169,16 @@ class Memo(Generic[Found]):
         """Return what was found for `cotangent`, or None."""
         kept = self._kept
         return kept[2] if kept is not None and kept[0] is cotangent and kept[1] == cotangent._version else None
+
+
+def _weights(module: Any) -> int:
+    """Return how many weights of two or more dimensions a module has; several tensors that make up one weight are one."""
+    if isinstance(module, NORMS):
+        return 0
+    own = sum(p.ndim > 1 for p in module.parameters(recurse=False))
+    if is_parametrized(module):
+        return own + sum(any(p.ndim > 1 for p in made.parameters()) for made in module.parametrizations.values())
+    return own + sum(_weights(m) for m in module.children())
 
 
 def too_few_values(name: str) -> ValueError:

@@ -8,14 +8,13 @@ is then free. Where `problem.normalize` asks for it, a solver keeps the mean len
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.credit.damping import resolved
 
 if TYPE_CHECKING:
     from beyondprop.credit.codes import CodeProblem
@@ -33,29 +32,25 @@ gradient.needs_codes = False  # type: ignore[attr-defined]
 def line_search(problem: CodeProblem) -> Tensor:
     """Return the exact minimiser along the gradient, per sample: `g |g|^2 / (damping |g|^2 + (J g)^T H (J g))`."""
     g = problem.gradient
-    squared, curvature = square_norm(g), problem.curvature(problem.stage.push(g, gated=True))
-    damping = resolved(problem.penalty, squared, curvature)
-    factors = step_factors(squared[None], curvature[None], [damping], normalize=problem.normalize)
+    squared, curvature = square_norm(g), problem.curvature(problem.pushed())
+    factors = step_factors(squared[None], curvature[None], problem.damping, normalize=problem.normalize)
     return g.mul_(per_sample(factors[0], g))
 
 
-def step_factors(squared: Tensor, curvature: Tensor, damping: Sequence[float | Tensor], *, normalize: bool) -> Tensor:
+def step_factors(squared: Tensor, curvature: Tensor, damping: float | Tensor, *, normalize: bool) -> Tensor:
     """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, `(codes, N)`.
 
     Args:
         squared: `|g|^2`, `(codes, N)`.
         curvature: `(J g)^T H (J g)`, `(codes, N)`.
-        damping: one number a code, or one 0-d tensor.
+        damping: a number, or a tensor that broadcasts to `(codes, N)`.
         normalize: divide every code's factors by their mean over the samples that have a gradient.
     """
     least = tiny(squared)
-    if any(isinstance(d, Tensor) for d in damping):
-        weights = torch.stack([torch.as_tensor(d, dtype=squared.dtype, device=squared.device) for d in damping])
-        system = torch.addcmul(curvature, squared, weights[:, None])
-    elif len(set(damping)) == 1:
-        system = torch.add(curvature, squared, alpha=float(damping[0]))
+    if isinstance(damping, Tensor):
+        system = torch.addcmul(curvature, squared, damping)
     else:
-        system = torch.addcmul(curvature, squared, squared.new_tensor(damping)[:, None])
+        system = torch.add(curvature, squared, alpha=damping)
     factors = squared / system.add_(least)  # 0 for a sample without gradient
     if normalize:
         live = squared.count_nonzero(1)
@@ -81,14 +76,14 @@ def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
         residual = problem.gradient
         direction = residual
         squared = dot(residual, residual)
-        floor = tiny(d)
+        floor, damping = tiny(d), float(problem.damping)
         for i in range(iterations):
-            image = problem.stage.push(direction)
+            image = problem.stage.push(direction) if i else problem.pushed()
             curved = problem.stage(problem.curve(image))
-            product = torch.add(curved, direction, alpha=problem.damping)
+            product = torch.add(curved, direction, alpha=damping)
             bend = dot(direction, product)
             # Where the loss bends downwards, damping alone bounds the step.
-            bend = torch.where(bend > 0, bend, problem.damping * dot(direction, direction))
+            bend = torch.where(bend > 0, bend, damping * dot(direction, direction))
             step = squared / bend.clamp_min(floor)
             d = torch.addcmul(d, per_sample(step, d), direction)
             if i + 1 == iterations:
@@ -217,8 +212,9 @@ BY_NAME: dict[str, Callable[[], Any]] = {
 
 
 def square_norm(values: Tensor) -> Tensor:
-    """Return the squared norm of every sample, `(N,)`."""
-    return torch.linalg.vector_norm(flat(values), dim=1).square_()
+    """Return the squared norm of every sample, `(N,)`; in float32 at least, as float16 ends at 65504."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(flat(values), dim=1, dtype=wide).square_()
 
 
 def flat(values: Tensor) -> Tensor:

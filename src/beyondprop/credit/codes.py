@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from beyondprop import _checks
 from beyondprop.chain import Trace
 from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
-from beyondprop.credit.damping import OF_LAYER, Damping, RelativeDamping, checked, default, resolved
+from beyondprop.credit.damping import LAYER_DAMPING, Damping, RelativeDamping, checked, default, resolved
 from beyondprop.losses import LossPoint
 from beyondprop.recurrent import RecurrentPullback
 from beyondprop.stage import Pullback
@@ -42,7 +41,7 @@ CodeSolver = Callable[["CodeProblem"], Tensor]
 """Maps a problem to a delta of the shape of `problem.gradient`."""
 
 
-@dataclass
+@dataclass(slots=True)
 class CodeProblem:
     """One code's quadratic problem: `min_d -<gradient, d> + <J d, H J d> / 2 + damping |d|^2 / 2`, sample by sample.
 
@@ -50,31 +49,28 @@ class CodeProblem:
         stage: the stage above the code, linearised at it (J).
         wish: what the stage above wishes at its output: its delta, or minus the gradient of the loss.
         gradient: `J^T wish`.
-        penalty: weight of the code's distance from what the stage below produced: r, which may be relative, or mu for the
-            top code.
-        damping: the same as a number; one that is relative takes a push of the gradient as it is when first asked.
+        damping: weight of the code's distance from what the stage below produced: r, or mu for the top code. A number, or a
+            0-d tensor where r is relative.
         loss: the loss, whose Hessian is H, for the top code; None (H = I) for the others.
         normalize: whether the delta shall be, averaged over the batch, as long as the gradient.
         mu: weight of the top code's penalty, told to all codes.
+        image: `J gradient`, where it is known; `pushed` returns it.
     """
 
     stage: Pullback
     wish: Tensor
     gradient: Tensor
-    penalty: Damping
+    damping: float | Tensor
     loss: LossPoint | None
     normalize: bool = False
     mu: float = 1.0
+    image: Tensor | None = None
 
-    @cached_property
-    def damping(self) -> float:
-        """See the attributes."""
-        if not isinstance(self.penalty, RelativeDamping):
-            return self.penalty
-        g = self.gradient
-        return float(
-            resolved(self.penalty, code_solvers.square_norm(g), self.curvature(self.stage.push(g, gated=True)))
-        )
+    def pushed(self) -> Tensor:
+        """Return `J gradient`, shape of `wish`, of the gradient as it was given."""
+        if self.image is None:
+            self.image = self.stage.push(self.gradient, gated=True)
+        return self.image
 
     def curve(self, image: Tensor) -> Tensor:
         """Return `H image` for an output tangent."""
@@ -101,16 +97,18 @@ class Codes(Credit):
     Args:
         solver: `"line_search"`, `"gradient"`, `"cg"`, `"exact"`, or a function `CodeProblem -> delta`, such as
             `code_solvers.cg(3)` or `code_solvers.momentum(5, lr=0.3)`.
-        damping: r, the weight of a hidden code's own penalty: a number >= 0, or a `RelativeDamping`. None: 1 below a layer,
-            as published, and `RelativeDamping(4)` below a stage of several layers, whose gain may be of any size. A relative
-            damping is of codes between stages; those of time steps inside a recurrent layer keep 1.
+        damping: r, the weight of a hidden code's own penalty: a number >= 0, or a `RelativeDamping` for the codes between
+            stages, with 1 for those of a recurrent layer's time steps. None: 1 below a stage with one layer, as published,
+            and `RelativeDamping(4)` below a stage of several layers, whose gain may be of any size; 1 below every stage where
+            the solver never pushes tangents, as `"gradient"` and `momentum`, which do not look at r.
         mu: > 0, the weight of the top code's penalty: a trust region, large mu = small step.
         normalize: divide every delta by the mean step factor of the batch, so that wishes keep their size at any depth;
             only their distribution over samples (and, for cg and exact, over units) differs from the gradient's.
         l1: lambda_C >= 0, sparsity of the codes: the delta is soft-thresholded so that `|output + delta|_1` shrinks.
 
     Raises:
-        ValueError: if an argument is out of its range; the message has the range.
+        ValueError: if an argument is out of its range, which the message has; for a `RelativeDamping` with a solver that
+            never pushes tangents.
     """
 
     def __init__(
@@ -133,6 +131,11 @@ class Codes(Credit):
         self.l1 = _checks.non_negative("l1", l1)
         self.pushes = getattr(solver, "pushes", True)
         self.needs_codes = self.l1 > 0 or getattr(solver, "needs_codes", True)
+        if isinstance(damping, RelativeDamping) and not self.pushes:
+            raise ValueError(
+                "A RelativeDamping needs a solver that pushes tangents, and this one has pushes = False: use "
+                "'line_search', 'cg', 'exact' or a damping that is a number."
+            )
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """See `Credit.assign`."""
@@ -147,11 +150,13 @@ class Codes(Credit):
                 stage=pullback,
                 wish=wish,
                 gradient=pullback(wish),
-                penalty=self.mu if index == top else self._penalty(pullback),
+                damping=self.mu,
                 loss=loss if index == top else None,
                 mu=self.mu,
                 normalize=self.normalize,
             )
+            if index < top:
+                self._damp(problem)
             delta = self.solver(problem)
             return _soft_threshold(pullback.input, delta, self.l1) if self.l1 else delta
 
@@ -161,15 +166,26 @@ class Codes(Credit):
             yield assignment
             del assignment  # nothing here holds the stage once the caller is done with it
 
-    def _penalty(self, pullback: Pullback) -> Damping:
+    def _damping(self, pullback: Pullback) -> Damping:
         """Return the damping of the code below a stage."""
-        return default(pullback.stage) if self.damping is None else self.damping
+        if self.damping is None:
+            return default(pullback.stage) if self.pushes else LAYER_DAMPING
+        return self.damping
+
+    def _damp(self, problem: CodeProblem) -> None:
+        """Give a hidden code's problem its damping, as a number."""
+        damping = self._damping(problem.stage)
+        if isinstance(damping, RelativeDamping):
+            squared = code_solvers.square_norm(problem.gradient)
+            problem.damping = resolved(damping, squared, code_solvers.square_norm(problem.pushed()))
+        else:
+            problem.damping = damping
 
     def _sweep_inside(self, pullback: Pullback, wish: Tensor, *, is_top: bool) -> None:
         """Give the codes inside a recurrent stage their deltas, one for each time step."""
         if not isinstance(pullback, RecurrentPullback):
             return
-        damping = self.damping if isinstance(self.damping, int | float) else OF_LAYER
+        damping = LAYER_DAMPING if self.damping is None or isinstance(self.damping, RelativeDamping) else self.damping
 
         def solve(moment: Pullback, wish: Tensor, gradient: Tensor) -> Tensor:
             problem = CodeProblem(moment, wish, gradient, damping, None, self.normalize, self.mu)
@@ -186,8 +202,9 @@ class Codes(Credit):
         """Yield what `assign` yields with `code_solvers.line_search`, in fewer operations.
 
         A step factor multiplies a sample's whole delta, and a stage's pullback is linear in each sample: the factors commute
-        with the sweep, and each depends on the gradient's direction only. So the sweep carries plain gradients, all factors
-        are found at once, and every delta is its gradient times the product of the factors above it.
+        with the sweep, and but for a relative damping each depends on the gradient's direction only. So the sweep carries
+        plain gradients, the factors are found behind it, and every delta is its gradient times the product of the factors
+        above it.
         """
         top = len(trace.pullbacks) - 1
         deltas = [loss.cotangent.neg()]
@@ -199,8 +216,8 @@ class Codes(Credit):
             image = stage.push(deltas[-1], gated=True)
             curvature.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
             del stage, image
-        penalties = [self.mu, *(self._penalty(trace[index]) for index in range(top - 1, trace.lowest, -1))]
-        factors = self._factors(squared, curvature, penalties)
+        damping = [self.mu, *(self._damping(trace[index]) for index in range(top - 1, trace.lowest, -1))]
+        factors = self._factors(torch.stack(squared), torch.stack(curvature), damping)
         for delta, factor in zip(deltas[1:], factors, strict=True):
             delta.mul_(code_solvers.per_sample(factor, delta))
         deltas.reverse()  # the next one is popped from the end
@@ -210,22 +227,26 @@ class Codes(Credit):
                 index, trace.take(index), wish, deltas[-1] if deltas else None, loss if index == top else None
             )
 
-    def _factors(
-        self, squared: Sequence[Tensor], curvature: Sequence[Tensor], penalties: Sequence[Damping]
-    ) -> Sequence[Tensor]:
-        """Return, code by code from the last to the first, what line search multiplies each sample's gradient by."""
-        numbers = [d for d in penalties if not isinstance(d, RelativeDamping)]
-        if len(numbers) == len(penalties):
-            stacked = torch.stack(list(squared)), torch.stack(list(curvature))
-            return code_solvers.step_factors(*stacked, numbers, normalize=self.normalize).cumprod(0).unbind()
+    def _factors(self, squared: Tensor, curvature: Tensor, damping: Sequence[Damping]) -> Sequence[Tensor]:
+        """Return, code by code from the last to the first, what line search multiplies each sample's gradient by.
+
+        Args:
+            squared: `|g|^2` of plain gradients, `(codes, N)`.
+            curvature: `(J g)^T H (J g)`, `(codes, N)`.
+            damping: of each code.
+        """
+        numbers = [d for d in damping if not isinstance(d, RelativeDamping)]
+        if len(numbers) == len(damping):
+            each = numbers[0] if len(set(numbers)) == 1 else squared.new_tensor(numbers)[:, None]
+            return code_solvers.step_factors(squared, curvature, each, normalize=self.normalize).cumprod(0).unbind()
         # A relative damping is of wishes that the factors above have weighted already.
-        found = [torch.ones_like(squared[0])]
-        for s, c, penalty in zip(squared, curvature, penalties, strict=True):
-            weights = found[-1].square()
-            damping = resolved(penalty, weights * s, weights * c)
-            factors = code_solvers.step_factors(s[None], c[None], [damping], normalize=self.normalize)
-            found.append(found[-1] * factors[0])
-        return found[1:]
+        found: list[Tensor] = []
+        for index, value in enumerate(damping):
+            own = slice(index, index + 1)
+            number = resolved(value, squared[index], curvature[index], found[-1] if found else None)
+            factors = code_solvers.step_factors(squared[own], curvature[own], number, normalize=self.normalize)[0]
+            found.append(found[-1] * factors if found else factors)
+        return found
 
     def energy(self, assignments: Sequence[Assignment]) -> Tensor:
         """Return the relaxed objective at the moved codes: mean over samples of `Loss + mu / 2 * sum |delta - change|^2`.

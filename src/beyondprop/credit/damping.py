@@ -15,8 +15,8 @@ from beyondprop.stage import Stage
 class RelativeDamping:
     """Damping as a share of a stage's mean squared gain along the gradient: `share * sum_n |J g_n|^2 / sum_n |g_n|^2`.
 
-    Over a batch, line search's step factors then have the same proportions whatever the scale of the code, and no sample's
-    is more than `1 + 1 / share` times the factor of a sample with the mean gain.
+    One number for the batch, which therefore no longer is the sum of its parts. Line search's step factors have the same
+    proportions whatever the scale of the code, and none is more than `1 + 1 / share` times that of a sample with the mean gain.
 
     Args:
         share: > 0.
@@ -36,29 +36,37 @@ class RelativeDamping:
 
 Damping = float | RelativeDamping
 
-OF_LAYER, OF_BLOCK = 1.0, RelativeDamping(4.0)
+LAYER_DAMPING, BLOCK_DAMPING = 1.0, RelativeDamping(4.0)
 
 
 def default(stage: Stage) -> Damping:
     """Return the damping of a code below `stage` where none is given: as published below a layer, relative below a block."""
-    return OF_BLOCK if stage.is_block else OF_LAYER
+    return BLOCK_DAMPING if stage.is_block else LAYER_DAMPING
 
 
 def checked(damping: Damping | None) -> Damping | None:
-    """Return `damping`, or raise `ValueError` if it is a number that is not >= 0."""
+    """Return `damping`, or raise `ValueError` if it is none."""
     if damping is None or isinstance(damping, RelativeDamping):
         return damping
-    return _checks.non_negative("damping", damping)
+    try:
+        return _checks.non_negative("damping", damping)
+    except ValueError as error:
+        raise ValueError(f"{error} A RelativeDamping and None are accepted, too.") from error
 
 
-def resolved(damping: Damping, squared: Tensor, curvature: Tensor) -> float | Tensor:
+def resolved(damping: Damping, squared: Tensor, curvature: Tensor, weights: Tensor | None = None) -> float | Tensor:
     """Return a damping as a number; a relative one as a 0-d tensor, for which nobody waits on a device.
 
     Args:
         damping: of one code.
         squared: `|g|^2`, `(N,)`.
         curvature: `|J g|^2`, `(N,)`.
+        weights: what the samples' gradients are multiplied by, `(N,)`.
     """
     if not isinstance(damping, RelativeDamping):
         return damping
-    return damping.share * curvature.sum() / squared.sum().clamp_min(torch.finfo(squared.dtype).tiny)
+    least = torch.finfo(squared.dtype).tiny
+    if weights is not None:  # a ratio: only their proportions count, and the largest may be far below 1
+        shares = (weights / weights.amax().clamp_min(least)).square_()
+        squared, curvature = shares * squared, shares * curvature
+    return damping.share * curvature.sum() / squared.sum().clamp_min(least)

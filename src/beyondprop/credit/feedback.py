@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.block import BlockPullback, BlockStage
-from beyondprop.chain import NORMS, Chain, Trace
+from beyondprop.chain import Chain, Trace
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_solvers import flat
 from beyondprop.losses import LossPoint
 from beyondprop.nn import ElmanCell, Positions, Recurrent
-from beyondprop.stage import Pullback, Stage
+from beyondprop.stage import NORMS, Pullback, Stage
 from beyondprop.transport import counterpart
 
 _NO_MAPS = (*NORMS, nn.Embedding, Positions)

@@ -38,8 +38,8 @@ class AltMin(LocalRule):
         weight_solver: a solver, or an optimizer factory for `Descent`; default Adam, lr 3e-3, one step.
         code_solver: `"line_search"`, `"gradient"` (the exact backpropagation limit), `"cg"`, `"exact"` or a function; see
             `credit.Codes`.
-        damping: r, weight of a hidden code's own penalty: a number >= 0, a `RelativeDamping`, or None: 1 below a layer,
-            `RelativeDamping(4)` below a stage of several layers; see `credit.Codes`.
+        damping: r, weight of a hidden code's own penalty: a number >= 0, a `RelativeDamping`, or None: 1 below a stage with
+            one layer, `RelativeDamping(4)` below one of several; see `Codes`.
         mu: > 0, weight of the top code's penalty; large mu = small step.
         mu_growth: factor on mu at each `end_epoch`.
         mu_limit: where the growth of mu ends.

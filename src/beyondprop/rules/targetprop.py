@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.chain import NORMS, Cuts, flatten
+from beyondprop.chain import Cuts, flatten
 from beyondprop.credit.inverses import InverseFactory, mirror
 from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
 from beyondprop.errors import NonFiniteError
@@ -31,7 +31,7 @@ from beyondprop.rules.local import LocalRule
 from beyondprop.solvers.base import OptimizerFactory, Solver
 from beyondprop.solvers.centered import centered_rmsprop
 from beyondprop.solvers.descent import Descent
-from beyondprop.stage import Stage
+from beyondprop.stage import NORMS, Stage
 
 
 class DifferenceTargetProp(LocalRule):
