@@ -15,7 +15,7 @@ from test_report import TITLES, config, curves, write_run
 
 from beyondprop.report import figures, read_run, write_report
 from beyondprop.report._curves import Band, Curve, band, end_limits
-from beyondprop.report._figures import _accuracy, _bands
+from beyondprop.report._figures import _accuracy, _bands, draw
 from beyondprop.report._style import entries
 
 ONE = {"adam": "Adam"}
@@ -73,6 +73,15 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
         assert {(0, 114, 178), (0, 158, 115), (213, 94, 0), (230, 159, 0), (255, 255, 255)} <= found, file
     assert (68, 1, 84) in colors_in(files[2])
     assert not list((tmp_path / "made" / "figures").glob(".*"))
+
+
+def test_curves_are_drawn_against_what_is_asked_for(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", config(ONE), curves(ONE)))
+    names = ("epochs", "work (gradient-equivalents)", "training time (s)")
+    whole, part = draw(entries([run]), ["svg"])[0], draw(entries([run]), ["svg"], xs=("epoch", "work"))[0]
+    for drawing, drawn in ((whole, names), (part, names[:2])):
+        svg = drawing.files["svg"].decode()
+        assert [name for name in names if f"<!-- {name} -->" in svg] == list(drawn)
 
 
 def test_equal_runs_give_equal_pages(tmp_path: Path) -> None:

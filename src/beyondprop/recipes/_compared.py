@@ -83,5 +83,8 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def figure(runs: Sequence[Run], path: Path) -> Path:
-    """Draw accuracy (or loss) of the runs' rules into one PNG file."""
-    return write_atomically(path, draw(entries(runs), ["png"])[0].files["png"])
+    """Draw accuracy (or loss) of the runs' rules into one PNG file.
+
+    Not against seconds: the parts of a long recipe may have run on different days, beside other work.
+    """
+    return write_atomically(path, draw(entries(runs), ["png"], xs=("epoch", "work"))[0].files["png"])

@@ -57,14 +57,17 @@ def figures(run: Run, folder: str | Path) -> list[Path]:
     ]
 
 
-def draw(shown: Sequence[Entry], formats: Sequence[str], warm: Sequence[Entry] = ()) -> list[Drawing]:
+def draw(
+    shown: Sequence[Entry], formats: Sequence[str], warm: Sequence[Entry] = (), xs: Sequence[str] = tuple(_X)
+) -> list[Drawing]:
     """Draw every figure that the entries have numbers for, as files of the formats (`png`, `svg`).
 
-    What the rules started with (`warm`) is drawn beside them; it decides about no axis.
+    What the rules started with (`warm`) is drawn beside them; it decides about no axis. `xs` are what curves are drawn
+    against, of `epoch`, `work` and `seconds`.
     """
     found: list[_Sheet] = []
     with drawing():
-        axes = [x for x in _X if _bands(shown, x, "test_loss") or _bands(shown, x, "test_accuracy")]
+        axes = [x for x in xs if _bands(shown, x, "test_loss") or _bands(shown, x, "test_accuracy")]
         if axes and any(_bands(shown, axes[0], "test_accuracy")):
             found.append(_accuracy(shown, axes, warm))
         if axes and (_bands(shown, axes[0], "test_loss") or _bands(shown, axes[0], "train_loss")):
