@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def _draw(context: Context, curves: dict[tuple[str, str], list[list[dict[str, An
     looks = {OURS: ("#0072B2", "-"), THEIRS: ("#D55E00", (0, (3, 1.2))), RELEASE: ("#777777", "-.")}
     with drawing():
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
         figure = Figure(figsize=(9, 6), layout="constrained")
         axes = figure.subplots(2, len(NETS), sharex=True, sharey="row", squeeze=False)
@@ -134,24 +135,27 @@ def _draw(context: Context, curves: dict[tuple[str, str], list[list[dict[str, An
         for (net, rule), runs in curves.items():
             color, line = looks[rule]
             for panel, key in zip(axes[:, list(NETS).index(net)], ("test", "train"), strict=True):
-                for curve in runs:
-                    points = [
-                        (row["epoch"], row["train_error"] if key == "train" else 100 * (1 - row["test_accuracy"]))
-                        for row in curve
-                        if row["step"]
-                    ]
-                    if points:
-                        (handles[rule],) = panel.plot(*zip(*points, strict=True), color=color, linestyle=line)
+                points: dict[float, list[float]] = {}
+                for row in (row for curve in runs for row in curve if row["step"]):
+                    value = row["train_error"] if key == "train" else 100 * (1 - row["test_accuracy"])
+                    points.setdefault(row["epoch"], []).append(value)
+                means = [fmean(values) for values in points.values()]
+                ends = [min(values) for values in points.values()], [max(values) for values in points.values()]
+                panel.fill_between(list(points), *ends, color=color, alpha=0.2, linewidth=0)
+                (handles[rule],) = panel.plot(list(points), means, color=color, linestyle=line)
         for column, net in enumerate(NETS):
             axes[0, column].set_title(net)
-            axes[0, column].set_ylim(bottom=0)
+            axes[0, column].set_yscale("log")
             axes[1, column].set_yscale("symlog", linthresh=0.1)
             axes[1, column].set_ylim(bottom=0)
             axes[1, column].axhline(FITTED, color="#777777", linewidth=1, linestyle=":")
-            axes[1, column].set_xlabel("epochs, one line a seed")
+            axes[1, column].set_xlabel("epochs; mean and range of the seeds")
         axes[0, 0].set_ylabel("test error (%)")
         axes[1, 0].set_ylabel("training error (%)")
-        axes[1, 0].yaxis.set_major_formatter("{x:g}")
+        axes[0, 0].yaxis.set_major_locator(FixedLocator([1.5, 2, 3, 4, 5]))
+        axes[0, 0].yaxis.set_minor_locator(NullLocator())
+        for panel in axes[:, 0]:
+            panel.yaxis.set_major_formatter("{x:g}")
         axes[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
         figure.savefig(context.out / "figure.png", dpi=150)
