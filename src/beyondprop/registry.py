@@ -147,7 +147,7 @@ for _spec in (
     RuleSpec(
         "am-adam-unit",
         "AM-Adam, unit damping",
-        "the same with the published damping of 1 for the codes below blocks of layers, too",
+        "as am-adam, with the published damping of 1 below blocks of layers, too",
         f"{_AM}, Algorithm 2.1",
         lambda model, loss, lr: AltMin(model, loss, adam(lr), damping=1.0),
         lr=3e-3,
