@@ -227,3 +227,34 @@ def jacobian(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 def train(rule: LearningRule, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     """One step a batch; return the losses."""
     return [float(rule.step(x, y).loss) for x, y in batches]
+
+
+def literal_sweep(
+    stages: Sequence[nn.Module],
+    x: Tensor,
+    y: Tensor,
+    damping: Callable[[Tensor, Tensor], float],
+    mu: float,
+    normalize: bool,
+) -> list[Tensor]:
+    """Line search, last code first, with every sample's Jacobian and Hessian written out; nan where a sample is dead.
+
+    `damping` is a function of a hidden code's `|g|^2` and `|J g|^2`, both `(N,)`.
+    """
+    codes = [x]
+    for stage in stages:
+        codes.append(stage(codes[-1]).detach())
+    p = torch.softmax(codes[-1], 1)
+    deltas = [F.one_hot(y, p.shape[1]) - p]
+    for level in range(len(stages) - 1, 0, -1):
+        j = jacobian(stages[level], codes[level])
+        g = (j.mT @ deltas[-1].unsqueeze(-1)).squeeze(-1)
+        image = (j @ g.unsqueeze(-1)).squeeze(-1)
+        squared, curvature = (g**2).sum(1), (image**2).sum(1)
+        weight = damping(squared, curvature)
+        if level == len(stages) - 1:
+            weight = mu
+            curvature = (p * image**2).sum(1) - (p * image).sum(1) ** 2
+        t = squared / (weight * squared + curvature)
+        deltas.append(g * (t / t.mean() if normalize else t).unsqueeze(1))
+    return deltas

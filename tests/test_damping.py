@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import Attention, assignments, blobs, jacobian, mlp, relative
+from helpers import Attention, assignments, blobs, literal_sweep, mlp, relative
 from torch import Tensor, nn
 
 import beyondprop.nn as bnn
@@ -41,28 +40,6 @@ def _net(form: str = "closed") -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), *inner, nn.Linear(5, 3)).double()
 
 
-def _literal(model: nn.Sequential, x: Tensor, y: Tensor, share: float, *, normalize: bool) -> list[Tensor]:
-    """Line search with every Jacobian written out, hidden codes damped by a share of the mean squared gain."""
-    codes = [x]
-    for stage in model:
-        codes.append(stage(codes[-1]).detach())
-    p = torch.softmax(codes[-1], 1)
-    deltas = [F.one_hot(y, p.shape[1]) - p]
-    for level in range(len(model) - 1, 0, -1):
-        j = jacobian(model[level], codes[level])
-        g = (j.mT @ deltas[-1].unsqueeze(-1)).squeeze(-1)
-        image = (j @ g.unsqueeze(-1)).squeeze(-1)
-        if level == len(model) - 1:
-            damping = 1.0
-            curvature = (p * image**2).sum(1) - (p * image).sum(1) ** 2
-        else:
-            curvature = (image**2).sum(1)
-            damping = share * float(curvature.sum() / (g**2).sum())
-        t = (g**2).sum(1) / (damping * (g**2).sum(1) + curvature)
-        deltas.append(g * (t / t.mean() if normalize else t).unsqueeze(1))
-    return deltas
-
-
 @pytest.mark.parametrize("form", ["closed", "autograd"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("share", [0.1, 4.0])
@@ -70,7 +47,7 @@ def test_the_sweep_with_a_relative_damping_is_the_literal_one(share: float, norm
     x, y = blobs(9, dtype=torch.float64)
     model = _net(form)
     found = assignments(model, LOSS, Codes(damping=RelativeDamping(share), normalize=normalize), x, y)
-    expected = _literal(model, x, y, share, normalize=normalize)
+    expected = literal_sweep(list(model), x, y, lambda g, image: share * float(image.sum() / g.sum()), 1.0, normalize)
     for a, b in zip(found, expected, strict=True):
         assert relative(a.delta, b) < 1e-12
 

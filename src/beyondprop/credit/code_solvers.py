@@ -76,11 +76,12 @@ def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
         residual = problem.gradient
         direction = residual
         squared = dot(residual, residual)
-        floor, damping = tiny(d), float(problem.damping)
+        floor = tiny(d)
+        damping = torch.as_tensor(problem.damping, dtype=torch.promote_types(d.dtype, torch.float32), device=d.device)
         for i in range(iterations):
             image = problem.stage.push(direction) if i else problem.pushed()
             curved = problem.stage(problem.curve(image))
-            product = torch.add(curved, direction, alpha=damping)
+            product = torch.addcmul(curved, direction, damping)
             bend = dot(direction, product)
             # Where the loss bends downwards, damping alone bounds the step.
             bend = torch.where(bend > 0, bend, damping * dot(direction, direction))

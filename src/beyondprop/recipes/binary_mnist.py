@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from beyondprop._evaluation import evaluate
 from beyondprop.data import Dataset
 from beyondprop.recipes._base import Context, Recipe, Row, is_at_edge
 from beyondprop.recipes._kept import accuracy_at, trained
+from beyondprop.report._curves import Curve, curve, draw_band
 from beyondprop.report._style import drawing
 from beyondprop.rules.base import LearningRule
 from beyondprop.solvers.descent import adam
@@ -135,14 +135,13 @@ def _draw(context: Context, curves: dict[tuple[str, str], list[list[dict[str, An
         for (net, rule), runs in curves.items():
             color, line = looks[rule]
             for panel, key in zip(axes[:, list(NETS).index(net)], ("test", "train"), strict=True):
-                points: dict[float, list[float]] = {}
-                for row in (row for curve in runs for row in curve if row["step"]):
-                    value = row["train_error"] if key == "train" else 100 * (1 - row["test_accuracy"])
-                    points.setdefault(row["epoch"], []).append(value)
-                means = [fmean(values) for values in points.values()]
-                ends = [min(values) for values in points.values()], [max(values) for values in points.values()]
-                panel.fill_between(list(points), *ends, color=color, alpha=0.2, linewidth=0)
-                (handles[rule],) = panel.plot(list(points), means, color=color, linestyle=line)
+                evaluated = [[row for row in run if row["step"]] for run in runs]
+                errors = [curve(rows, "epoch", "train_error") for rows in evaluated]
+                if key == "test":
+                    found = [curve(rows, "epoch", "test_accuracy") for rows in evaluated]
+                    errors = [Curve(c.x, 100 * (1 - c.y)) for c in found]
+                for handle in draw_band(panel, errors, color=color, linestyle=line):
+                    handles[rule] = handle
         for column, net in enumerate(NETS):
             axes[0, column].set_title(net)
             axes[0, column].set_yscale("log")

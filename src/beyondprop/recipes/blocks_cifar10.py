@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from beyondprop.recipes._base import Context, Recipe, Row
 from beyondprop.recipes._compared import at_epoch, compared, summary
-from beyondprop.report._run import Run, number
+from beyondprop.report._curves import Curve, curve, draw_band
+from beyondprop.report._run import Run
 from beyondprop.report._style import drawing
 from beyondprop.settings import Settings
 
@@ -90,15 +90,13 @@ def _draw(context: Context, runs: dict[str, Run]) -> None:
         for name, run in runs.items():
             panel = panels[PARTS[name].net]
             for rule in run.rules:
-                points: dict[float, list[float]] = {}
-                for seed in run.config["seeds"]:
-                    for row in run.of("eval", rule.name, seed):
-                        points.setdefault(row["epoch"], []).append(100 * number(row, "test_accuracy"))
                 color, line = looks[rule.name]
-                ends = [min(found) for found in points.values()], [max(found) for found in points.values()]
-                panel.fill_between(list(points), *ends, color=color, alpha=0.2, linewidth=0)
-                means = [fmean(found) for found in points.values()]
-                (handles[rule.title],) = panel.plot(list(points), means, color=color, linestyle=line, marker="o")
+                found = [
+                    curve(run.of("eval", rule.name, seed), "epoch", "test_accuracy") for seed in run.config["seeds"]
+                ]
+                found = [Curve(c.x, 100 * c.y) for c in found]
+                for handle in draw_band(panel, found, color=color, linestyle=line, marker="o"):
+                    handles[rule.title] = handle
         for net, panel in panels.items():
             panel.set_title(nets[net])
             panel.set_xlabel("epochs; mean and range of the seeds")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,15 @@ def band(curves: Sequence[Curve]) -> Band | None:
     marks = np.flatnonzero(np.isin(grid, marked))
     marks = marks[:: max(1, len(marks) // _MOST_MARKS)]
     return Band(grid, values.mean(axis=0), values.min(axis=0), values.max(axis=0), marks.tolist())
+
+
+def draw_band(axes: Any, curves: Sequence[Curve], **look: Any) -> list[Any]:
+    """Draw the mean of several curves as a line and their range as an area, and return the line; [] where there is none."""
+    found = band(curves)
+    if found is None:
+        return []
+    axes.fill_between(found.x, found.low, found.high, color=look["color"], alpha=0.2, linewidth=0)
+    return axes.plot(found.x, found.mean, **look)
 
 
 def end_limits(bands: Sequence[Band], *, higher_is_better: bool) -> tuple[float, float] | None:
