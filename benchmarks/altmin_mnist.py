@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from beyondprop import AltMin, Backprop, LearningRule, Memory, NonFiniteError, data, nets
-from beyondprop.solvers.descent import adam
-from beyondprop.training import fit
+from beyondprop import AltMin, Backprop, LearningRule, Memory, NonFiniteError, data
+from beyondprop.lab import nets
+from beyondprop.lab.training import fit
+from beyondprop.optim.factories import adam
 
 BATCH = 200
 ADAM_GRID = (1e-3, 2e-3, 3e-3, 5e-3, 8e-3)

@@ -20,9 +20,10 @@ import statistics
 import torch
 from torch import Tensor, nn
 
-from beyondprop import AltMin, CodeProblem, RelativeDamping, alignment, data, nets
+from beyondprop import AltMin, CodeProblem, RelativeDamping, alignment, data
 from beyondprop.credit import code_solvers
-from beyondprop.solvers.descent import adam
+from beyondprop.lab import nets
+from beyondprop.optim.factories import adam
 
 BATCH, SEED = 128, 0
 LOSS = nn.CrossEntropyLoss()

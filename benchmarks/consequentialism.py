@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from beyondprop import AffineProjection, Backprop, NonFiniteError, data, nets
-from beyondprop.training import fit
+from beyondprop import AffineProjection, Backprop, NonFiniteError, data
+from beyondprop.lab import nets
+from beyondprop.lab.training import fit
 
 TASKS = {"mnist": ("mlp:100x2", 2.0), "fashion-mnist": ("mlp:100x2", 2.0), "cifar10": ("lenet5", 1.0)}
 BATCH = 100

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from beyondprop import AltMin, Backprop, LearningRule, nets
+from beyondprop import AltMin, Backprop, LearningRule
+from beyondprop.lab import nets
 
 
 def peak(step: Callable[[], object]) -> int:

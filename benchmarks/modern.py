@@ -20,7 +20,8 @@ from race import Problem, Results, figure, race, table, tune
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beyondprop import data, nets
+from beyondprop import data
+from beyondprop.lab import nets
 
 NAMES = {
     "resnet20": ["adamw-default", "nesterov-decayed", "muon-inside", "locoprop-s-small", "projection-small"],

@@ -21,8 +21,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from beyondprop import AltMin, Backprop, LearningRule, data, nets
-from beyondprop.training import work_per_step
+from beyondprop import AltMin, Backprop, LearningRule, data
+from beyondprop.lab import nets
+from beyondprop.lab.training import work_per_step
 
 Step = Callable[[torch.Tensor, torch.Tensor], object]
 

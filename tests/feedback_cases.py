@@ -13,7 +13,8 @@ import torch.nn.grad as conv_grad
 from helpers import Attention, Residual, convnet, mlp
 from torch import Tensor, nn
 
-from beyondprop import nets
+from beyondprop.lab.nets.convolutional import basic_block
+from beyondprop.lab.nets.forms import build
 from beyondprop.nn import Residual as _Skip
 
 CE = nn.CrossEntropyLoss()
@@ -98,7 +99,7 @@ def rewritten(model: nn.Module, feedback: dict[str, Tensor]) -> nn.Module:
 
 
 def _lenet() -> nn.Module:
-    return nets.build("lenet5", (1, 16, 16), 3)
+    return build("lenet5", (1, 16, 16), 3)
 
 
 def _residual() -> nn.Sequential:
@@ -106,8 +107,8 @@ def _residual() -> nn.Sequential:
         nn.Conv2d(1, 4, 3, padding=1),
         nn.BatchNorm2d(4),
         nn.ReLU(),
-        nets._basic_block(4, 8, 2),
-        nets._basic_block(8, 8, 1),
+        basic_block(4, 8, 2),
+        basic_block(8, 8, 1),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(32, 3),

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beyondprop import AffineProjection, Assignment, Credit, LearningRule
-from beyondprop.chain import Chain, Trace
-from beyondprop.losses import LossFunction, OutputLoss
+from beyondprop import AffineProjection, Assignment, Credit, DifferenceTargetProp, LearningRule
 from beyondprop.nn import ElmanCell, Recurrent
+from beyondprop.stages.chain import Chain, Trace
+from beyondprop.stages.losses import LossFunction, OutputLoss
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -258,3 +258,13 @@ def literal_sweep(
         t = squared / (weight * squared + curvature)
         deltas.append(g * (t / t.mean() if normalize else t).unsqueeze(1))
     return deltas
+
+
+def target_propagation(**changes: Any) -> DifferenceTargetProp:
+    """Difference target propagation of a net with a normalisation, dropout and two nonlinearities."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Dropout(0.2), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7),
+        nn.ReLU(), nn.Linear(7, 3),
+    )  # fmt: skip
+    return DifferenceTargetProp(model, nn.CrossEntropyLoss(), **changes)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from beyondprop import registry
 from beyondprop.cli import main
+from beyondprop.lab import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "DataIntegrityError",
+    "DataUnavailableError",
+    "FrozenStageWarning",
+    "NonFiniteError",
+    "UnsupportedModelError",
+]
+
 
 class UnsupportedModelError(ValueError):
     """The model, or one module in it, cannot be trained by the rule that was asked for."""
@@ -21,3 +29,11 @@ class NonFiniteError(RuntimeError):
 
 class FrozenStageWarning(UserWarning):
     """A stage with trainable weights does not move while others do."""
+
+
+class DataUnavailableError(FileNotFoundError):
+    """A file of a data set is in none of the known places and could not be downloaded."""
+
+
+class DataIntegrityError(ValueError):
+    """A file of a data set is there, but its content is not what it must be."""

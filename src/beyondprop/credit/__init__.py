@@ -1,1 +1,21 @@
 """Credit: what each stage of a chain should have produced."""
+
+from __future__ import annotations
+
+from beyondprop.credit.base import Assignment, Credit
+from beyondprop.credit.codes import CodeProblem, Codes
+from beyondprop.credit.damping import RelativeDamping
+from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
+from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
+
+__all__ = [
+    "Assignment",
+    "CodeProblem",
+    "Codes",
+    "Credit",
+    "DifferenceTargetPropagation",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "RelativeDamping",
+    "TargetPropagation",
+]

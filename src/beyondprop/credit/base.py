@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beyondprop.chain import Chain, Trace
-from beyondprop.losses import LossPoint
-from beyondprop.stage import Pullback
+from beyondprop.stages.chain import Chain, Trace
+from beyondprop.stages.losses import LossPoint
+from beyondprop.stages.stage import Pullback
 
 
 @dataclass(slots=True)

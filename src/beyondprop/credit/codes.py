@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.chain import Trace
 from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.damping import LAYER_DAMPING, Damping, RelativeDamping, checked, default, resolved
-from beyondprop.losses import LossPoint
-from beyondprop.recurrent import RecurrentPullback
-from beyondprop.stage import Pullback
+from beyondprop.stages.chain import Trace
+from beyondprop.stages.losses import LossPoint
+from beyondprop.stages.recurrent import RecurrentPullback
+from beyondprop.stages.stage import Pullback
 
 CodeSolver = Callable[["CodeProblem"], Tensor]
 """Maps a problem to a delta of the shape of `problem.gradient`."""

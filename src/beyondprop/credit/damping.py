@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.stage import Stage
+from beyondprop.stages.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)

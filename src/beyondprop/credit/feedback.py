@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.block import BlockPullback, BlockStage
-from beyondprop.chain import Chain, Trace
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_solvers import flat
-from beyondprop.losses import LossPoint
 from beyondprop.nn import ElmanCell, Positions, Recurrent
-from beyondprop.stage import NORMS, Pullback, Stage
-from beyondprop.transport import counterpart
+from beyondprop.stages.block import BlockPullback, BlockStage
+from beyondprop.stages.chain import Chain, Trace
+from beyondprop.stages.losses import LossPoint
+from beyondprop.stages.stage import NORMS, Pullback, Stage
+from beyondprop.stages.weight_transport import counterpart
 
 _NO_MAPS = (*NORMS, nn.Embedding, Positions)
 _LAYERS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

@@ -9,9 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyondprop.activations import closed_form
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.stage import NORMS, Stage
+from beyondprop.nn.activations import closed_form
+from beyondprop.stages.stage import NORMS, Stage
 
 InverseFactory = Callable[[Stage, Stage], nn.Module]
 """Takes a stage's lower neighbour and the stage; returns the module from the stage's output to its input, `(N, ...)` both."""

@@ -25,14 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.chain import Chain, Trace
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.inverses import InverseFactory, apply, mirror
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.losses import LossPoint
-from beyondprop.solvers.base import OptimizerFactory
-from beyondprop.solvers.descent import adam
-from beyondprop.stage import Pullback, add_to_gradient
+from beyondprop.optim.factories import OptimizerFactory, adam
+from beyondprop.stages.chain import Chain, Trace
+from beyondprop.stages.losses import LossPoint
+from beyondprop.stages.stage import Pullback, add_to_gradient
 
 
 class TargetPropagation(Credit):

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from beyondprop.data._catalog import DatasetInfo, at_hand, describe, load, names
 from beyondprop.data._dataset import Dataset, batches
-from beyondprop.data._files import DataIntegrityError, DataUnavailableError, Progress
+from beyondprop.data._files import Progress
 
 __all__ = [
-    "DataIntegrityError",
-    "DataUnavailableError",
     "Dataset",
     "DatasetInfo",
     "Progress",

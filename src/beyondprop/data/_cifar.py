@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beyondprop.data._files import DataIntegrityError, DataUnavailableError, atomic_file, verify
+from beyondprop.data._files import atomic_file, verify
+from beyondprop.errors import DataIntegrityError, DataUnavailableError
 
 Bytes = NDArray[np.uint8]
 

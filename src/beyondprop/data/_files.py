@@ -14,19 +14,13 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.request import Request, urlopen
 
+from beyondprop.errors import DataIntegrityError, DataUnavailableError
+
 Progress = Callable[[int, int | None, str], None]
 """Called as `progress(done_bytes, total_bytes, file_name)`; the total is None where the server tells none."""
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
-
-
-class DataUnavailableError(FileNotFoundError):
-    """A file of a data set is in none of the known places and could not be downloaded."""
-
-
-class DataIntegrityError(ValueError):
-    """A file of a data set is there, but its content is not what it must be."""
 
 
 @dataclass(frozen=True, slots=True)

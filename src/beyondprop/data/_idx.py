@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from beyondprop.data._files import DataIntegrityError
+from beyondprop.errors import DataIntegrityError
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.activations import Activation, register_closed_form
+from beyondprop.nn.activations import Activation, register_closed_form
 
 TargetRule = Callable[[Tensor, Tensor], Tensor]
 """Maps inputs z and targets in {-1, 0, 1} (0: no wish) to factors >= 0 on the wishes, all of one shape."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.activations import closed_form
+from beyondprop.nn.activations import closed_form
 
 OUTPUTS = ("last", "all")
 

@@ -1,1 +1,18 @@
-"""Drop-in optimizers: gradients come from an ordinary `loss.backward()`, only the weight update is replaced."""
+"""Drop-in optimizers: the user's loop, another weight update."""
+
+from __future__ import annotations
+
+from beyondprop.optim.affine_projection import AffineProjection
+from beyondprop.optim.factories import OptimizerFactory, adam, centered_rmsprop
+from beyondprop.optim.locoprop import LocoProp
+from beyondprop.optim.rmsprop import CenteredRMSprop, RMSProp
+
+__all__ = [
+    "AffineProjection",
+    "CenteredRMSprop",
+    "LocoProp",
+    "OptimizerFactory",
+    "RMSProp",
+    "adam",
+    "centered_rmsprop",
+]

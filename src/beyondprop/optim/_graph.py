@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from beyondprop.optim._maps import LayerMap
-from beyondprop.solvers.matching import Transfer, transfer
+from beyondprop.optim.matching import Transfer, transfer
 
 # Nodes that move numbers and change none.
 _RESHAPES = {

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from beyondprop.optim import _ranks
 from beyondprop.optim._maps import EmbeddingMap, LayerMap
 from beyondprop.optim._units import Call, Layer, Unit
-from beyondprop.solvers.matching import Transfer, transfer
-from beyondprop.solvers.projection import Moments
+from beyondprop.optim.matching import Transfer, transfer
+from beyondprop.optim.projection import Moments
 
 LOSSES = ("matching", "squared", "quadratic")
 Buffers = Mapping[nn.Parameter, Tensor]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyondprop.affine import patches
-from beyondprop.solvers.projection import Moments, moments
+from beyondprop.nn.functional import patches
+from beyondprop.optim.projection import Moments, moments
 
 _PATCH_LIMIT = 2**24  # numbers in the patches that are held at a time
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)

@@ -24,7 +24,7 @@ from beyondprop.optim import _ranks
 from beyondprop.optim._capture import Capture
 from beyondprop.optim._local import total_moments
 from beyondprop.optim._units import Unit, uncaptured
-from beyondprop.solvers.projection import Moments, solve_dual, solve_primal
+from beyondprop.optim.projection import Moments, solve_dual, solve_primal
 
 SIDES = ("smaller", "inputs", "samples")
 

@@ -27,9 +27,9 @@ from beyondprop.optim import _graph, _ranks
 from beyondprop.optim._capture import Capture
 from beyondprop.optim._local import LOSSES, LocalProblem, bound, keep_finite, whole_precision
 from beyondprop.optim._units import Layer, Unit, uncaptured
+from beyondprop.optim.factories import OptimizerFactory
+from beyondprop.optim.matching import Transfer, transfer
 from beyondprop.optim.rmsprop import RMSProp
-from beyondprop.solvers.base import OptimizerFactory
-from beyondprop.solvers.matching import Transfer, transfer
 
 LocalOptimizer = Callable[..., torch.optim.Optimizer]
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
@@ -69,7 +69,7 @@ class LocoProp(torch.optim.Optimizer):
         trust: bound on a layer's change in a step, relative to the norm of its weights, of which the root mean square counts as
             1e-3 at least; None: no bound.
         transfer: the transfer function that follows a layer, by name or pattern of the layer: one of
-            `beyondprop.solvers.matching.NAMES` or a `Transfer`. What is not named is read from the autograd graph of the first
+            `beyondprop.optim.matching.NAMES` or a `Transfer`. What is not named is read from the autograd graph of the first
             backward pass; see `transfers`.
         layers: settings for single layers, by name or pattern: `{"head": {"lr": 1e-6, "local_steps": 2}}`.
         exclude: names or patterns of layers that are left to `base`.

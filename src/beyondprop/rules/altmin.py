@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from beyondprop.chain import Cuts
 from beyondprop.credit import code_solvers
 from beyondprop.credit.codes import Codes, CodeSolver
 from beyondprop.credit.damping import Damping
-from beyondprop.losses import LossFunction
+from beyondprop.optim.factories import OptimizerFactory
 from beyondprop.rules.local import LocalRule
-from beyondprop.solvers.base import OptimizerFactory, Solver
+from beyondprop.solvers.base import Solver
 from beyondprop.solvers.descent import Descent
+from beyondprop.stages.chain import Cuts
+from beyondprop.stages.losses import LossFunction
 
 
 class AltMin(LocalRule):

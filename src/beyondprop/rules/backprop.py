@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from beyondprop.losses import LossFunction
 from beyondprop.rules.base import LearningRule, StepResult
+from beyondprop.stages.losses import LossFunction
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

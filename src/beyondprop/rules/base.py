@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.losses import LossFunction, OutputLoss
-from beyondprop.rules._guard import FiniteGuard, Snapshot
-from beyondprop.watchdog import Watchdog
+from beyondprop.rules.guard import FiniteGuard, Snapshot
+from beyondprop.rules.watchdog import Watchdog
+from beyondprop.stages.losses import LossFunction, OutputLoss
 
 
 @dataclass(frozen=True, slots=True)

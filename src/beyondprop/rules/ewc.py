@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.losses import LossFunction
+from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.rules.base import LearningRule, StepResult
-from beyondprop.solvers.base import OptimizerFactory
-from beyondprop.solvers.descent import adam
+from beyondprop.stages.losses import LossFunction
 
 
 class OnlineEWC(LearningRule):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.chain import Chain, Cuts
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_solvers import tiny
-from beyondprop.losses import LossFunction
 from beyondprop.rules.base import LearningRule, StepResult
 from beyondprop.solvers.base import Solver
+from beyondprop.stages.chain import Chain, Cuts
+from beyondprop.stages.losses import LossFunction
 
 
 class LocalRule(LearningRule):

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.chain import Cuts, flatten
 from beyondprop.credit.inverses import InverseFactory, mirror
 from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
 from beyondprop.errors import NonFiniteError
-from beyondprop.losses import LossFunction
 from beyondprop.nn.binary import Sign, Threshold
-from beyondprop.rules._guard import Snapshot
+from beyondprop.optim.factories import OptimizerFactory, centered_rmsprop
+from beyondprop.rules.guard import Snapshot
 from beyondprop.rules.local import LocalRule
-from beyondprop.solvers.base import OptimizerFactory, Solver
-from beyondprop.solvers.centered import centered_rmsprop
+from beyondprop.solvers.base import Solver
 from beyondprop.solvers.descent import Descent
-from beyondprop.stage import NORMS, Stage
+from beyondprop.stages.chain import Cuts, flatten
+from beyondprop.stages.losses import LossFunction
+from beyondprop.stages.stage import NORMS, Stage
 
 
 class DifferenceTargetProp(LocalRule):

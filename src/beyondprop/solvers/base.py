@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
-from beyondprop.chain import Chain
 from beyondprop.credit.base import Assignment
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-"""Builds a torch optimizer over parameters, such as `partial(torch.optim.Adam, lr=3e-3)`."""
+from beyondprop.stages.chain import Chain
 
 
 class Solver(abc.ABC):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import nn
 
 from beyondprop import _checks
-from beyondprop.chain import Chain
 from beyondprop.credit.base import Assignment
 from beyondprop.errors import NonFiniteError
-from beyondprop.solvers.base import OptimizerFactory, Solver
+from beyondprop.optim.factories import OptimizerFactory, adam
+from beyondprop.solvers.base import Solver
+from beyondprop.stages.chain import Chain
 
 
 class Descent(Solver):
@@ -101,17 +99,6 @@ class Descent(Solver):
             optimizer.step()
         for optimizer in self.optimizers:
             _clear(optimizer)
-
-
-def adam(lr: float = 3e-3) -> OptimizerFactory:
-    """Return a factory of `torch.optim.Adam`, fused where the parameters' device has a fused kernel."""
-
-    def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        parameters = list(parameters)
-        fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") and p.is_floating_point() for p in parameters)
-        return torch.optim.Adam(parameters, lr=lr, fused=fused)
-
-    return build
 
 
 def _clear(optimizer: torch.optim.Optimizer) -> None:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.affine import AffinePullback, AffineStage
-from beyondprop.chain import Chain
 from beyondprop.credit.base import Assignment
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
-from beyondprop.pipeline import PipelinePullback, PipelineStage
-from beyondprop.solvers.base import OptimizerFactory, Solver
-from beyondprop.solvers.descent import adam
-from beyondprop.stage import Pullback, Stage
+from beyondprop.optim.factories import OptimizerFactory, adam
+from beyondprop.solvers.base import Solver
+from beyondprop.stages.affine import AffinePullback, AffineStage
+from beyondprop.stages.chain import Chain
+from beyondprop.stages.pipeline import PipelinePullback, PipelineStage
+from beyondprop.stages.stage import Pullback, Stage
 
 METHODS = ("rls", "bcd")
 REST_LR = 3e-3

@@ -1,0 +1,150 @@
+"""How a comparison goes, on the terminal: live bars where there is one, else a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from beyondprop.lab.comparing.comparison import Member
+    from beyondprop.lab.runs.directory import Row
+
+_PAUSE = 10.0  # seconds between two lines of a training that goes on, where there is no live display
+
+
+class Lines:
+    """An observer that writes few lines, for logs; with `quiet`, only warnings and failures.
+
+    Attributes:
+        path: the run directory, once there is one.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.path: Path | None = None
+        self._count = self._done = self._width = 0
+        self._last: Row = {}
+        self._printed = 0.0
+
+    def note(self, text: str, style: str = "yellow") -> None:
+        """Print a line that matters even in quiet mode."""
+        # A log keeps its lines; a terminal would break them inside words.
+        self.console.print(Text(text, style=style), soft_wrap=not self.console.is_terminal)
+
+    def command(self, why: str, command: str) -> None:
+        """Print what to run next, in a line of its own that can be copied."""
+        self.note(why)
+        self.console.print(Text("  " + command), soft_wrap=True)
+
+    def stop(self) -> None:
+        """Nothing is to be displayed any longer."""
+
+    def start(self, path: Path, members: Sequence[Member]) -> None:
+        """See `comparison.Observer`."""
+        self.path, self._count = path, len(members)
+        self._width = max((len(name_of(member)) for member in members), default=0)
+        what = {0: "Nothing is left to train", 1: "1 training to do"}.get(
+            len(members), f"{len(members)} trainings to do"
+        )
+        self._say(f"{what}, recorded in {path}")
+
+    def begin(self, member: Member) -> None:
+        """See `comparison.Observer`."""
+        self._last, self._printed = {}, time.monotonic()
+
+    def progress(self, member: Member, step: int, steps: int) -> None:
+        """See `comparison.Observer`."""
+        if self._last and time.monotonic() - self._printed > _PAUSE:
+            self._printed = time.monotonic()
+            self._say(f"{name_of(member):{self._width}}  {step / steps:4.0%}  {result_of(self._last)}")
+
+    def row(self, member: Member, row: Row) -> None:
+        """See `comparison.Observer`."""
+        if row["kind"] == "failed" or (row.get("message") and row["kind"] == "tuning"):
+            self.note(f"{name_of(member)} failed: {row['message']}", style="red")
+        if row["kind"] in ("eval", "tuning", "failed"):
+            self._last = row if row["kind"] != "failed" else {}
+
+    def end(self, member: Member) -> None:
+        """See `comparison.Observer`."""
+        self._done += 1
+        if self._last:
+            self._say(f"{self._done:{len(str(self._count))}}/{self._count}  {self._finished(member)}")
+
+    def _finished(self, member: Member) -> str:
+        seconds = self._last.get("seconds")
+        took = "" if seconds is None else f"  {seconds:.1f} s"
+        return f"{name_of(member):{self._width}}  {result_of(self._last)}{took}"
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(Text(text), soft_wrap=True)
+
+
+class Bars(Lines):
+    """The same with two bars below the lines: all trainings, and the one that is going on."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        # Room is left at the right: the ^C that a terminal echoes there would move the bars by a line.
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=max(8, min(40, console.width - 62))),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[result]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._epochs = 0.0
+
+    def start(self, path: Path, members: Sequence[Member]) -> None:
+        """See `comparison.Observer`."""
+        super().start(path, members)
+        total = sum(member.epochs for member in members)
+        self._all = self._bars.add_task("all".ljust(self._width), total=total, result=f"0/{self._count}")
+        self._one = self._bars.add_task("", total=1.0, result="", visible=False)
+        self._bars.start()
+
+    def begin(self, member: Member) -> None:
+        """See `comparison.Observer`."""
+        super().begin(member)
+        name = name_of(member).ljust(self._width)
+        self._bars.reset(self._one, total=1.0, description=name, result="", visible=True)
+
+    def progress(self, member: Member, step: int, steps: int) -> None:
+        """See `comparison.Observer`."""
+        result = result_of(self._last) if self._last else ""
+        self._bars.update(self._one, completed=step / steps, result=result)
+        self._bars.update(self._all, completed=self._epochs + member.epochs * step / steps)
+
+    def end(self, member: Member) -> None:
+        """See `comparison.Observer`."""
+        super().end(member)
+        self._epochs += member.epochs
+        self._bars.update(self._all, completed=self._epochs, result=f"{self._done}/{self._count}")
+
+    def stop(self) -> None:
+        """See `Lines`: take the bars away."""
+        self._bars.stop()
+
+
+def name_of(member: Member) -> str:
+    """Return what a training is called on the terminal."""
+    what = f"tune {member.lr:g}" if member.tuning else f"seed {member.seed}"
+    return f"{member.spec.name} " + (f"warm start, {what}" if member.warm_start else what)
+
+
+def result_of(row: Row) -> str:
+    """Return an evaluation in words."""
+    accuracy = row.get("test_accuracy", row.get("validation_accuracy"))
+    loss = row.get("test_loss", row.get("validation_loss"))
+    parts = [] if accuracy is None else [f"acc. {accuracy:7.2%}"]
+    return "  ".join([*parts, "loss " + ("not finite" if loss is None else f"{loss:#6.4g}")])

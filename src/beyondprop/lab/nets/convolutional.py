@@ -1,0 +1,87 @@
+"""Convolutional and residual nets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from beyondprop.lab.nets.options import image_shape, initialise, parse_options
+from beyondprop.nn.residual import Residual, Shortcut
+
+
+def conv(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    """Build `conv:WIDTHxDEPTH[:ACTIVATION][:bn]`."""
+    width, depth, activation, norm, dropout = parse_options(spec, parts)
+    channels, height, breadth = image_shape(spec, input_shape)
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers.append(nn.Conv2d(channels, width, 3, padding=1))
+        if norm:
+            layers.append(nn.BatchNorm2d(width))
+        layers.append(activation())
+        channels = width
+        if i % 2 and min(height, breadth) >= 2:
+            layers.append(nn.MaxPool2d(2))
+            height, breadth, width = height // 2, breadth // 2, width * 2
+    layers.append(nn.Flatten())
+    if dropout:
+        layers.append(nn.Dropout(dropout))
+    return initialise(nn.Sequential(*layers, nn.Linear(channels * height * breadth, num_classes)))
+
+
+def lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    """Build `lenet5`."""
+    channels, height, breadth = image_shape("lenet5", input_shape)
+    if min(height, breadth) < 16:
+        raise ValueError(
+            f"lenet5 needs images of 16x16 or more, got {height}x{breadth}; use 'mlp:100x2' or 'conv:16x2'."
+        )
+    rows, columns = ((((size - 4) // 2) - 4) // 2 for size in (height, breadth))
+    model = nn.Sequential(
+        nn.Conv2d(channels, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * rows * columns, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, num_classes),
+    )
+    return initialise(model)
+
+
+def basic_block(channels: int, width: int, stride: int) -> Residual:
+    """Two 3x3 convolutions with BatchNorm and a skip without weights: He et al., CVPR 2016, figure 2 and option A."""
+    branch = nn.Sequential(
+        nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width),
+    )
+    changes = stride > 1 or width > channels
+    return Residual(branch, Shortcut(stride, (width - channels) // 2) if changes else None, nn.ReLU())
+
+
+def resnet(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    """Build `resnetDEPTH`."""
+    depth = spec.removeprefix("resnet")
+    if not depth.isdecimal() or int(depth) < 8 or (int(depth) - 2) % 6:
+        raise ValueError(f"{spec!r}: the depth must be 6 n + 2, such as resnet20 or resnet32.")
+    channels, *_ = image_shape(spec, input_shape)
+    layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    channels = 16
+    for width in (16, 32, 64):
+        for i in range((int(depth) - 2) // 6):
+            layers.append(basic_block(channels, width, 2 if i == 0 and width > 16 else 1))
+            channels = width
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return model

@@ -1,0 +1,41 @@
+"""Image transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import nn
+
+from beyondprop.lab.nets.options import image_shape, parse_size
+from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
+
+
+def transformer(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    """Build `transformer:WIDTHxDEPTH[:patch=SIZE]`."""
+    width, depth = parse_size(spec, parts[0])
+    channels, height, breadth = image_shape(spec, input_shape)
+    side = 4
+    for option in parts[1:]:
+        value = option.removeprefix("patch=")
+        if value == option or not value.isdecimal() or not 1 <= int(value) <= min(height, breadth):
+            raise ValueError(
+                f"{spec!r}: accepted is patch=SIZE with 1 <= SIZE <= {min(height, breadth)}, got {option!r}."
+            )
+        side = int(value)
+    heads = max(1, width // 32)
+    if width % heads:
+        raise ValueError(f"{spec!r}: the width must be a multiple of its {heads} heads of 32 features, got {width}.")
+    blocks = [
+        nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+        for _ in range(depth)
+    ]
+    return nn.Sequential(
+        Patches(side),
+        nn.Linear(channels * side * side, width),
+        Positions((height // side) * (breadth // side), width),
+        *blocks,
+        nn.LayerNorm(width),
+        MeanOverPositions(),
+        nn.Linear(width, num_classes),
+    )

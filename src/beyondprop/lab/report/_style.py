@@ -1,0 +1,142 @@
+"""Colours, lines and markers: one look per rule, told apart without colour too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from beyondprop.lab.report._run import RuleInfo, Run
+
+# Okabe and Ito's palette without its yellow (too pale on white); in black and white line and marker tell.
+_KNOWN = {
+    "am-adam": ("#0072B2", "-", "o"),
+    "am-sgd": ("#56B4E9", (0, (6, 1.5)), "s"),
+    "am-mem": ("#009E73", (0, (4, 1.2, 1, 1.2)), "D"),
+    "adam": ("#D55E00", (0, (3, 1.2)), "^"),
+    "sgd": ("#E69F00", (0, (1.2, 1.2)), "v"),
+}
+# The rest of that palette, then dark tones of Paul Tol's muted scheme.
+_OTHERS = (
+    ("#CC79A7", "-", "P"),
+    ("#222222", (0, (6, 1.5)), "X"),
+    ("#882255", (0, (4, 1.2, 1, 1.2)), "p"),
+    ("#332288", (0, (3, 1.2)), "<"),
+    ("#999933", (0, (1.2, 1.2)), ">"),
+    ("#44AA99", "-", "h"),
+    ("#777777", (0, (6, 1.5)), "*"),
+)
+_RUN_LINES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1, 1.2)))
+
+_RC: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4.5,
+    "svg.hashsalt": "beyondprop",  # equal runs give equal files
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rule of one run, with the label and the look that it has in every figure and table."""
+
+    run: Run
+    rule: RuleInfo
+    label: str
+    color: str
+    line: Any
+    marker: str
+
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """The seeds that means and ranges are over."""
+        return self.run.counted(self.rule.name)
+
+    @property
+    def failed(self) -> tuple[int, ...]:
+        """The seeds that were stopped."""
+        return self.run.seeds(self.rule.name)["failed"]
+
+
+def entries(runs: Sequence[Run]) -> list[Entry]:
+    """Return every rule of every run with its label and look.
+
+    A rule has one colour and marker wherever it appears; with several runs, each run has a line style and its
+    name is in the label.
+    """
+    names = dict.fromkeys(rule.name for run in runs for rule in run.rules)
+    look = _looks(list(names))
+    labels = run_labels(runs)
+    found: list[Entry] = []
+    for i, run in enumerate(runs):
+        titles = Counter(rule.title for rule in run.rules)
+        for rule in run.rules:
+            color, line, marker = look[rule.name]
+            # Two rules of one title differ by their names.
+            label = rule.title if titles[rule.title] == 1 else f"{rule.title} [{rule.name}]"
+            if len(runs) > 1:
+                label, line = f"{label} · {labels[i]}", _RUN_LINES[i % len(_RUN_LINES)]
+            found.append(Entry(run, rule, label, color, line, marker))
+    return found
+
+
+def warm_entries(runs: Sequence[Run]) -> list[Entry]:
+    """Return what the rules of each run started with, in grey, where they did."""
+    labels = [f" · {label}" for label in run_labels(runs)] if len(runs) > 1 else [""]
+    return [
+        Entry(run, run.warm_start, run.warm_start.title + label, "#888888", (0, (2, 1)), ".")
+        for run, label in zip(runs, labels, strict=True)
+        if run.warm_start is not None
+    ]
+
+
+def _looks(names: Sequence[str]) -> dict[str, tuple[str, Any, str]]:
+    """Give the known names their own look and the others, in order, what is left."""
+    pool = [*_OTHERS, *(look for name, look in _KNOWN.items() if name not in names)]
+    found: dict[str, tuple[str, Any, str]] = {name: _KNOWN[name] for name in names if name in _KNOWN}
+    for i, name in enumerate(name for name in names if name not in _KNOWN):
+        # Where colours run out they come again with the next one's marker and line.
+        color, again = pool[i % len(pool)][0], pool[(i + i // len(pool)) % len(pool)]
+        found[name] = (color, *again[1:])
+    return found
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """Return one distinct label per run: its directory's name, the parent's or a number for namesakes."""
+    labels = [run.name for run in runs]
+    if len(set(labels)) < len(labels):
+        labels = [f"{run.path.resolve().parent.name}/{run.name}" for run in runs]
+    repeated = {label for label, count in Counter(labels).items() if count > 1}
+    return [f"{label} ({i})" if label in repeated else label for i, label in enumerate(labels, start=1)]
+
+
+def plain(text: str) -> str:
+    """Return text that matplotlib draws as it stands: no mathematics, no label hidden for an underscore."""
+    text = text.replace("$", r"\$")
+    return f"\u200a{text}" if text.startswith("_") else text
+
+
+def drawing() -> AbstractContextManager[Any]:
+    """Return a context in which figures look the same whatever the user's matplotlib settings are."""
+    import warnings
+
+    import matplotlib.style
+
+    stack = ExitStack()
+    stack.enter_context(warnings.catch_warnings())
+    # A rule's title may hold characters that the figure font lacks; the page shows them.
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    stack.enter_context(matplotlib.style.context(["default", _RC]))
+    return stack

@@ -1,0 +1,93 @@
+"""Checkpoints: nested dicts and lists of tensors, numbers and strings in one safetensors file; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from beyondprop.lab.runs.files import write_atomically
+
+FORMAT = "beyondprop-checkpoint-1"
+
+
+def save_checkpoint(path: Path, tree: Any) -> None:
+    """Write `tree` to `path`, whole or not at all, and to the disk before this returns.
+
+    Args:
+        path: the file; its folder is there.
+        tree: dicts, lists and tuples of tensors, numbers, strings and None, nested as you like.
+
+    Raises:
+        TypeError: if something else is in it, saying where.
+    """
+    tensors: dict[str, Tensor] = {}
+    shape = _pack(tree, "", tensors)
+    write_atomically(path, save(tensors, {"format": FORMAT, "tree": json.dumps(shape)}))
+
+
+def load_checkpoint(path: Path) -> Any:
+    """Return what `save_checkpoint` wrote, its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or no checkpoint of this format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Cloned: torch aligns its own memory, and products over memory aligned otherwise may round otherwise.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged and cannot be read: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; {FORMAT!r} is needed.")
+    return _unpack(json.loads(metadata["tree"]), tensors)
+
+
+# In JSON, every tensor and container is a list that starts with its kind, so that integer keys and tuples come back as such.
+
+
+def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        # The order of the dimensions in memory is kept: products round by it, and a resumed run shall round alike.
+        order = sorted(range(value.ndim), key=lambda d: -value.stride(d))
+        # A copy of its own: safetensors refuses memory that two tensors share.
+        tensors[where] = value.detach().permute(order).to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return ["tensor", [where, order]]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str | int):
+                raise TypeError(
+                    f"Keys of a checkpoint are strings or integers, got {key!r} in {where or 'the top level'}."
+                )
+        return ["dict", [[key, _pack(v, f"{where}/{key}", tensors)] for key, v in value.items()]]
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return [kind, [_pack(v, f"{where}/{i}", tensors) for i, v in enumerate(value)]]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"A checkpoint holds tensors, numbers, strings, None and dicts, lists and tuples of them; {where or 'the top level'} "
+        f"is a {type(value).__name__}."
+    )
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, list):
+        return value
+    kind, content = value
+    if kind == "tensor":
+        name, order = content
+        return tensors[name].permute([order.index(d) for d in range(len(order))])
+    if kind == "dict":
+        return {key: _unpack(v, tensors) for key, v in content}
+    items = [_unpack(v, tensors) for v in content]
+    return tuple(items) if kind == "tuple" else items

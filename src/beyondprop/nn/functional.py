@@ -1,0 +1,32 @@
+"""Functions of tensors that layers, optimizers and stages share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def patches(features: Tensor, conv: Any, *, padding: Sequence[int] | None = None) -> Tensor:
+    """Return the inputs of every output position of a convolution, `(N * positions, channels * kernel)`.
+
+    Views with strides, so any number of spatial dimensions.
+
+    Args:
+        features: `(N, channels, *spatial)`: all channels, or those of one group.
+        conv: the convolution, for its kernel, stride and dilation.
+        padding: zeros to add on both sides of each spatial dimension; default: the convolution's own.
+    """
+    around = [p for size in reversed(conv.padding if padding is None else padding) for p in (size, size)]
+    windows = F.pad(features, around) if any(around) else features
+    spatial = windows.ndim - 2
+    for axis in range(spatial):
+        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+        windows = windows.unfold(axis + 2, reach, conv.stride[axis])
+    windows = windows[(..., *(slice(None, None, step) for step in conv.dilation))]
+    # (N, C, *positions, *kernel) -> (N, *positions, C, *kernel)
+    order = [0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)]
+    return windows.permute(order).reshape(-1, features.shape[1] * math.prod(conv.kernel_size))

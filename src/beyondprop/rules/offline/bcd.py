@@ -1,0 +1,171 @@
+"""Block coordinate descent with three splittings: every block of variables has a closed-form minimiser.
+
+Lau, Zeng, Wu & Yao, "A Proximal Block Coordinate Descent Algorithm for Deep Neural Network Training", ICLR workshop 2018,
+arXiv 1803.09082; Zeng, Lau, Lin & Yao, "Global Convergence of Block Coordinate Descent in Deep Learning", ICML 2019,
+arXiv 1803.00225, Algorithm 2.
+
+| paper | here |
+|---|---|
+| U_l, pre-activations | codes `"pre"` |
+| V_l, post-activations; V_N at the output | codes `"post"` |
+| gamma / 2 |V_l - s(U_l)|^2 | `gamma` |
+| rho / 2 |U_l - W_l V_{l-1} - b_l|^2 | `rho` |
+| alpha / 2 |. - old|^2 on V_N, U_l (l < N), W_l, b_l | `alpha` |
+
+Order of a sweep, as in the published code: V_N; then from the last layer to the first U_l, W_l, b_l, V_{l-1}.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.rules.offline.base import OfflineRule, OfflineState
+from beyondprop.rules.offline.layers import Weights, code_gaps, empty_codes, nested, rows, split_penalty
+from beyondprop.rules.offline.least_squares import Moments
+from beyondprop.rules.offline.proximal import IDENTITY, FeatureProx, piecewise_prox
+from beyondprop.stages.losses import LossFunction
+
+
+class BCD(OfflineRule):
+    """Three-splitting block coordinate descent; the relaxed objective never rises.
+
+    The relaxed optimum is not the network's: `gaps` says how far the two are from each other. The codes are two numbers a unit
+    and row; during a sweep the old and the new ones are there.
+
+    Args:
+        model: `nn.Sequential` of Linear layers behind reshapes and piecewise linear activations.
+        loss: `loss(output, y)`, reported; its closed form is fitted where it has one.
+        output_loss: `"squared"` (labels become one-hot rows, as published) or `"hinge"`.
+        gamma: > 0, weight of V_l = s(U_l).
+        rho: > 0, weight of U_l = W_l V_{l-1} + b_l.
+        alpha: > 0, weight of the proximal terms.
+
+    Raises:
+        UnsupportedModelError: if a stage has no closed form; the message names it and the way out.
+        ValueError: if an argument is out of its range, or the loss has no closed form.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> rule = BCD(model, nn.CrossEntropyLoss(), output_loss="squared")
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> result = rule.step(x, y, diagnostics=True)
+        >>> sorted(result.stages["0"])
+        ['activation_gap', 'constraint_gap', 'nested_gap']
+    """
+
+    LOSSES = ("squared", "hinge")
+    PIECEWISE_ONLY = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        output_loss: str | None = None,
+        gamma: float = 1.0,
+        rho: float = 1.0,
+        alpha: float = 5.0,
+    ) -> None:
+        super().__init__(model, loss, output_loss=output_loss)
+        self.gamma = _checks.positive("gamma", gamma)
+        self.rho = _checks.positive("rho", rho)
+        self.alpha = _checks.positive("alpha", alpha)
+
+    @classmethod
+    def paper(
+        cls, model: nn.Module, loss: LossFunction, *, generator: torch.Generator | None = None, **changes: Any
+    ) -> BCD:
+        """Return the published settings for three hidden layers of 1500 units, with the published initial weights.
+
+        gamma = rho = 1, alpha = 5, squared error on one-hot labels; the model's weights are drawn anew, 0.01 times a standard
+        normal, biases 0.1. Inputs are pixels in [0, 1].
+
+        Args:
+            model: as for `BCD`; its weights are overwritten.
+            loss: reported.
+            generator: where the weights come from; default: torch's global one.
+            **changes: other values of output_loss, gamma, rho and alpha.
+        """
+        rule = cls(model, loss, **{"output_loss": "squared", **changes})
+        with torch.no_grad():
+            for layer in rule.layers:
+                layer.weight.normal_(0.0, 0.01, generator=generator)
+                if layer.bias is not None:
+                    layer.bias.fill_(0.1)
+        return rule
+
+    def initial(self, features: Tensor, targets: Tensor) -> OfflineState:
+        """See `OfflineRule.initial`."""
+        pre = empty_codes(self.layers, features)
+        nested(self.layers, [layer.now for layer in self.layers], features, pre)
+        post = [layer.features(code) for layer, code in zip(self.layers[1:], pre, strict=False)]
+        # The output's V is a variable of its own, and so is the V of a layer without activation.
+        post = [p.clone() if p is u else p for p, u in zip([*post, pre[-1]], pre, strict=True)]
+        return OfflineState({"pre": pre, "post": post})
+
+    def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
+        """See `OfflineRule.sweep`."""
+        pre, post = list(state.codes["pre"]), list(state.codes["post"])
+        weights = [layer.now for layer in self.layers]
+        prox = self.output_loss.prox
+        assert prox is not None
+        near = self.gamma + self.alpha
+        post[-1] = prox(targets, torch.add(self.gamma * pre[-1], post[-1], alpha=self.alpha).div_(near), near)
+        for index in range(len(self.layers) - 1, -1, -1):
+            below = post[index - 1] if index else features
+            with self.solving(self.layers[index]):
+                pre[index], weights[index] = self._fit(index, below, pre[index], post[index])
+                if index:
+                    post[index - 1] = self._features_of(index, pre[index - 1], pre[index], weights[index])
+        return OfflineState({"pre": pre, "post": post}), weights
+
+    def _fit(self, index: int, below: Tensor, pre: Tensor, post: Tensor) -> tuple[Tensor, Weights]:
+        """Return U_l and, from it and V_{l-1}, the layer's weights; the rows pass once."""
+        layer = self.layers[index]
+        weight, bias = layer.now
+        is_output = index == len(self.layers) - 1
+        pieces = IDENTITY if is_output else self.layers[index + 1].pieces
+        assert pieces is not None
+        alpha = 0.0 if is_output else self.alpha
+        moved = torch.empty_like(pre)
+        moments = Moments(weight.shape[1], weight.shape[0], weight.device)
+        for part in rows(len(pre)):
+            center = nn.functional.linear(below[part], weight, bias)
+            if alpha:
+                center.mul_(self.rho).add_(pre[part], alpha=alpha).div_(self.rho + alpha)
+            moved[part] = piecewise_prox(post[part], center, (self.rho + alpha) / self.gamma, pieces)
+            if layer.trains:
+                moments.add(below[part], moved[part])
+        if not layer.trains:
+            return moved, (weight, bias)
+        new = moments.proximal_in_turn(weight, bias, alpha=self.alpha, rho=self.rho)
+        return moved, _like(new, weight)
+
+    def _features_of(self, index: int, pre_below: Tensor, pre: Tensor, weights: Weights) -> Tensor:
+        """Return V_{l-1}: between s(U_{l-1}) and what gives U_l."""
+        layer = self.layers[index]
+        solve = FeatureProx(*weights, gamma=self.gamma, rho=self.rho)
+        moved = torch.empty_like(pre_below)
+        for part in rows(len(pre)):
+            moved[part] = solve(layer.features(pre_below[part]), pre[part])
+        return moved
+
+    def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
+        """See `OfflineRule.energy`."""
+        pre, post = state.codes["pre"], state.codes["post"]
+        total = self.output_loss.values(post[-1], targets).double().sum()
+        total += split_penalty(self.layers, weights, features, pre, post, gamma=self.gamma, rho=self.rho)
+        return total / len(features)
+
+    def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
+        """See `OfflineRule.measure`."""
+        return code_gaps(self.layers, weights, features, state.codes["pre"], state.codes["post"])
+
+
+def _like(weights: Weights, like: Tensor) -> Weights:
+    weight, bias = weights
+    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)

@@ -1,0 +1,231 @@
+"""The stage with closed forms: Linear or Conv behind reshapes and one common nonlinearity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beyondprop.nn.activations import Activation, closed_form
+from beyondprop.nn.functional import patches
+from beyondprop.stages.stage import Pullback, Stage, add_to_gradient
+
+_RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
+_GATE = torch.ops.aten.threshold_backward.grad_input  # zero where the value is not positive, in one pass
+_CONVS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class AffineStage(Stage):
+    """`output = W f(z) + b` with `f` elementwise (or the identity), reshaped where asked; no autograd.
+
+    `AffineStage.fits` says whether a run of modules has this form.
+    """
+
+    def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        super().__init__(name, modules)
+        self.affine: Any = self.modules[-1]
+        # Looked up once: nn.Module finds attributes slowly, which shows in small steps.
+        self.weight: nn.Parameter = self.affine.weight
+        self.bias: nn.Parameter | None = self.affine.bias
+        self.reshapes = [m for m in self.modules[:-1] if isinstance(m, _RESHAPES)]
+        activation = [a for a in map(closed_form, self.modules[:-1]) if a is not None]
+        self.activation: Activation | None = activation[0] if activation else None
+        self.is_linear = isinstance(self.affine, nn.Linear)
+
+    @staticmethod
+    def fits(modules: Sequence[nn.Module]) -> bool:
+        """Whether closed forms serve this run of modules."""
+        *inner, affine = modules
+        if type(affine) is not nn.Linear and type(affine) not in _CONVS:
+            return False
+        if type(affine) in _CONVS and (affine.padding_mode != "zeros" or isinstance(affine.padding, str)):
+            return False
+        if any(is_modified(m) for m in modules):
+            return False
+        if any(moves_batch(m) for m in inner):
+            return False
+        rest = [m for m in inner if type(m) not in _RESHAPES]
+        return len(rest) <= 1 and all(closed_form(m) is not None for m in rest)
+
+    def record(self, z: Tensor, *, push: bool = False) -> AffinePullback:
+        """See `Stage.record`."""
+        del push  # closed forms push tangents at no extra cost
+        return AffinePullback(self, z)
+
+
+class AffinePullback(Pullback):
+    """An `AffineStage` at one input.
+
+    Attributes:
+        features: input of the affine map, `f(z)` after the reshapes.
+    """
+
+    def __init__(self, stage: AffineStage, z: Tensor) -> None:
+        self.stage = self.map = stage
+        self.input = z
+        self.input_shape = z.shape
+        activation = stage.activation
+        value = self._value = z if activation is None else activation.value(z)
+        self._z = z if activation is not None and activation.needs_input else None
+        for reshape in stage.reshapes:
+            value = reshape(value)
+        self.features = value
+        self.output = self._map(value, stage.weight, stage.bias)
+        self._slope: Tensor | None = None
+
+    def _map(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.map.is_linear:
+            output = F.linear(features, weight, bias)
+        else:
+            affine = self.map.affine
+            convolve = _CONVS[type(affine)]
+            output = convolve(features, weight, bias, affine.stride, affine.padding, affine.dilation, affine.groups)
+        return whole(output, features)
+
+    @property
+    def slope(self) -> Tensor:
+        """`f'(z)`; asked for only where the stage has a nonlinearity."""
+        if self._slope is not None:
+            return self._slope
+        activation = self.map.activation
+        assert activation is not None
+        slope = activation.slope(self._value if self._z is None else self._z, self._value)
+        if not activation.is_gate:  # a gate is cheaper to find again than to keep
+            self._slope = slope
+        return slope
+
+    def __call__(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.__call__`."""
+        stage = self.map
+        weight = stage.backward_weight(stage.weight) if stage.feedback else stage.weight
+        if stage.is_linear:
+            gradient = whole(torch.matmul(cotangent, weight), cotangent)
+        else:
+            gradient = self._convolution_backward(cotangent, weight, (True, False, False))[0]
+        return self.pull_head(gradient)
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """See `Pullback.head_shape`."""
+        return self.features.shape
+
+    def pull_head(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.pull_head`."""
+        stage, gradient = self.map, cotangent
+        if stage.reshapes:
+            gradient = gradient.reshape(self.input_shape)
+        if stage.activation is None:
+            return gradient
+        if stage.activation.is_gate:
+            return _GATE(gradient, self._value, 0, grad_input=gradient)
+        if stage.activation.factors is not None and self._slope is None and self._z is not None:
+            self._slope = stage.activation.factors(self._z, gradient)
+        return gradient.mul_(self.slope)
+
+    def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
+        """See `Pullback.push`."""
+        stage = self.map
+        if stage.activation is not None and not (gated and stage.activation.is_gate):
+            tangent = tangent * self.slope
+        if stage.reshapes:
+            tangent = tangent.reshape(self.features.shape)
+        return self._map(tangent, stage.weight, None)
+
+    def add_gradients(self, cotangent: Tensor, factor: float) -> None:
+        """See `Pullback.add_gradients`."""
+        stage = self.map
+        weight, bias = stage.weight, stage.bias
+        rows, features = cotangent, self.features
+        if not stage.is_linear:
+            self._add_convolution_gradients(cotangent, factor)
+            return
+        if rows.ndim != 2:
+            rows, features = rows.reshape(-1, rows.shape[-1]), features.reshape(-1, features.shape[-1])
+        if weight.requires_grad:
+            if keep := weight.grad is not None:
+                grad = weight.grad
+            else:
+                grad = weight.grad = torch.empty_like(weight)
+            grad.addmm_(rows.t(), features, beta=float(keep), alpha=factor)
+        if bias is not None and bias.requires_grad:
+            add_to_gradient(bias, rows.sum(0), factor)
+
+    @property
+    def is_closed_form(self) -> bool:
+        """See `Pullback.is_closed_form`."""
+        return True
+
+    def at(self, z: Tensor) -> AffinePullback:
+        """See `Pullback.at`."""
+        return AffinePullback(self.map, z)
+
+    def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
+        """See `Pullback.relinearize`."""
+        weight, bias = self.map.weight, self.map.bias
+        change = self._map(
+            self.features,
+            weight - before.get(weight, weight),
+            None if bias is None else bias - before.get(bias, bias),
+        )
+        return self, change
+
+    def feature_rows(self) -> Tensor:
+        """Return the affine map's inputs as rows `(M, in)`, with a last column of ones where it has a bias.
+
+        A convolution's rows are its patches, one for each output position.
+        """
+        affine, features = self.map.affine, self.features
+        rows = features.reshape(-1, affine.in_features) if self.map.is_linear else patches(features, affine)
+        if affine.bias is not None:
+            rows = F.pad(rows, (0, 1), value=1.0)
+        return rows
+
+    def _convolution_backward(
+        self, cotangent: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, ...]:
+        affine = self.map.affine
+        return torch.ops.aten.convolution_backward(
+            cotangent,
+            self.features,
+            weight,
+            None if affine.bias is None else list(affine.bias.shape),
+            affine.stride,
+            affine.padding,
+            affine.dilation,
+            False,
+            affine.output_padding,
+            affine.groups,
+            list(wanted),
+        )
+
+    def _add_convolution_gradients(self, cotangent: Tensor, factor: float) -> None:
+        weight, bias = self.map.weight, self.map.bias
+        if weight.requires_grad:
+            gradient = self._convolution_backward(cotangent, weight, (False, True, False))[1]
+            add_to_gradient(weight, gradient, factor)
+        if bias is not None and bias.requires_grad:
+            add_to_gradient(bias, cotangent.flatten(2).sum((0, 2)), factor)
+
+
+def whole(values: Tensor, like: Tensor) -> Tensor:
+    """Return `values` in the dtype of `like`: autocast multiplies in half precision, codes and deltas stay whole."""
+    return values if values.dtype is like.dtype else values.to(like.dtype)
+
+
+def is_modified(module: nn.Module) -> bool:
+    """Whether hooks or parametrizations change what the module computes, so that autograd must see it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.utils.parametrize.is_parametrized(module)
+    )
+
+
+def moves_batch(module: nn.Module) -> bool:
+    """Whether a reshape touches the first dimension, which is the batch."""
+    return (type(module) is nn.Flatten and module.start_dim == 0) or (type(module) is nn.Unflatten and module.dim == 0)

@@ -1,0 +1,233 @@
+"""The stage with a code for every time step: a recurrent layer, unrolled, with tied weights.
+
+    s_t = cell(x_t, s_{t-1}),    t = 1 .. T
+
+From outside it is a stage like the others. Inside, `sweep` walks back through time: a state is wished to change by what the
+output wants of it and by what the next state's wish asks of it, and a code solver turns both into a delta, as it does between
+stages. With plain gradients that is backpropagation through time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beyondprop.nn.activations import closed_form
+from beyondprop.nn.recurrent import ElmanCell, Recurrent
+from beyondprop.stages.affine import is_modified
+from beyondprop.stages.operations.base import Operation, RecordedRun
+from beyondprop.stages.operations.elementary import operation
+from beyondprop.stages.stage import Memo, Pullback, Stage
+from beyondprop.stages.time_steps import CellMoments, ElmanMoments, Heard
+
+Solve = Callable[[Pullback, Tensor, Tensor], Tensor]
+"""Maps a moment (linearised at its state), the wish at its output and the gradient `J^T wish` to the state's delta."""
+
+
+class RecurrentStage(Stage):
+    """A `Recurrent` layer among modules with closed forms.
+
+    `RecurrentStage.fits` says whether a run of modules has this form. Weights beside the layer get the gradient that
+    backpropagation inside the stage gives them; codes are the layer's states.
+    """
+
+    def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        super().__init__(name, modules)
+        place = next(i for i, m in enumerate(self.modules) if type(m) is Recurrent)
+        self.layer: Any = self.modules[place]
+        self.is_block = False  # its time steps have codes of their own
+        self.is_last = self.layer.outputs == "last"
+        self.width: int = self.layer.cell.hidden_size
+        self.heads, self.tails = _operations(self.modules[:place]), _operations(self.modules[place + 1 :])
+        for each in (*self.heads, *self.tails):
+            each.share(self)
+        self.head = next((i for i, o in enumerate(self.heads) if o.has_weights), len(self.heads))
+        cell = self.layer.cell
+        is_plain = type(cell) is ElmanCell and not is_modified(cell) and not is_modified(cell.activation)
+        known = closed_form(cell.activation) if is_plain else None
+        is_elman = known is not None and known.factors is None  # units with target rules go by autograd
+        self.moments = ElmanMoments(self) if is_elman else CellMoments(self)
+        if isinstance(self.moments, CellMoments):
+            self.moments.feedback = self.feedback
+
+    @staticmethod
+    def fits(modules: Sequence[nn.Module]) -> bool:
+        """Whether this run of modules is one recurrent layer and, around it, modules with closed forms."""
+        layers = [m for m in modules if type(m) is Recurrent]
+        if len(layers) != 1 or is_modified(layers[0]):
+            return False
+        return all(m is layers[0] or operation(m) is not None for m in modules)
+
+    @property
+    def couples_batch(self) -> bool:
+        """See `Stage.couples_batch`."""
+        inside = isinstance(self.moments, CellMoments) and self.moments.couples_batch
+        return inside or any(o.couples_batch for o in (*self.heads, *self.tails))
+
+    def record(self, z: Tensor, *, push: bool = False) -> RecurrentPullback:
+        """See `Stage.record`.
+
+        Raises:
+            ValueError: if the sequence does not fit the cell.
+        """
+        return RecurrentPullback(self, z, push)
+
+    def read(self, states: Sequence[Tensor]) -> Tensor:
+        """Return what the layer shows of its states s_1 .. s_T."""
+        if self.is_last:
+            return states[-1][:, : self.width]
+        return torch.stack([s[:, : self.width] for s in states], 1)
+
+
+class RecurrentPullback(Pullback):
+    """A `RecurrentStage` at one input.
+
+    A wish that was swept is pulled down by its states' deltas, every other cotangent by the Jacobian.
+
+    Attributes:
+        states: s_0 .. s_T, each `(N, state_size)`.
+    """
+
+    has_codes = True
+
+    def __init__(self, stage: RecurrentStage, z: Tensor, push: bool, first: RecurrentPullback | None = None) -> None:
+        self.stage = self.recurrent = stage
+        self.input = z
+        self.input_shape = z.shape
+        x, self.heads = RecordedRun.of(stage.heads, z, None if first is None else first.heads)
+        stage.layer.check_input(x)
+        self._push = push
+        self._solve: Solve | None = None if first is None else first._solve
+        self._heard: float = 1.0 if first is None else first._heard
+        self.run: Any = stage.moments.unroll(x, push, None if first is None else first.run)
+        self.states = self.run.states
+        shown = stage.read(self.states[1:])
+        self.output, self.tails = RecordedRun.of(stage.tails, shown, None if first is None else first.tails)
+        self._swept: Memo[list[Tensor]] = Memo()
+        self._driven: Memo[Tensor] = Memo()
+
+    def sweep(self, wish: Tensor, solve: Solve | None = None, *, heard: float = 1.0) -> list[Tensor]:
+        """Give the states s_1 .. s_T their deltas, last first, and return them.
+
+        Args:
+            wish: how the output should change, shape of the output.
+            solve: turns a state's problem into its delta; None: that of the last sweep, at first the gradient, that is
+                backpropagation through time.
+            heard: factor of what a state before the last hears from the output, in its problem; comes with `solve`.
+        """
+        if solve is not None:
+            self._solve, self._heard = solve, heard
+        deltas = self._walk(wish, self._solve, self._heard)
+        self._swept.keep(wish, deltas)
+        self._driven = Memo()
+        return deltas
+
+    def _walk(self, wish: Tensor, solve: Solve | None, heard: float) -> list[Tensor]:
+        stage, run = self.recurrent, self.run
+        shown = self.tails.pull(wish)
+        wishes = None if stage.is_last else shown.unbind(1)
+        delta = self._of_state(shown if wishes is None else wishes[-1])
+        deltas = [delta]
+        for step in range(len(self.states) - 1, 1, -1):
+            moment = run.moment(step)
+            gradient = run.pull(step, delta)
+            if wishes is None:
+                delta = gradient if solve is None else solve(moment, delta, gradient)
+            else:
+                shown = wishes[step - 2] * heard
+                gradient = gradient + self._of_state(shown)
+                both = torch.cat([delta, shown], 1)
+                delta = gradient if solve is None else solve(Heard(moment, stage.width), both, gradient)
+            deltas.append(delta)
+        deltas.reverse()
+        run.finish(deltas)
+        return deltas
+
+    def relax(self, wish: Tensor, input_delta: Tensor | None, *, is_top: bool) -> tuple[Tensor, Tensor]:
+        """Return the output at the moved states, and how far all are from where they should be, `(N,)`.
+
+        `sum_t |delta_t - change_t|^2` with `change_t` what the cell makes of its moved inputs, nonlinearities as they are, and
+        `|wish - change|^2` at the output. Where that is the network's (`is_top`), its wish is no code but the loss itself: the
+        output follows the last moved state below it, and neither the last state's term nor the output's is counted.
+        """
+        stage, found = self.recurrent, self._swept.find(wish)
+        deltas = self.sweep(wish) if found is None else found
+        x, _ = RecordedRun.of(stage.heads, self.input if input_delta is None else self.input + input_delta, self.heads)
+        moved = [self.states[0], *(s + d for s, d in zip(self.states[1:], deltas, strict=True))]
+        following = [self.run.advance(t + 1, x[:, t], before) for t, before in enumerate(moved[:-1])]
+        if is_top:
+            moved[-1] = following[-1]
+        output, _ = RecordedRun.of(stage.tails, stage.read(moved[1:]), self.tails)
+        far = torch.stack([a - b for a, b in zip(moved[1:], following, strict=True)], 1).flatten(1).square().sum(1)
+        if not is_top:
+            far += (wish - (output - self.output)).flatten(1).square().sum(1)
+        return output, far
+
+    def _of_state(self, values: Tensor) -> Tensor:
+        more = self.recurrent.layer.state_size - values.shape[1]
+        return F.pad(values, (0, more)) if more else values
+
+    def _at_layer(self, cotangent: Tensor) -> Tensor:
+        """Return the gradient at what drives the layer: by the deltas of a wish that was swept, else the Jacobian's own."""
+        deltas = self._swept.find(cotangent)
+        if deltas is None and self._solve is None:
+            deltas = self.sweep(cotangent)
+        if deltas is None:  # a solver of the code below asks
+            walked = self.run.walked
+            gradient = self.run.pull_inputs(self._walk(cotangent, None, 1.0))
+            self.run.walked = walked
+            return gradient
+        gradient = self._driven.find(cotangent)
+        if gradient is None:
+            gradient = self.run.pull_inputs(deltas)
+            if self.heads.has_weights:  # they ask for it again
+                self._driven.keep(cotangent, gradient)
+        return gradient
+
+    def __call__(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.__call__`; by the deltas of the last sweep where it was for this cotangent, else by plain gradients."""
+        return self.heads.pull(self._at_layer(cotangent))
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """See `Pullback.head_shape`."""
+        return self.heads.shapes[self.recurrent.head]
+
+    def pull_head(self, cotangent: Tensor) -> Tensor:
+        """See `Pullback.pull_head`."""
+        for each in reversed(self.heads.recorded[: self.recurrent.head]):
+            cotangent = each.pull(cotangent)
+        return cotangent
+
+    def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
+        """See `Pullback.push`."""
+        del gated
+        states = self.run.push_inputs(self.heads.push(tangent))
+        return self.tails.push(self.recurrent.read(states))
+
+    def add_gradients(self, cotangent: Tensor, factor: float) -> None:
+        """See `Pullback.add_gradients`."""
+        deltas = self._swept.find(cotangent)
+        self.run.add_gradients(self.sweep(cotangent) if deltas is None else deltas, factor)
+        self.tails.add_gradients(cotangent, factor)
+        if self.heads.has_weights:
+            self.heads.add_gradients(self._at_layer(cotangent), factor)
+
+    def at(self, z: Tensor) -> RecurrentPullback:
+        """See `Pullback.at`."""
+        return RecurrentPullback(self.recurrent, z, self._push, first=self)
+
+    def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
+        """See `Pullback.relinearize`."""
+        del before
+        torch.clear_autocast_cache()  # it holds casts of the old weights
+        fresh = self.at(self.input)
+        return fresh, fresh.output - self.output
+
+
+def _operations(modules: Sequence[nn.Module]) -> list[Operation]:
+    return [found for m in modules if (found := operation(m)) is not None]

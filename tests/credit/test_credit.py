@@ -1,0 +1,84 @@
+"""What holds for every credit: the order of its assignments, its last one, and whose memory is free when."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import blobs, mlp
+from torch import Tensor, nn
+
+from beyondprop import (
+    Chain,
+    Codes,
+    Credit,
+    DifferenceTargetPropagation,
+    DirectFeedbackAlignment,
+    FeedbackAlignment,
+    TargetPropagation,
+)
+from beyondprop.stages.affine import AffinePullback
+from beyondprop.stages.chain import Trace
+from beyondprop.stages.losses import LossPoint, OutputLoss
+from beyondprop.stages.stage import Pullback
+
+CREDITS: dict[str, Callable[[], Credit]] = {
+    "line_search": Codes,
+    "gradient": lambda: Codes("gradient"),
+    "cg": lambda: Codes("cg"),
+    "feedback": FeedbackAlignment,
+    "direct_feedback": DirectFeedbackAlignment,
+    "targets": TargetPropagation,
+    "difference_targets": DifferenceTargetPropagation,
+}
+every_credit = pytest.mark.parametrize("name", list(CREDITS))
+
+
+def _start(name: str, frozen: int = 0) -> tuple[Credit, Trace, LossPoint]:
+    model = mlp(6, 8, 7, 5, 3, activation="tanh").double()
+    for module in list(model)[: 2 * frozen]:
+        module.requires_grad_(False)
+    x, y = blobs(9, dtype=torch.float64)
+    chain, credit = Chain(model), CREDITS[name]()
+    credit.bind(chain)
+    trace = chain.record(x, push=credit.pushes)
+    return credit, trace, OutputLoss(nn.CrossEntropyLoss()).at(trace.output, y)
+
+
+@every_credit
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+@torch.no_grad()
+def test_assignments_go_from_the_last_stage_to_the_lowest_that_trains(name: str, frozen: int) -> None:
+    credit, trace, loss = _start(name, frozen)
+    kept = list(credit.assign(trace, loss))
+    assert [a.index for a in kept] == list(range(3, frozen - 1, -1))
+    assert torch.equal(kept[0].delta, -loss.cotangent)
+    assert [a.loss is loss for a in kept] == [True] + [False] * (3 - frozen)
+    assert kept[-1].input_delta is None
+    for above, below in pairwise(kept):
+        assert above.input_delta is below.delta  # what moves the input is the stage below's wish
+
+
+@every_credit
+@torch.no_grad()
+def test_a_stages_memory_is_free_for_the_next(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the next stage's wish is found, what the caller has let go of is not held by the credit."""
+    credit, trace, loss = _start(name)
+    stages: list[weakref.ref[Pullback]] = []
+    wishes: list[weakref.ref[Tensor]] = []
+    pull_head = AffinePullback.pull_head
+
+    def watched(self: AffinePullback, cotangent: Tensor) -> Tensor:
+        assert all(ref() is None for ref in [*stages, *wishes])
+        return pull_head(self, cotangent)
+
+    monkeypatch.setattr(AffinePullback, "pull_head", watched)
+    for assignment in credit.assign(trace, loss):
+        assert all(ref() is None for ref in [*stages, *wishes])
+        stages.append(weakref.ref(assignment.pullback))
+        wishes.append(weakref.ref(assignment.delta))
+        del assignment
+    assert len(stages) == 4

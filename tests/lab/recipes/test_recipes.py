@@ -1,0 +1,410 @@
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from beyondprop import Backprop, data
+from beyondprop.data import Dataset
+from beyondprop.lab import recipes
+from beyondprop.lab.comparing.settings import Settings
+from beyondprop.lab.recipes import (
+    Recipe,
+    Row,
+    adding_problem,
+    bcd_3x1500,
+    binary_mnist,
+    first_epoch,
+    fully_connected,
+    higgs,
+    theorem_3_2,
+)
+from beyondprop.lab.recipes._base import Context
+from beyondprop.lab.recipes._compared import at_epoch, compared, summary
+from beyondprop.lab.recipes._kept import Kept, accuracy_at, trained
+from beyondprop.lab.report._run import read_run
+from beyondprop.optim.factories import adam
+
+NAN = math.nan
+
+
+def _classes(name: str, shape: tuple[int, ...], classes: int, rows: int = 240, tests: int = 60) -> Dataset:
+    """Blobs in the shape of a real set."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(rows + tests) % classes
+    x = torch.rand(rows + tests, *shape, generator=g) + 0.5 * torch.rand(classes, *shape, generator=g)[y]
+    return Dataset(name, x[:rows], y[:rows], x[rows:], y[rows:], tuple(map(str, range(classes))))
+
+
+@pytest.fixture
+def small() -> Dataset:
+    return _classes("digits", (1, 8, 8), 10, rows=100)
+
+
+def _context(out: Path, said: list[str] | None = None, quick: bool = True) -> Context:
+    return Context(out, quick, (said if said is not None else []).append)
+
+
+# What recipes are made of
+
+
+def test_a_comparison_of_a_recipe_goes_on_and_takes_no_other_settings(
+    tmp_path: Path, small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", lambda name, progress=None: small)
+    settings = Settings(
+        net="mlp:4x1", rules=("adam", "sgd"), epochs=2, batch_size=20, seeds=(0, 1), lr={"sgd": 1e38}, alignment=False,
+        schedule="constant", device="cpu",
+    )  # fmt: skip
+    said: list[str] = []
+    run = compared(_context(tmp_path, said), "part", settings)
+    assert len(said) == 4
+    assert said[-1] == "part: sgd lr 1e+38 seed 1 (4 of 4)"
+    again = compared(_context(tmp_path, said), "part", settings)
+    assert len(said) == 4
+    accuracies = at_epoch(run, "adam", 2)
+    assert at_epoch(again, "adam", 2) == accuracies
+    assert all(map(math.isnan, at_epoch(run, "sgd", 2)))
+    assert all(map(math.isnan, at_epoch(run, "adam", 1.5)))
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        compared(_context(tmp_path), "part", replace(settings, batch_size=10))
+
+
+def test_values_are_measured_once(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    kept = Kept(file, {"seeds": (1, 2)})
+    assert kept.get("a", lambda: [1.5, None]) == [1.5, None]
+    again = Kept(file, {"seeds": (1, 2)})
+    assert again.get("a", lambda: pytest.fail("measured twice")) == [1.5, None]
+    with pytest.raises(ValueError, match=r"runs\.json' is of other settings"):
+        Kept(file, {"seeds": (1,)})
+    for content in ("{", "[]", '{"values": {}}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"runs\.json' is damaged"):
+            Kept(file)
+
+
+def test_sweeps_go_on_where_they_were_stopped(tmp_path: Path, small: Dataset) -> None:
+    widths = (64, 12, 11, 10)
+    whole = bcd_3x1500.train(_context(tmp_path / "whole"), small, widths, 7, 3)
+    said: list[str] = []
+
+    def stopping(line: str) -> None:
+        said.append(line)
+        if "epoch 5" in line:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        bcd_3x1500.train(Context(tmp_path / "parts", True, stopping), small, widths, 7, 3)
+    assert not (tmp_path / "parts" / "64x12x11x10.json").exists()
+    said.clear()
+    parts = bcd_3x1500.train(_context(tmp_path / "parts", said), small, widths, 7, 3)
+    assert [line.split(",")[0][-1] for line in said] == ["4", "5", "6", "7"]  # the checkpoint is of sweep 3
+    for a, b in zip(whole, parts, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+    assert [row["step"] for row in whole if "gaps" in row] == [1, 3, 6, 7]
+    assert len(whole[-1]["gaps"]) == 3
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert bcd_3x1500.train(_context(tmp_path / "parts", said), small, widths, 7, 3) == parts
+    assert len(said) == 4
+    assert accuracy_at(parts, 7) == 100 * parts[-1]["test_accuracy"]
+    assert math.isnan(accuracy_at(parts, 8))
+
+
+def test_a_training_that_fails_ends_with_what_it_had(tmp_path: Path, small: Dataset) -> None:
+    said: list[str] = []
+
+    def build() -> Backprop:
+        return Backprop(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.CrossEntropyLoss(), adam(1e38))
+
+    rows = trained(_context(tmp_path, said), "bad", build, small, seed=0, epochs=2, batch_size=50, schedule="constant")
+    assert [row["step"] for row in rows] == [0]
+    assert "not finite" in said[-1]
+    assert math.isnan(accuracy_at(rows, 2))
+
+
+# Whole recipes, on toy data in the shape of the real sets
+
+
+_LAST = ("result.json", "parts.json", "env.json")  # written by every call
+
+
+# 100 batches are of the real set; that recipe has a test of its own.
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name != "first-epoch"])
+def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("mnist", (1, 28, 28), 10, rows=2000 if name == "fully-connected" else 240)
+    monkeypatch.setattr(adding_problem, "LENGTH", 5)
+    monkeypatch.setattr(adding_problem, "TEST_ROWS", 20)
+    monkeypatch.setattr(bcd_3x1500, "QUICK_SWEEPS", 4)
+    monkeypatch.setattr(theorem_3_2, "QUICK_STEPS", 40)
+    monkeypatch.setattr(theorem_3_2, "QUICK_REPEATS", 3)
+    if name == "higgs":
+        toy = _classes("higgs", (28,), 2, rows=1200)
+        monkeypatch.setattr(higgs, "HELD_OUT", 200)
+        monkeypatch.setattr(higgs, "COUNTS", (higgs.FEW,))
+    if name == "rnn-15":
+        toy = _classes("mnist", (1, 28, 28), 10, rows=60, tests=20)
+    if name == "blocks-cifar10":
+        toy = _classes("cifar10", (3, 32, 32), 10, rows=20, tests=10)
+    monkeypatch.setattr(data, "load", lambda *_, **__: toy)
+    recipe, said = recipes.get(name), []
+    result = recipe.run(name, _context(tmp_path, said))
+    assert result.quick
+    assert result.rows
+    assert not any(math.isnan(row.mean) for row in result.rows)
+    assert {row.verdict for row in result.rows} == {"shown"}  # a short version is not judged
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert said
+    trained_before = [file for file in tmp_path.rglob("*.json*") if file.name not in _LAST]
+    contents = [file.read_bytes() for file in trained_before]
+    (tmp_path / "result.json").unlink()
+    again = recipe.run(name, _context(tmp_path))
+    assert again.rows == result.rows
+    assert [file.read_bytes() for file in trained_before] == contents
+
+
+def test_seconds_are_those_of_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    stopped = [True]
+
+    def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+        now[0] += 5.0
+        if stopped.pop():
+            raise KeyboardInterrupt
+        return [Row("a", (1.0,))], {}
+
+    recipe = Recipe("title", "source", "about", measure, 1)
+    context = Context(tmp_path, False, lambda line: None)
+    made = iter(["one", "two+"])
+    monkeypatch.setattr("beyondprop.lab.recipes._base.environment", lambda device: {"commit": next(made)})
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run("id", context)
+    stopped.append(False)
+    result = recipe.run("id", context)
+    assert result.seconds == 10.0
+    assert result.environment["commit"] == "one, two+"
+    said: list[str] = []
+    assert recipe.run("id", _context(tmp_path, said)) == result  # measured once, and said so
+    assert "was finished before" in said[0]
+    assert now == [10.0]
+
+
+# What they choose on, and what they report
+
+
+def test_higgs_chooses_on_rows_that_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("higgs", (28,), 2, rows=1200)
+    seen: list[tuple[Dataset, int]] = []
+
+    def train(name: str, rows: Dataset, count: int, batch: int, lr: float, seed: int, **_: Any) -> list[float | None]:
+        seen.append((rows, seed))
+        assert batch > 1  # where alternating minimization is backpropagation
+        return [50.0 + (seed in higgs.SEEDS)]
+
+    monkeypatch.setattr(higgs, "train", train)
+    monkeypatch.setattr(higgs, "HELD_OUT", 200)
+    monkeypatch.setattr(higgs, "COUNTS", (higgs.FEW,))
+    monkeypatch.setattr(higgs, "_beside", lambda *_: [])
+    monkeypatch.setattr(data, "load", lambda name: toy)
+    rows, _ = higgs.measure(_context(tmp_path, quick=False))
+    assert {row.mean for row in rows} == {51.0}
+    assert not set(higgs.TUNING_SEEDS) & set(higgs.SEEDS)
+    (held,) = {id(rows): rows for rows, seed in seen if seed in higgs.TUNING_SEEDS}.values()
+    (whole,) = {id(rows): rows for rows, seed in seen if seed in higgs.SEEDS}.values()
+    assert whole is toy
+    assert (len(held.x_train), len(held.x_test)) == (1000, 200)
+    assert {tuple(r) for r in held.x_test.tolist()} <= {tuple(r) for r in toy.x_train.tolist()}
+
+
+def test_nets_of_signs_are_tuned_on_rows_that_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("mnist", (1, 28, 28), 10, rows=400)
+    seen: list[tuple[int, Dataset]] = []
+
+    def trained(
+        context: Context, name: str, build: Any, rows: Dataset, *, seed: int, epochs: int, **_: Any
+    ) -> list[dict[str, Any]]:
+        seen.append((seed, rows))
+        good = "-0.004-" in name  # the rate that is to be chosen
+        return [
+            {"step": e, "epoch": e, "test_accuracy": 0.5 + 0.2 * good, "train_error": 5.0} for e in range(epochs + 1)
+        ]
+
+    monkeypatch.setattr(binary_mnist, "trained", trained)
+    monkeypatch.setattr(data, "load", lambda name: toy)
+    rows, settings = binary_mnist.measure(_context(tmp_path, quick=False))
+    assert set(settings["batch 200"]["lr"].values()) == {4e-3}
+    assert binary_mnist.TUNING_SEED not in binary_mnist.SEEDS
+    assert all((rows is toy) == (seed in binary_mnist.SEEDS) for seed, rows in seen)
+    held = next(rows for seed, rows in seen if seed == binary_mnist.TUNING_SEED)
+    assert (len(held.x_train), len(held.x_test)) == (300, 100)
+    assert {tuple(r.flatten().tolist()) for r in held.x_test} <= {tuple(r.flatten().tolist()) for r in toy.x_train}
+    assert [row.verdict for row in rows if "minus" in row.label] == ["reached", "reached"]
+    assert {row.verdict for row in rows if "AM-Adam: training error" in row.label} == {"missed"}
+
+
+def test_drawn_rows_know_no_others() -> None:
+    toy = _classes("higgs", (28,), 2, rows=400)
+    one = higgs.drawn(toy, 50, 3)
+    assert one.x_train.mean(0).abs().max() < 1e-5
+    torch.testing.assert_close(one.x_train.std(0), torch.ones(28))
+    rows = torch.randperm(400, generator=torch.Generator().manual_seed(3))
+    others = toy.x_train.clone()
+    others[rows[50:]] += 100.0
+    torch.testing.assert_close(higgs.drawn(replace(toy, x_train=others), 50, 3).x_train, one.x_train)
+
+
+def test_the_adding_problem_is_chosen_with_sequences_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, int]] = []
+
+    def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[float]]:
+        seen.append((lr, seed))
+        return [[steps, 0.1 if lr == 3e-3 else 0.2]]
+
+    monkeypatch.setattr(adding_problem, "train", train)
+    rows, settings = adding_problem.measure(_context(tmp_path, quick=False))
+    assert {lr for lr, seed in seen if seed == adding_problem.TUNING_SEED} == set(adding_problem.RATES)
+    assert {seed for _, seed in seen if seed != adding_problem.TUNING_SEED} == {0, 1, 2}
+    assert set(settings["batch 64"]["lr"].values()) == {3e-3}
+    assert settings["batch 64"]["at_edge"] == []
+    assert {row.measured for row in rows} == {(0.1, 0.1, 0.1)}
+
+
+def test_the_adding_problem_asks_for_what_backpropagation_solves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solvable, other = adding_problem.CELLS
+
+    def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[float]]:
+        return [[steps, 0.001 if (cell, rule) == (solvable, adding_problem.THEIRS) else 0.1]]
+
+    monkeypatch.setattr(adding_problem, "train", train)
+    rows, _ = adding_problem.measure(_context(tmp_path, quick=False))
+    verdicts = {row.label.partition(":")[0]: row.verdict for row in rows}
+    assert verdicts == {
+        f"{solvable}, {adding_problem.OURS}": "missed",
+        f"{solvable}, {adding_problem.THEIRS}": "reached",
+        f"{other}, {adding_problem.OURS}": "shown",
+        f"{other}, {adding_problem.THEIRS}": "shown",
+    }
+
+
+@pytest.mark.parametrize(
+    ("errors", "verdicts"),
+    [
+        ((1e-4, 1e-4, 0.17), ["missed", "missed", "missed", "shown"]),  # one seed of backpropagation got nowhere
+        ((1e-4, 0.17, 0.17), ["missed", "missed", "shown", "shown"]),
+        ((None, 1e-4, 1e-4), ["missed", "missed", "missed", "shown"]),  # or failed
+        ((None, None, None), ["missed", "missed", "shown", "shown"]),
+    ],
+)
+def test_a_seed_that_fails_takes_no_bound_away(
+    errors: tuple[float | None, ...], verdicts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(cell: str, rule: str, lr: float, seed: int, steps: int) -> list[list[float]]:
+        error = errors[seed % 100] if rule == adding_problem.THEIRS else 0.17
+        return [] if error is None else [[steps, error]]
+
+    monkeypatch.setattr(adding_problem, "train", train)
+    rows, _ = adding_problem.measure(_context(tmp_path, quick=False))
+    assert [row.verdict for row in rows] == verdicts
+
+
+def test_damaged_notes_on_parts_are_named(tmp_path: Path) -> None:
+    (tmp_path / "parts.json").write_text('{"seconds')
+    with pytest.raises(ValueError, match=r"parts\.json' is damaged: .*Remove it"):
+        recipes.get("theorem-3-2").run("theorem-3-2", _context(tmp_path))
+
+
+def test_a_seed_that_failed_in_its_last_sweep_has_no_last_number(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "eval", "rule": "admm", "seed": seed, "step": step, "epoch": float(step), "test_accuracy": step / 100}
+        for seed in (0, 1)
+        for step in range(15 + (seed == 0))
+    ]
+    rows.append({"kind": "failed", "rule": "admm", "seed": 1, "step": 14, "message": "overflow"})
+    rows.insert(16, {"kind": "finished", "rule": "admm", "seed": 0, "step": 15, "epoch": 15.0, "stopped_early": False})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "env.json").write_text("{}")
+    (tmp_path / "config.toml").write_text(
+        'data = "mnist"\nnet = "mlp:8x2"\nepochs = 15.0\nseeds = [0, 1]\n[[rules]]\nname = "admm"\ntitle = "ADMM"\n'
+        "[rules.settings]\nlr = 10.0\nlr_tuned_over = [1.0, 3.0, 10.0]\n"
+    )
+    run = read_run(tmp_path)
+    assert summary(run)["at_edge"] == ["admm"]
+    assert at_epoch(run, "admm", 15.0) == (15.0, pytest.approx(NAN, nan_ok=True))
+    assert at_epoch(run, "admm", 7.0) == (7.000000000000001, 7.000000000000001)
+
+
+def test_an_infinite_error_ends_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adding_problem, "EVERY", 1)
+    monkeypatch.setattr(adding_problem, "TEST_ROWS", 4)
+    whole = adding_problem.adding
+
+    def adding(rows: int, length: int, *, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = whole(rows, 5, generator=generator)
+        return x, y * (1e38 if rows == 4 else 1)
+
+    monkeypatch.setattr(adding_problem, "adding", adding)
+    before = torch.get_rng_state()
+    assert adding_problem.train("GRU, 64 units", "AM-Adam", 1e-3, 0, 3) == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_first_epoch_reads_the_batch_that_it_names(
+    tmp_path: Path, small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", lambda name, progress=None: small)
+    settings = Settings(
+        net="mlp:4x1", rules=("adam",), epochs=2, batch_size=10, seeds=(0, 1), evaluate_every=5, alignment=False,
+        device="cpu",
+    )  # fmt: skip
+    run = compared(_context(tmp_path), "part", settings)
+    rows = [row for row in run.of("eval", "adam", 1) if row["step"] == 15]
+    assert first_epoch.after(run, "adam", 15)[1] == 100 * rows[0]["test_accuracy"]
+    assert all(map(math.isnan, first_epoch.after(run, "adam", 7)))
+
+
+def test_the_lead_is_over_the_better_offline_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = _classes("mnist", (1, 28, 28), 10, rows=2000)
+    monkeypatch.setattr(data, "load", lambda *_, **__: toy)
+    rows, _ = fully_connected.measure(_context(tmp_path))
+    by_label = {row.label: row for row in rows}
+    (lead,) = (row for label, row in by_label.items() if "minus the better offline rule" in label)
+    (ours,) = (row for label, row in by_label.items() if ", AM-Adam, " in label)
+    offline = [row.mean for label, row in by_label.items() if label.endswith("sweeps")]
+    assert len(offline) == 2
+    assert lead.mean == pytest.approx(ours.mean - max(offline))
+
+
+def test_an_interrupted_training_goes_on_with_the_next_step(tmp_path: Path, small: Dataset) -> None:
+    def build() -> Backprop:
+        return Backprop(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.CrossEntropyLoss(), adam(1e-2))
+
+    def go(out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        context = Context(out, True, say)
+        usual: dict[str, Any] = {"seed": 0, "epochs": 3, "batch_size": 50, "schedule": "linear"}
+        return trained(context, "one", build, small, every=1000, **usual)  # by the step, it would be saved at the end
+
+    def stopping(line: str) -> None:
+        if "epoch 1," in line:
+            signal.raise_signal(signal.SIGINT)
+
+    whole = go(tmp_path / "whole", lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "parts", stopping)
+    assert (tmp_path / "parts" / "one.safetensors").is_file()
+    said: list[str] = []
+    parts = go(tmp_path / "parts", said.append)
+    assert [line.split(",")[0][-1] for line in said] == ["2", "3"]
+    assert [row["test_loss"] for row in parts] == [row["test_loss"] for row in whole]

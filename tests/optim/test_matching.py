@@ -1,0 +1,364 @@
+"""Transfer functions, their integrals and matching losses; which transfer is read from an autograd graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import difference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from beyondprop import LocoProp
+from beyondprop.optim.matching import NAMES, Transfer, matching_loss, transfer
+
+CASES: dict[str, Transfer] = {name: transfer(name) for name in NAMES} | {
+    "leaky_relu": transfer("leaky_relu", negative_slope=0.25),
+    "leaky_relu 0": transfer("leaky_relu", negative_slope=0.0),
+    "softplus 2.5": transfer("softplus", beta=2.5, threshold=60.0),
+    "softplus 0.5": transfer("softplus", beta=0.5),
+}
+ELEMENTWISE = {name: f for name, f in CASES.items() if name != "softmax"}
+cases = pytest.mark.parametrize("f", CASES.values(), ids=CASES.keys())
+elementwise = pytest.mark.parametrize("f", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
+
+# What torch calls each of them; softmax over the last dimension.
+TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "leaky_relu": partial(F.leaky_relu, negative_slope=0.25),
+    "leaky_relu 0": F.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "softplus 2.5": partial(F.softplus, beta=2.5, threshold=60.0),
+    "softplus 0.5": partial(F.softplus, beta=0.5),
+    "softmax": partial(torch.softmax, dim=-1),
+}
+
+
+def _draw(*shape: int, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(*shape, dtype=torch.float64)
+
+
+def _grid(low: float, high: float, count: int) -> Tensor:
+    return torch.linspace(low, high, count, dtype=torch.float64).unsqueeze(-1)
+
+
+@cases
+@pytest.mark.parametrize(("scale", "limit"), [(2.0, 1e-12), (30.0, 1e-8)])
+def test_the_gradient_of_the_matching_loss_is_the_difference_of_transfers(
+    f: Transfer, scale: float, limit: float
+) -> None:
+    # Beyond 20 torch's softplus, the integral of sigmoid, is the identity: off by 2e-9.
+    a, z = _draw(7, 5, scale=scale).requires_grad_(), _draw(7, 5, scale=scale)
+    (gradient,) = torch.autograd.grad(matching_loss(a, z, f), a)
+    assert float((gradient - (f.value(a.detach(), -1) - f.value(z, -1))).abs().max()) < limit
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_values_are_torchs(name: str) -> None:
+    z = _draw(7, 5, scale=10.0)
+    assert difference([CASES[name].value(z, -1)], [TORCH[name](z)]) < 5e-16
+    single = z.float()
+    assert difference([CASES[name].value(single, -1)], [TORCH[name](single)]) < 2e-7
+    assert torch.equal(transfer("leaky_relu").value(z, -1), F.leaky_relu(z))  # torch's default slope is ours
+
+
+@cases
+def test_values_may_be_written_over_the_input(f: Transfer) -> None:
+    z = _draw(7, 5)
+    expected = f.value(z, -1)
+    assert torch.equal(f.value_(z.clone(), -1), expected)
+    assert torch.equal(f.value(z, -1), expected)  # `value` itself has written over nothing
+
+
+@cases
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_matching_losses_are_not_negative(f: Transfer, data: st.DataObject) -> None:
+    numbers = st.lists(st.floats(-40, 40), min_size=3, max_size=3)
+    a, z = (torch.tensor([data.draw(numbers)], dtype=torch.float64) for _ in range(2))
+    size = 1 + float(a.abs().max() + z.abs().max())
+    assert float(matching_loss(a, z, f)) >= -1e-9 * size
+    assert float(matching_loss(z, z, f)) == 0
+
+
+@cases
+def test_matching_losses_are_positive_where_outputs_differ(f: Transfer) -> None:
+    a, z = _draw(9, 4).abs() + 0.1, _draw(9, 4).abs() + 0.1
+    for i in range(9):
+        assert float(matching_loss(a[i : i + 1], z[i : i + 1], f)) > 1e-4
+
+
+@elementwise
+def test_transfers_do_not_decrease(f: Transfer) -> None:
+    values = f.value(_grid(-25, 25, 20001), -1).squeeze(-1)
+    assert float(values.diff().min()) > -5e-9  # softplus becomes the identity at its threshold
+    assert float(values.diff().max()) > 0
+
+
+def test_softmax_is_monotone() -> None:
+    f, a, z = transfer("softmax"), _draw(50, 4), _draw(50, 4)
+    assert float(((f.value(a, -1) - f.value(z, -1)) * (a - z)).sum(-1).min()) > 0
+
+
+@cases
+def test_slopes_are_the_second_derivatives_of_integrals(f: Transfer) -> None:
+    z = _draw(8, 5, scale=3.0)
+    z = torch.where(z.abs() < 1e-3, 1.0, z)
+    expected = [torch.autograd.functional.hessian(lambda s: f.integral(s, -1).sum(), row).diagonal() for row in z]  # type: ignore[union-attr]
+    assert float((f.slope(z, -1) - torch.stack(expected)).abs().max()) < 1e-12
+    assert f.slope(z, -1).dtype is torch.float64
+
+
+@elementwise
+def test_integrals_are_integrals(f: Transfer) -> None:
+    # Simpson's rule; 0, where some have a kink, is a node that ends an interval.
+    low, high, count = -9.0, 12.0, 42000
+    z = _grid(low, high, count + 1)
+    weights = torch.full_like(z, 2.0)
+    weights[1::2] = 4.0
+    weights[0] = weights[-1] = 1.0
+    area = float((f.value(z, -1) * weights).sum()) * (high - low) / count / 3
+    ends = f.integral(z[[0, -1]], -1).flatten()
+    assert float(ends[1] - ends[0]) == pytest.approx(area, abs=1e-10)
+
+
+def test_divergences_that_have_a_name() -> None:
+    a, z = _draw(6, 4), _draw(6, 4)
+    assert float(matching_loss(a, z, transfer("identity"))) == pytest.approx(float((a - z).square().sum()) / 2)
+    p, q = torch.softmax(z, -1), torch.softmax(a, -1)
+    assert float(matching_loss(a, z, transfer("softmax"))) == pytest.approx(float((p * (p / q).log()).sum()))
+    p, q = torch.sigmoid(z), torch.sigmoid(a)
+    bernoulli = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert float(matching_loss(a, z, transfer("sigmoid"))) == pytest.approx(float(bernoulli.sum()))
+    assert float(transfer("tanh").integral(a, -1).sub(a.cosh().log()).abs().max()) < 1e-14
+    log_cosh = a.cosh().log() - z.cosh().log() - z.tanh() * (a - z)
+    assert float(matching_loss(a, z, transfer("tanh"))) == pytest.approx(float(log_cosh.sum()))
+
+
+def test_the_integral_of_softplus_is_the_dilogarithm() -> None:
+    k = torch.arange(1, 4000, dtype=torch.float64)
+    for beta, z in ((1.0, 0.0), (2.5, -0.4), (0.5, -3.0)):
+        q = math.exp(beta * z)
+        series = (-((-q) ** k) / k**2).sum() / beta**2
+        f = transfer("softplus", beta=beta)
+        assert float(f.integral(torch.tensor([z], dtype=torch.float64), -1)) == pytest.approx(float(series), abs=1e-7)
+
+
+def test_only_softmax_looks_at_the_dimension() -> None:
+    z = _draw(3, 4, 5)
+    for name, f in CASES.items():
+        other, last = f.value(z, 1), f.value(z.movedim(1, -1), -1).movedim(-1, 1)
+        assert torch.allclose(other, last, rtol=0, atol=1e-15), name
+        assert torch.allclose(f.slope(z, 1), f.slope(z.movedim(1, -1), -1).movedim(-1, 1), rtol=0, atol=1e-15), name
+        a = z.flip(0)
+        ours = float(matching_loss(a, z, f, dim=1))
+        assert ours == pytest.approx(float(matching_loss(a.movedim(1, -1), z.movedim(1, -1), f)), rel=1e-12), name
+    assert float(transfer("softmax").value(z, 1).sum(1).sub(1).abs().max()) < 1e-14
+
+
+@pytest.mark.parametrize(("name", "form"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_gelu_is_torchs_right_of_its_minimum_and_constant_left_of_it(name: str, form: str) -> None:
+    f = transfer(name)
+    grid = torch.linspace(-1, 0, 1_000_001, dtype=torch.float64)
+    lowest = F.gelu(grid, approximate=form).min()
+    minimum = float(grid[F.gelu(grid, approximate=form).argmin()])
+    right, left = _grid(minimum + 1e-5, 15, 1001), _grid(-15, minimum - 1e-5, 1001)
+    assert torch.equal(f.value(right, -1), F.gelu(right, approximate=form))
+    assert float((f.value(left, -1) - lowest).abs().max()) < 1e-12
+    assert float(f.slope(left, -1).abs().max()) == 0
+    assert float(f.slope(right, -1).min()) > 0
+
+
+@cases
+@pytest.mark.parametrize("size", [90.0, 1e4])
+def test_nothing_overflows_in_single_precision(f: Transfer, size: float) -> None:
+    a = torch.tensor([[size, -size, 0.5]], requires_grad=True)
+    z = torch.tensor([[-size, size, -0.5]])
+    for point in (a.detach(), z):
+        assert bool(f.value(point, -1).isfinite().all())
+        assert bool(f.slope(point, -1).isfinite().all())
+        assert bool(f.integral(point, -1).isfinite().all())
+    loss = matching_loss(a, z, f)
+    (gradient,) = torch.autograd.grad(loss, a)
+    assert bool(loss.isfinite())
+    assert loss.dtype is torch.float32
+    assert torch.allclose(gradient, f.value(a, -1).detach() - f.value(z, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_integrals_grow_as_they_should_in_single_precision() -> None:
+    z = torch.tensor([1e4, -1e4])
+    for name, expected in (("tanh", [1e4, 1e4]), ("sigmoid", [1e4, 0.0]), ("softplus", [5e7, 0.0])):
+        assert transfer(name).integral(z, -1).tolist() == pytest.approx(expected, rel=1e-4), name
+    assert float(transfer("softmax").integral(z, -1)) == pytest.approx(1e4)
+
+
+def test_what_there_is_not_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"transfer must be one of 'identity', .*'softmax', got 'mish'"):
+        transfer("mish")
+    with pytest.raises(ValueError, match=r"negative_slope must be >= 0 .*got -0\.1"):
+        transfer("leaky_relu", negative_slope=-0.1)
+    assert [name for name in NAMES if transfer(name).is_identity] == ["identity"]
+
+
+# What follows a layer, read from the graph of the first backward pass.
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "relu": (F.relu, "relu"),
+    "nn.ReLU": (nn.ReLU(), "relu"),
+    "nn.ReLU in place": (nn.ReLU(inplace=True), "relu"),
+    "tanh": (torch.tanh, "tanh"),
+    "Tensor.tanh": (Tensor.tanh, "tanh"),
+    "nn.Tanh": (nn.Tanh(), "tanh"),
+    "sigmoid": (torch.sigmoid, "sigmoid"),
+    "nn.Sigmoid": (nn.Sigmoid(), "sigmoid"),
+    "leaky_relu": (partial(F.leaky_relu, negative_slope=0.2), "leaky_relu"),
+    "nn.LeakyReLU": (nn.LeakyReLU(0.2), "leaky_relu"),
+    "tanh in place": (Tensor.tanh_, "tanh"),
+    "sigmoid in place": (Tensor.sigmoid_, "sigmoid"),
+    "softplus": (partial(F.softplus, beta=2.0, threshold=9.0), "softplus"),
+    "nn.Softplus": (nn.Softplus(beta=2.0, threshold=9.0), "softplus"),
+    "gelu": (F.gelu, "gelu"),
+    "nn.GELU": (nn.GELU(), "gelu"),
+    "gelu tanh": (partial(F.gelu, approximate="tanh"), "gelu_tanh"),
+    "softmax": (partial(torch.softmax, dim=-1), "softmax"),
+    "log_softmax": (partial(F.log_softmax, dim=-1), "softmax"),
+    "softmax over the batch": (partial(torch.softmax, dim=0), "identity"),
+    "dropout": (partial(F.dropout, p=0.5), "identity"),
+    "hardtanh": (F.hardtanh, "identity"),
+    "silu": (F.silu, "identity"),
+    "layer_norm": (lambda z: F.layer_norm(z, z.shape[-1:]), "identity"),
+    "negative": (lambda z: torch.relu(-z), "identity"),
+    "scaled": (lambda z: torch.tanh(2 * z), "identity"),
+    "view": (lambda z: torch.tanh(z.view(-1)), "tanh"),
+    "transpose and unsqueeze": (lambda z: z.t().unsqueeze(0).permute(2, 0, 1).relu(), "relu"),
+    "two of the same": (lambda z: torch.relu(z) + torch.relu(z), "identity"),
+    "a skip": (lambda z: z + torch.tanh(z), "identity"),
+    "a reshape with two users": (lambda z: (lambda v: v.tanh() * v.relu())(z.view(-1)), "identity"),
+}
+
+
+class _Then(nn.Module):
+    """A layer, then any function."""
+
+    def __init__(self, layer: nn.Module, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.then = layer, [then]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then[0](self.layer(x))
+
+
+def _found(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], **settings: Any) -> LocoProp:
+    optimizer = LocoProp(model, **settings)
+    loss(model(x)).backward()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_follows_a_linear_layer_is_found(name: str) -> None:
+    then, expected = ACTIVATIONS[name]
+    model = _Then(nn.Linear(4, 5), then)
+    optimizer = _found(model, torch.randn(6, 4), lambda out: (out * out.detach().cos()).sum())
+    assert optimizer.transfers == {"layer": expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("leaky_relu", {"negative_slope": 0.2}), ("softplus", {"beta": 2.0, "threshold": 9.0})],
+)
+def test_settings_of_what_follows_are_found(name: str, kwargs: dict[str, float]) -> None:
+    then, _ = ACTIVATIONS[name]
+    optimizer = _found(_Then(nn.Linear(4, 5), then), torch.randn(6, 4), Tensor.sum)
+    z = _grid(-3, 8, 101)
+    assert torch.equal(optimizer._transfers["layer"].value(z, -1), transfer(name, **kwargs).value(z, -1))
+
+
+LABELS = torch.tensor([0, 2, 1, 0, 4, 3])
+LOSSES: dict[str, tuple[nn.Module, tuple[int, ...], Callable[[Tensor], Tensor], str]] = {
+    "cross-entropy": (nn.Linear(4, 5), (6, 4), lambda z: F.cross_entropy(z, LABELS), "softmax"),
+    "smoothed": (nn.Linear(4, 5), (6, 4), lambda z: F.cross_entropy(z, LABELS, label_smoothing=0.1), "softmax"),
+    "soft labels": (nn.Linear(4, 5), (6, 4), lambda z: F.cross_entropy(z, torch.ones(6, 5) / 5), "softmax"),
+    "tokens": (nn.Linear(4, 5), (2, 3, 4), lambda z: F.cross_entropy(z.view(-1, 5), LABELS), "softmax"),
+    "tokens, classes second": (
+        nn.Linear(4, 5),
+        (2, 3, 4),
+        lambda z: F.cross_entropy(z.transpose(1, 2), LABELS.view(2, 3)),
+        "softmax",
+    ),
+    "tokens without the first": (
+        nn.Linear(4, 5),
+        (2, 4, 4),
+        lambda z: F.cross_entropy(z[:, 1:].reshape(-1, 5), LABELS),
+        "identity",
+    ),
+    "segmentation": (
+        nn.Conv2d(1, 5, 3, padding=1),
+        (1, 1, 2, 3),
+        lambda z: F.cross_entropy(z, LABELS.view(1, 2, 3)),
+        "softmax",
+    ),
+    "softmax over channels": (nn.Conv2d(1, 5, 1), (2, 1, 3, 3), lambda z: z.softmax(1)[:, 0].sum(), "softmax"),
+    "softmax over width": (nn.Conv2d(1, 5, 1), (2, 1, 3, 3), lambda z: z.softmax(3)[..., 0].sum(), "identity"),
+    "binary": (
+        nn.Linear(4, 5),
+        (6, 4),
+        lambda z: F.binary_cross_entropy_with_logits(z, torch.full((6, 5), 0.3)),
+        "sigmoid",
+    ),
+    "squared": (nn.Linear(4, 5), (6, 4), lambda z: F.mse_loss(z, torch.ones(6, 5)), "identity"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_transfers_too(name: str) -> None:
+    layer, shape, loss, expected = LOSSES[name]
+    assert _found(nn.Sequential(layer), torch.randn(shape), loss).transfers == {"0": expected}
+
+
+def test_a_whole_net_is_read_at_once() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True)),
+        *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 8), nn.Unflatten(1, (2, 4)), nn.Sigmoid(), nn.Flatten()),
+        nn.Linear(8, 5),
+    )
+    x = torch.randn(6, 1, 8, 8)
+    optimizer = _found(model, x, lambda z: F.cross_entropy(z, LABELS))
+    assert optimizer.transfers == {"0": "identity", "3": "relu", "7": "sigmoid", "11": "softmax"}
+    optimizer.step()
+    model[2] = nn.Tanh()  # type: ignore[index]
+    F.cross_entropy(model(x), LABELS).backward()
+    assert optimizer.transfers["0"] == "identity"  # only the first backward pass is looked at
+
+
+def test_calls_that_disagree_have_no_transfer() -> None:
+    class Twice(nn.Module):
+        def __init__(self, second: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.layer, self.second = nn.Linear(4, 4), second
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.layer(torch.tanh(self.layer(x))))
+
+    for second, expected in ((torch.tanh, "tanh"), (torch.relu, "identity")):
+        assert _found(Twice(second), torch.randn(3, 4), Tensor.sum).transfers == {"layer": expected}
+
+
+def test_transfers_can_be_given_by_name_and_pattern() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 2))
+    own = transfer("leaky_relu", negative_slope=0.3)
+    optimizer = _found(model, torch.randn(3, 4), Tensor.sum, transfer={"0.*": "sigmoid", "0.2": own})
+    assert optimizer.transfers == {"0.0": "sigmoid", "0.2": "leaky_relu", "2": "identity"}
+    assert optimizer._transfers["0.2"] is own
+    with pytest.raises(ValueError, match=r"transfer has 'head', which fits no captured layer; these are \['0\.0', "):
+        LocoProp(model, transfer={"head": "tanh"})
+    with pytest.raises(ValueError, match=r"transfer must be one of .*got 'elu'"):
+        LocoProp(model, transfer={"2": "elu"})
