@@ -35,23 +35,23 @@ def _problem(width: int, out: int, damping: float, loss: str | None = None, norm
         trace = Chain(model).record(x, push=True)
         stage = trace[1]
         point = None
-        wish = torch.randn_like(stage.output)
+        delta = torch.randn_like(stage.output)
         if loss is not None:
             function, targets = LOSSES[loss]
             point = OutputLoss(function).at(stage.output, targets(y))
-            wish = point.cotangent.neg()
-        return CodeProblem(stage, wish, stage(wish), damping, point, normalize)
+            delta = point.cotangent.neg()
+        return CodeProblem(stage, delta, stage(delta), damping, point, normalize)
 
 
 def _systems(problem: CodeProblem) -> tuple[Tensor, Tensor]:
-    """`J^T H J + damping I` and `J^T wish` of every sample, from autograd's own Jacobian and Hessian."""
+    """`J^T H J + damping I` and `J^T delta` of every sample, from autograd's own Jacobian and Hessian."""
     j = jacobian(problem.stage.stage.forward, problem.stage.input)
     h = torch.eye(j.shape[1], dtype=j.dtype).expand(len(j), -1, -1)
     if problem.loss is not None:
         eye = torch.eye(j.shape[1], dtype=j.dtype)
         h = torch.stack([problem.loss.hessian(e.expand(len(j), -1)) for e in eye], -1)
     system = j.mT @ h @ j + problem.damping * torch.eye(j.shape[2], dtype=j.dtype)
-    return system, (j.mT @ problem.wish.unsqueeze(-1)).squeeze(-1)
+    return system, (j.mT @ problem.delta.unsqueeze(-1)).squeeze(-1)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 50.0])
@@ -77,7 +77,7 @@ def test_exact_solves_the_top_problem(width: int, loss: str, mu: float) -> None:
 def test_exact_without_damping_is_the_pseudo_inverse(width: int, out: int) -> None:
     problem = _problem(width, out, 0.0)
     j = jacobian(problem.stage.stage.forward, problem.stage.input)
-    expected = (torch.linalg.pinv(j) @ problem.wish.unsqueeze(-1)).squeeze(-1)
+    expected = (torch.linalg.pinv(j) @ problem.delta.unsqueeze(-1)).squeeze(-1)
     assert relative(code_solvers.exact()(problem), expected) < 1e-8
 
 
@@ -85,13 +85,13 @@ def test_exact_works_on_images() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(8, 3)).double()
     with torch.no_grad():
         stage = Chain(model).record(torch.randn(3, 1, 5, 5, dtype=torch.float64), push=True)[1]
-        wish = torch.randn_like(stage.output)
-        problem = CodeProblem(stage, wish, stage(wish), 0.5, None)
+        delta = torch.randn_like(stage.output)
+        problem = CodeProblem(stage, delta, stage(delta), 0.5, None)
         d = code_solvers.exact()(problem)
     assert d.shape == stage.input.shape
     j = jacobian(stage.stage.forward, stage.input)
     system = j.mT @ j + 0.5 * torch.eye(18, dtype=j.dtype)
-    right = (j.mT @ wish.flatten(1).unsqueeze(-1)).squeeze(-1)
+    right = (j.mT @ delta.flatten(1).unsqueeze(-1)).squeeze(-1)
     assert relative(d.flatten(1), torch.linalg.solve(system, right)) < 1e-10
 
 
@@ -162,14 +162,14 @@ def test_normalize_keeps_the_size_and_the_direction_of_each(solver: Any, loss: s
 
 @pytest.mark.parametrize("name", ["line_search", "cg", "exact", "momentum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_samples_without_a_wish_stay_where_they_are(name: str, dtype: torch.dtype) -> None:
+def test_samples_without_a_delta_stay_where_they_are(name: str, dtype: torch.dtype) -> None:
     solver = code_solvers.momentum(3, 0.1) if name == "momentum" else code_solvers.BY_NAME[name]()
     model = mlp(4, 5, 3).to(dtype)
     with torch.no_grad():
         stage = Chain(model).record(torch.randn(6, 4, dtype=dtype), push=True)[1]
-        wish = torch.randn_like(stage.output)
-        wish[2:4] = 0.0
-        for w in (wish, torch.zeros_like(wish)):
+        delta = torch.randn_like(stage.output)
+        delta[2:4] = 0.0
+        for w in (delta, torch.zeros_like(delta)):
             for damping in (1.0, 0.0) if name != "momentum" else (1.0,):
                 for normalize in (False, True):
                     d = solver(CodeProblem(stage, w, stage(w), damping, None, normalize))
@@ -183,15 +183,15 @@ def test_a_batch_that_is_normalised_together_is_one_system() -> None:
     with torch.no_grad():
         stage = Chain(model).record(torch.randn(5, 4, dtype=torch.float64), push=True)[1]
         assert stage.stage.couples_batch
-        wish = torch.randn_like(stage.output)
-        d = code_solvers.cg(15)(CodeProblem(stage, wish, stage(wish), 0.5, None))
+        delta = torch.randn_like(stage.output)
+        d = code_solvers.cg(15)(CodeProblem(stage, delta, stage(delta), 0.5, None))
     twin = nn.Sequential(*stage.stage.modules)
     full = torch.autograd.functional.jacobian(twin, stage.input).reshape(20, 15)  # type: ignore[union-attr]
-    expected = torch.linalg.solve(full.T @ full + 0.5 * torch.eye(15, dtype=full.dtype), full.T @ wish.flatten())
+    expected = torch.linalg.solve(full.T @ full + 0.5 * torch.eye(15, dtype=full.dtype), full.T @ delta.flatten())
     assert relative(d.flatten(), expected) < 1e-8
 
 
-def test_a_concave_loss_gives_finite_wishes() -> None:
+def test_a_concave_loss_gives_finite_deltas() -> None:
     torch.manual_seed(0)
     model = mlp(4, 8, 3).double()
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
@@ -199,10 +199,10 @@ def test_a_concave_loss_gives_finite_wishes() -> None:
         model[2].weight.mul_(5)  # type: ignore[operator]
         stage = Chain(model).record(x, push=True)[1]
         point = OutputLoss(lambda o, t: -(torch.exp(-(o - t).square().sum(1))).mean()).at(stage.output, y)
-        wish = point.cotangent.neg()
+        delta = point.cotangent.neg()
         for solver in (code_solvers.line_search, code_solvers.cg(3)):
-            d = solver(CodeProblem(stage, wish, stage(wish), 1e-3, point))
-            assert float(d.norm()) < 1e6 * float(wish.norm())
+            d = solver(CodeProblem(stage, delta, stage(delta), 1e-3, point))
+            assert float(d.norm()) < 1e6 * float(delta.norm())
 
 
 @pytest.mark.parametrize("mu_below", [False, True])
@@ -211,9 +211,9 @@ def test_the_lenet_code_divides_the_upper_term_of_every_code_by_mu(mu_below: boo
     model = mlp(4, 8, 3).double()
     with torch.no_grad():
         stage = Chain(model).record(torch.randn(6, 4, dtype=torch.float64))[1]
-        wish = torch.randn_like(stage.output)
+        delta = torch.randn_like(stage.output)
         solver = code_solvers.momentum(1, 0.5, momentum=0.0, mu_below=mu_below)
-        d = solver(CodeProblem(stage, wish, stage(wish), 1.0, None, mu=0.01))
-        # One step of 0.5 on mean((wish - J d)^2) [/ mu] + mean(d^2), from d = 0.
-        expected = 0.5 * (2 / wish.numel()) * stage(wish) / (0.01 if mu_below else 1.0)
+        d = solver(CodeProblem(stage, delta, stage(delta), 1.0, None, mu=0.01))
+        # One step of 0.5 on mean((delta - J d)^2) [/ mu] + mean(d^2), from d = 0.
+        expected = 0.5 * (2 / delta.numel()) * stage(delta) / (0.01 if mu_below else 1.0)
     torch.testing.assert_close(d, expected, rtol=1e-12, atol=0)

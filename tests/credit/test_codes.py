@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from beyondprop import AltMin, CodeProblem, Codes
+from beyondprop import AltMin, CodeProblem, Codes, Descent, LocalRule
 from beyondprop.credit import code_solvers
 from beyondprop.stages.losses import OutputLoss
 
@@ -62,7 +62,7 @@ def test_stages_with_and_without_closed_forms_agree() -> None:
 
 
 @pytest.mark.parametrize("damping", [1.0, 1e-3])
-def test_rows_without_a_wish_do_not_shrink_the_others(damping: float) -> None:
+def test_rows_without_a_delta_do_not_shrink_the_others(damping: float) -> None:
     x, y = blobs(12, dtype=torch.float64)
     model = mlp(6, 8, 8, 3, activation="tanh").double()
     loss = nn.CrossEntropyLoss(ignore_index=-100, reduction="sum")
@@ -204,3 +204,20 @@ def test_a_schedule_of_mu_that_would_do_nothing_is_refused(changes: dict[str, fl
 def test_output_loss_is_reused_at_moved_outputs() -> None:
     point = OutputLoss(nn.MSELoss()).at(torch.zeros(2, 2), torch.ones(2, 2))
     assert float(point.again(torch.ones(2, 2)).value) == 0.0
+
+
+def test_mu_grows_in_every_rule_that_holds_codes() -> None:
+    """The growth is the credit's own: `AltMin` and any other pair with `Codes` advance it alike, and resume it."""
+    codes = Codes(mu=0.01, mu_growth=1.5, mu_limit=0.02)
+    rule = LocalRule(mlp(6, 5, 3), nn.CrossEntropyLoss(), codes, Descent(SGD))
+    seen = []
+    for _ in range(3):
+        rule.end_epoch()
+        seen.append(codes.mu)
+    assert seen == pytest.approx([0.015, 0.02, 0.02])
+    again = LocalRule(mlp(6, 5, 3), nn.CrossEntropyLoss(), Codes(mu=0.01), Descent(SGD))
+    again.load_state_dict(rule.state_dict())
+    assert again.credit.state_dict() == {"mu": 0.02}
+    above = Codes(mu=0.1, mu_growth=2.0, mu_limit=0.05)
+    above.end_epoch()
+    assert above.mu == 0.1  # the limit ends the growth, and takes nothing back

@@ -138,7 +138,7 @@ def test_a_large_share_is_the_gradient() -> None:
 
 @pytest.mark.parametrize("form", ["closed", "autograd"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_rows_and_batches_without_a_wish_get_none(solver: str, form: str) -> None:
+def test_rows_and_batches_without_a_delta_get_none(solver: str, form: str) -> None:
     x, y = blobs(8, dtype=torch.float64)
     loss = nn.CrossEntropyLoss(ignore_index=-100, reduction="sum")
     none, half = torch.full_like(y, -100), y.clone()
@@ -155,11 +155,11 @@ def test_time_steps_inside_a_recurrent_layer_keep_the_published_damping() -> Non
     torch.manual_seed(0)
     model = nn.Sequential(bnn.Recurrent(bnn.ElmanCell(3, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.randn(6, 5, 3, dtype=torch.float64), torch.randint(3, (6,))
-    wish = torch.randn(6, 4, dtype=torch.float64)
+    delta = torch.randn(6, 4, dtype=torch.float64)
 
     def swept(damping: Any) -> Tensor:
         pullback: Any = assignments(model, LOSS, Codes(damping=damping), x, y)[-1].pullback
-        return torch.stack(pullback.sweep(wish), 1)
+        return torch.stack(pullback.sweep(delta), 1)
 
     assert torch.equal(swept(RelativeDamping(4.0)), swept(1.0))
     assert not torch.allclose(swept(7.0), swept(1.0))
@@ -196,7 +196,7 @@ def test_the_default_is_the_same_wherever_none_is_given() -> None:
     model = mlp(6, 5, 3)
     assert AltMin(model, LOSS).credit.damping is None
     assert Codes().damping is None
-    published = registry.get("am-adam-unit").build(model, LOSS, 1e-3)
+    published = registry.rules.get("am-adam-unit").build(model, LOSS, 1e-3)
     assert isinstance(published, AltMin)
     assert published.credit.damping == 1.0
 

@@ -59,7 +59,7 @@ def _apply(weight: Tensor, feedback: Tensor | None, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("cell", list(CELLS))
 @pytest.mark.parametrize("outputs", ["last", "all"])
 @pytest.mark.parametrize("is_first", [True, False])
-def test_wishes_go_back_through_time_by_the_feedback(cell: str, outputs: str, is_first: bool) -> None:
+def test_deltas_go_back_through_time_by_the_feedback(cell: str, outputs: str, is_first: bool) -> None:
     build, advance = CELLS[cell]
     layer = Recurrent(build(3, 6), outputs)
     below = [] if is_first else [nn.Linear(3, 3), nn.Tanh()]
@@ -93,7 +93,7 @@ def test_wishes_go_back_through_time_by_the_feedback(cell: str, outputs: str, is
 
 
 class _Twice(nn.Linear):
-    """A Linear that is used twice: a wish at its second use goes down through it."""
+    """A Linear that is used twice: a delta at its second use goes down through it."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(torch.tanh(super().forward(input)))
@@ -120,7 +120,7 @@ def test_only_what_the_input_alone_meets_has_no_feedback_in_the_first_stage() ->
 
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_gains_and_tables_have_no_feedback(is_closed: bool) -> None:
-    """They scale or shift each unit by itself; whatever the stage is made of, wishes meet the gains as they are."""
+    """They scale or shift each unit by itself; whatever the stage is made of, deltas meet the gains as they are."""
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.LayerNorm([4, 4, 4]),
         nn.Tanh() if is_closed else nn.Softsign(), nn.Flatten(2), Positions(4, 16), nn.Linear(16, 3), nn.Flatten(),

@@ -32,7 +32,7 @@ def _mlp(seed: int) -> nn.Sequential:
 @seeds
 def test_digits(kind: Any, seed: int) -> None:
     history = fit(_rule(kind, seed, _mlp(seed)), load("digits"), epochs=12, batch_size=50, seed=seed)
-    assert history.evaluations[-1]["test_accuracy"] > 0.94
+    assert history.evaluations[-1]["accuracy"] > 0.94
 
 
 @both
@@ -46,7 +46,7 @@ def test_the_lower_layers_learn(kind: Any, seed: int) -> None:
         for layer in (model[1], model[3]):
             layer.requires_grad_(trains)
         history = fit(_rule(kind, seed, model, 1e-2), load("digits"), epochs=6, batch_size=50, seed=seed)
-        losses.append(history.evaluations[-1]["test_loss"])
+        losses.append(history.evaluations[-1]["loss"])
     assert losses[0] < 0.6 * losses[1]
 
 
@@ -73,4 +73,4 @@ def test_convolutions_on_digits(kind: Any) -> None:
     torch.manual_seed(0)
     model = nets.build("conv:8x2:tanh", (1, 8, 8), 10)
     history = fit(_rule(kind, 0, model), load("digits"), epochs=6, batch_size=50)
-    assert history.evaluations[-1]["test_accuracy"] > 0.88
+    assert history.evaluations[-1]["accuracy"] > 0.88

@@ -75,8 +75,8 @@ def test_targets_are_those_written_out(kind: Any) -> None:
     assert equal(below, found[1].delta)
 
 
-def test_exact_inverses_bring_the_wish_about() -> None:
-    """Where g is f's inverse, both rules agree, and a moved input moves the output by the wish."""
+def test_exact_inverses_bring_the_delta_about() -> None:
+    """Where g is f's inverse, both rules agree, and a moved input moves the output by the delta."""
     model = mlp(5, 5, 5, 5, 3, activation="tanh").double()
     for layer in model:
         if isinstance(layer, nn.Linear) and layer.out_features == 5:
@@ -115,8 +115,8 @@ def test_the_difference_cancels_what_the_inverse_gets_wrong() -> None:
     with torch.no_grad():
         trace = chain.record(x)
         nothing = torch.zeros_like(trace[2].output)
-        assert not bool(difference._below(2, trace[2], nothing).any())
-        wrong = plain._below(2, trace[2], nothing)
+        assert not bool(difference.below(2, trace[2], nothing, None).any())
+        wrong = plain.below(2, trace[2], nothing, None)
     layer: Any = plain.inverses["4"]
     assert relative(wrong, layer(trace[2].output) - trace[2].input) < 1e-12
     assert float(wrong.abs().max()) > 0.1
@@ -260,7 +260,7 @@ def test_autocast_leaves_differences_whole() -> None:
     model = nets.build("conv:4x3:tanh", (1, 8, 8), 3)
     recorders = []
     for enabled in (False, True):
-        credit = DifferenceTargetPropagation(step_size=1e-3)  # a wish that bfloat16 cannot tell from its output
+        credit = DifferenceTargetPropagation(step_size=1e-3)  # a delta that bfloat16 cannot tell from its output
         recorder = Recorder(credit)
         recorder.bind = credit.bind  # type: ignore[method-assign]
         rule = LocalRule(copy.deepcopy(model), CE, recorder, Descent(), cuts=activation_cuts(model))

@@ -88,7 +88,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(training: str, sto
         for p in other._parameters:
             p.zero_()
     again = fit(other, _data(), **call, resume=load_checkpoint(path)).evaluations
-    assert [r["test_loss"] for r in rows][-len(again) :] == [r["test_loss"] for r in again]
+    assert [r["loss"] for r in rows][-len(again) :] == [r["loss"] for r in again]
     assert equal(whole.state_dict(), other.state_dict())
     assert equal(whole.model.state_dict(), other.model.state_dict())
     assert whole.credit.epoch == 3

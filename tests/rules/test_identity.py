@@ -190,12 +190,12 @@ def test_integers_into_an_embedding() -> None:
     _agree(model, nn.CrossEntropyLoss(), batches)
 
 
-def test_new_inputs_without_wishes_below_are_old_inputs() -> None:
+def test_new_inputs_without_deltas_below_are_old_inputs() -> None:
     """The published order differs from the parallel one only where codes move."""
     (x, y), *_ = _vectors()
     models = [mlp(6, 7, 5, 3).double()]
     models.append(copy.deepcopy(models[0]))
     for model, inputs in zip(models, ("old", "new"), strict=True):
-        # A trust region so tight that codes stay, weights step on what is left of their wishes: the top's alone.
+        # A trust region so tight that codes stay, weights step on what is left of their deltas: the top's alone.
         AltMin(model, nn.CrossEntropyLoss(), SGD, mu=1e12, normalize=False, weight_inputs=inputs).step(x, y)
     assert difference(models[0].parameters(), models[1].parameters()) < 1e-10

@@ -12,15 +12,15 @@ from helpers import SGD, blobs, equal, images, mixed, mlp, rule_state, state, tr
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Descent, LearningRule, Memory, NonFiniteError
-from beyondprop.lab.registry import get, names
+from beyondprop.lab import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::beyondprop.FrozenStageWarning")
-online = [n for n in names() if not get(n).whole_set]
+online = [n for n in registry.rules.names() if not registry.rules.get(n).whole_set]
 every_rule = pytest.mark.parametrize("name", online)
 
 
 def _rule(name: str, model: nn.Module | None = None) -> LearningRule:
-    return get(name).build(model or mixed(), nn.CrossEntropyLoss(), get(name).lr)
+    return registry.rules.get(name).build(model or mixed(), nn.CrossEntropyLoss(), registry.rules.get(name).lr)
 
 
 def _refuses(rule: LearningRule, x: Tensor, y: Tensor, message: str) -> NonFiniteError:
@@ -234,7 +234,7 @@ def test_images_with_an_infinite_pixel() -> None:
     assert _refuses(AltMin(model, nn.CrossEntropyLoss()), x, y, "^x is not finite").where == "x"
 
 
-# The published settings divide wishes by the features, which keeps these gradients below the overflow.
+# The published settings divide deltas by the features, which keeps these gradients below the overflow.
 @pytest.mark.parametrize("name", [n for n in online if "paper" not in n])
 def test_gradients_that_overflow_under_a_finite_loss(name: str) -> None:
     model = mlp(6, 5, 3, activation="tanh")

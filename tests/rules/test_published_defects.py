@@ -25,7 +25,7 @@ def _images(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(64, 1, 28, 28, generator=generator), torch.randint(10, (64,), generator=generator)
 
 
-def test_wishes_reach_the_first_layer() -> None:
+def test_deltas_reach_the_first_layer() -> None:
     """The published LeNet leaves its first convolution bit-identical: codes are stored whole, penalties are means."""
     torch.manual_seed(0)
     model = nets.build("lenet5", (1, 28, 28), 10)

@@ -160,7 +160,7 @@ def test_a_stage_returns_one_tensor_of_the_batch(block: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("spec", "shape", "message"),
     [
-        ("mlp", (4,), "net must be one of"),
+        ("mlp", (4,), "must be WIDTHxDEPTH"),
         ("vgg:16", (4,), "net must be one of .*got 'vgg:16'"),
         ("mlp:100", (4,), "'100' must be WIDTHxDEPTH"),
         ("mlp:0x2", (4,), "both >= 1"),

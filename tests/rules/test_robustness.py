@@ -143,12 +143,12 @@ def test_many_rows_are_evaluated_as_one_batch(weight: Any, reduction: str) -> No
     loss = nn.CrossEntropyLoss(weight, reduction=reduction)
     x = torch.randn(3000, 2, dtype=torch.float64)
     y = torch.cat([torch.full((1030,), -100), torch.zeros(700).long(), torch.ones(1270).long()])
-    found = evaluate(model, loss, x, y)
+    found = evaluate(model, (x, y), loss)
     with torch.no_grad():
         output = model(x)
     whole = loss(output, y)
-    assert found.loss == pytest.approx(float(whole if reduction == "mean" else whole / len(x)), rel=1e-12)
-    assert found.accuracy == pytest.approx(float((output.argmax(1) == y)[1030:].double().mean()), rel=1e-12)
+    assert found["loss"] == pytest.approx(float(whole if reduction == "mean" else whole / len(x)), rel=1e-12)
+    assert found["accuracy"] == pytest.approx(float((output.argmax(1) == y)[1030:].double().mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("change", ["hook", "prune", "parametrize", "assign"])

@@ -12,7 +12,7 @@ from helpers import blobs, convnet, equal, images, mixed, mlp, relative, rnn, ru
 from torch import Tensor, nn
 
 from beyondprop import AffineProjection, Backprop, LearningRule, LocoProp
-from beyondprop.lab.registry import get, names
+from beyondprop.lab import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::beyondprop.FrozenStageWarning")
 
@@ -28,7 +28,7 @@ RATES = {"sgd": 0.03, "am-sgd": 0.03, "fa": 0.01, "dfa": 0.01}
 
 def _rule(name: str, net: str = "mlp", **changes: Any) -> LearningRule:
     torch.manual_seed(2)
-    spec = get(name)
+    spec = registry.rules.get(name)
     return spec.build(NETS[net][0](), nn.CrossEntropyLoss(), changes.get("lr", spec.lr))
 
 
@@ -51,14 +51,14 @@ def _captures(rule: LearningRule) -> bool:
 
 
 # Rules that keep codes for a whole set have a contract of their own, in test_offline.py.
-every_rule = pytest.mark.parametrize("name", [n for n in names() if not get(n).whole_set])
+every_rule = pytest.mark.parametrize("name", [n for n in registry.rules.names() if not registry.rules.get(n).whole_set])
 every_net = pytest.mark.parametrize("net", ["mlp", "conv"])
 
 
 @every_rule
 @every_net
 def test_the_loss_falls(name: str, net: str) -> None:
-    rule = _rule(name, net, lr=RATES.get(name, get(name).lr))
+    rule = _rule(name, net, lr=RATES.get(name, registry.rules.get(name).lr))
     # The published code steps divide by the batch size, so that small batches make them too long.
     losses = train(rule, _batches(net, rows=48) * 20)
     assert sum(losses[-4:]) < 0.4 * sum(losses[:4])
@@ -129,7 +129,9 @@ def test_schedulers_change_the_update(name: str) -> None:
     for factor in (1.0, 0.5):
         # Later local steps see what the earlier ones did, so that only small steps are proportional to their rate.
         torch.manual_seed(2)
-        rule = get(name).build(mixed().double(), nn.CrossEntropyLoss(), 1e-4 * get(name).lr)
+        rule = registry.rules.get(name).build(
+            mixed().double(), nn.CrossEntropyLoss(), 1e-4 * registry.rules.get(name).lr
+        )
         schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step, f=factor: f) for o in rule.optimizers]
         before = state(rule.model)
         torch.manual_seed(3)
@@ -144,7 +146,7 @@ def test_schedulers_change_the_update(name: str) -> None:
 
 @every_rule
 def test_one_sample_and_a_ragged_last_batch(name: str) -> None:
-    spec = get(name)
+    spec = registry.rules.get(name)
     rule = spec.build(mlp(6, 8, 8, 3, activation="tanh"), nn.CrossEntropyLoss(), 0.01)
     x, y = blobs(8)
     for rows in (1, 5, 1, 2):
@@ -157,7 +159,7 @@ def test_one_sample_and_a_ragged_last_batch(name: str) -> None:
 @every_net
 def test_float32_agrees_with_float64(name: str, net: str) -> None:
     fine, coarse = _rule(name, net).model.double(), _rule(name, net).model
-    spec = get(name)
+    spec = registry.rules.get(name)
     rules = [spec.build(m, nn.CrossEntropyLoss(), 1e-2 if "mem" not in name else 0.1) for m in (fine, coarse)]
     for module in (*fine.modules(), *coarse.modules()):
         if isinstance(module, nn.Dropout):
@@ -179,7 +181,7 @@ def test_a_seed_repeats_and_another_differs(name: str, net: str) -> None:
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        rule = get(name).build(NETS[net][0](), nn.CrossEntropyLoss(), get(name).lr)
+        rule = registry.rules.get(name).build(NETS[net][0](), nn.CrossEntropyLoss(), registry.rules.get(name).lr)
         train(rule, _batches(net))
         runs.append(state(rule.model))
     assert equal(runs[0], runs[1])
@@ -235,7 +237,7 @@ def test_clipping_between_backward_and_update(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.* of the weights have no memory")
 def test_autocast(name: str, net: str) -> None:
     batches = _batches(net)
-    lr = RATES[name] if name in ("fa", "dfa") else get(name).lr
+    lr = RATES[name] if name in ("fa", "dfa") else registry.rules.get(name).lr
     whole, half = _rule(name, net, lr=lr), _rule(name, net, lr=lr)
     for module in (*whole.model.modules(), *half.model.modules()):
         if isinstance(module, nn.Dropout):

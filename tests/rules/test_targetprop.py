@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beyondprop import DifferenceTargetProp, NonFiniteError, fit
 from beyondprop.data import load
 from beyondprop.errors import DataUnavailableError
-from beyondprop.optim.rmsprop import CenteredRMSprop
+from beyondprop.optim import RMSProp
 from beyondprop.rules.targetprop import discrete_network
 from beyondprop.stages.stage import Stage
 
@@ -126,7 +126,7 @@ def test_the_published_network() -> None:
 
 def test_centered_rmsprop_by_hand_and_its_arguments() -> None:
     p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
-    optimizer = CenteredRMSprop([p], lr=0.1, decay=0.8, momentum=0.5, eps=0.01)
+    optimizer = RMSProp([p], lr=0.1, alpha=0.8, momentum=0.5, eps=0.01, centered=True, initial=0.0)
     value, mean, square, step = (
         p.detach().clone(),
         torch.zeros(2).double(),
@@ -142,12 +142,13 @@ def test_centered_rmsprop_by_hand_and_its_arguments() -> None:
         torch.testing.assert_close(p.detach(), value)
     for changes, message in (
         ({"lr": -1.0}, "lr must be a finite number >= 0"),
-        ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
+        ({"alpha": 1.0}, r"alpha must be in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0.1"),
         ({"eps": 0.0}, "eps must be a finite number > 0, got 0.0"),
+        ({"initial": -1.0}, "initial must be a finite number >= 0, got -1.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            CenteredRMSprop([p], **changes)
+            RMSProp([p], centered=True, **changes)
 
 
 def test_interleaved_steps_move_weights_and_inverses_together() -> None:
@@ -271,7 +272,7 @@ def test_schedulers_have_both_sides_apart_or_together() -> None:
 
 
 def test_one_hidden_layer_needs_no_inverse() -> None:
-    """Then the rule is backpropagation, its hidden wish scaled by the step size."""
+    """Then the rule is backpropagation, its hidden delta scaled by the step size."""
     model = mlp(6, 8, 3, activation="tanh").double()
     x, y = blobs(9, dtype=torch.float64)
     rule = DifferenceTargetProp(model, CE, SGD, step_size=0.25, inverse_training="epoch")
@@ -323,7 +324,7 @@ def test_it_learns_digits(seed: int) -> None:
     rule = DifferenceTargetProp(model, CE, seed=seed)
     before = state(model)
     history = fit(rule, digits, epochs=8, batch_size=50, seed=seed)
-    assert history.evaluations[-1]["test_accuracy"] > 0.93
+    assert history.evaluations[-1]["accuracy"] > 0.93
     for name, p in model.named_parameters():
         assert float((p.detach() - before[name]).norm() / before[name].norm().clamp_min(0.1)) > 0.05, name
 
@@ -338,7 +339,7 @@ def test_signs_between_layers_learn_digits() -> None:
         model[1].requires_grad_(trains)
         rule = DifferenceTargetProp.paper_discrete(model, CE, seed=seed, step_size=1.0)
         history = fit(rule, digits, epochs=10, batch_size=50, seed=seed, schedule="constant", evaluate_every=10_000)
-        accuracies[trains].append(history.evaluations[-1]["test_accuracy"])
+        accuracies[trains].append(history.evaluations[-1]["accuracy"])
     assert min(accuracies[True]) > 0.9
     # The layer below the signs has its part in it.
     assert statistics.fmean(accuracies[True]) > statistics.fmean(accuracies[False]) + 0.01
@@ -359,4 +360,4 @@ def test_the_discrete_preset_reaches_its_published_pace_on_mnist() -> None:
     torch.manual_seed(0)
     rule = DifferenceTargetProp.paper_discrete(discrete_network(), CE)
     history = fit(rule, mnist, epochs=10, batch_size=100, schedule="constant")
-    assert 1 - history.evaluations[-1]["test_accuracy"] <= 0.046
+    assert 1 - history.evaluations[-1]["accuracy"] <= 0.046

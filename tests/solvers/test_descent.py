@@ -20,7 +20,7 @@ def test_local_steps_descend_the_stages_own_squared_distance(block: bool) -> Non
     twin = copy.deepcopy(model)
     x, y = blobs(8, dtype=torch.float64)
     rule = AltMin(model, nn.CrossEntropyLoss(), Descent(SGD, local_steps=4), normalize=False)
-    # Literally: keep every stage's input and wished output, then descend each stage alone.
+    # Literally: keep every stage's input and target, then descend each stage alone.
     stages = [nn.Sequential(*twin)[i:j] for i, j in ([(0, 1), (1, 2), (2, 3)] if block else [(0, 1), (1, 3), (3, 5)])]
     with torch.no_grad():
         trace = rule.chain.record(x, push=True)

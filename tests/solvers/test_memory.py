@@ -26,7 +26,7 @@ def _rule(model: nn.Module, memory: Memory) -> AltMin:
     return AltMin(model.double(), nn.CrossEntropyLoss(), memory, normalize=False)
 
 
-def _wishes(model: nn.Module, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _deltas(model: nn.Module, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Every stage's inputs with a constant, and its delta, lowest first."""
     found = assignments(model, nn.CrossEntropyLoss(), Codes(normalize=False), x, y)
     result = []
@@ -52,9 +52,9 @@ def test_rls_steps_are_gradients_times_the_damped_inverse_of_all_moments(forgett
     inverses: list[Any] = [None] * 3
     for step, (x, y) in enumerate(_batches(5)):
         before = [_whole(layer) for layer in layers]
-        wishes = _wishes(model, x, y)
+        deltas = _deltas(model, x, y)
         rule.step(x, y)
-        for i, (a, delta) in enumerate(wishes):
+        for i, (a, delta) in enumerate(deltas):
             own, share = a.t() @ a / len(a), max(forgetting, 1 / (step + 1))
             moments[i] = own if moments[i] is None else (1 - share) * moments[i] + share * own
             if step % refresh == 0:
@@ -68,7 +68,7 @@ def test_rls_in_one_batch_is_the_ridge_solution() -> None:
     rule = _rule(model, Memory(lr=1.0, damping=0.3))
     ((x, y),) = _batches(1)
     before = _whole(model[0])
-    (a, delta), _ = _wishes(model, x, y)
+    (a, delta), _ = _deltas(model, x, y)
     rule.step(x, y)
     change = _whole(model[0]) - before
     # argmin |delta - a dW^T|^2 / N + damping |dW|^2, stacked as one least-squares problem
@@ -86,9 +86,9 @@ def test_conv_memory_is_that_of_its_patches() -> None:
     a = assignments(model, nn.CrossEntropyLoss(), Codes(normalize=False), x, y)[1]
     rows = F.unfold(a.pullback.features, (3, 2), padding=(1, 0), stride=(2, 1))  # type: ignore[attr-defined]
     rows = F.pad(rows.transpose(1, 2).flatten(0, 1), (0, 1), value=1.0)
-    wish = a.delta.flatten(2).transpose(1, 2).flatten(0, 1)
+    delta = a.delta.flatten(2).transpose(1, 2).flatten(0, 1)
     rule.step(x, y)
-    expected = (wish.t() @ rows / 6) @ torch.linalg.inv(rows.t() @ rows / 6 + 0.5 * torch.eye(13, dtype=x.dtype))
+    expected = (delta.t() @ rows / 6) @ torch.linalg.inv(rows.t() @ rows / 6 + 0.5 * torch.eye(13, dtype=x.dtype))
     assert relative(_whole(conv) - before, expected) < 1e-10
 
 
@@ -108,7 +108,7 @@ def test_behind_pooling_and_dropout_the_memory_is_that_of_what_the_weights_see(m
     middle = second(pooled)
     dropped = F.dropout(middle.tanh(), 0.4).flatten(1)
     output = last(dropped)
-    wishes = [-6 * g for g in torch.autograd.grad(F.cross_entropy(output, y), [low, middle, output])]
+    deltas = [-6 * g for g in torch.autograd.grad(F.cross_entropy(output, y), [low, middle, output])]
     rows = [F.unfold(x, 3).mT.flatten(0, 1), F.unfold(pooled, 2).mT.flatten(0, 1), dropped]
     layers = [first, second, last]
     before = [_whole(layer) for layer in layers]
@@ -119,10 +119,10 @@ def test_behind_pooling_and_dropout_the_memory_is_that_of_what_the_weights_see(m
     assert set(rule.solver.state_dict()) == {str(i) for i in served}
     for i in served:
         a = F.pad(rows[i].detach(), (0, 1), value=1.0)
-        wish = wishes[i].flatten(2).mT.flatten(0, 1) if wishes[i].ndim == 4 else wishes[i]
+        delta = deltas[i].flatten(2).mT.flatten(0, 1) if deltas[i].ndim == 4 else deltas[i]
         inverse = torch.linalg.inv(a.t() @ a / 6 + 0.2 * torch.eye(a.shape[1], dtype=a.dtype))
         size = 0.7 if method == "rls" else 1.0
-        assert relative(_whole(layers[i]) - before[i], size * (wish.t() @ a / 6) @ inverse) < 1e-9
+        assert relative(_whole(layers[i]) - before[i], size * (delta.t() @ a / 6) @ inverse) < 1e-9
 
 
 @pytest.mark.parametrize(("net", "stages"), [("lenet5", 5), ("mlp:20x2:dropout=0.2", 3), ("conv:4x3:bn", 1)])
@@ -147,7 +147,7 @@ def _accumulated(model: nn.Module, rule: AltMin, count: int) -> list[tuple[Tenso
     result = []
     for x, y in _batches(count):
         weights = _whole(model[0])  # type: ignore[index]
-        a, delta = _wishes(model, x, y)[0]
+        a, delta = _deltas(model, x, y)[0]
         code = a @ weights.t() + delta
         total_a, total_b = total_a + a.t() @ a, total_b + code.t() @ a
         rule.step(x, y)
@@ -172,7 +172,7 @@ def _next(model: nn.Sequential, rule: AltMin, last: tuple[Tensor, Tensor, Tensor
     torch.manual_seed(int(1000 * float(last[0].trace())))
     x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
     weights = _whole(model[0])
-    a, delta = _wishes(model, x, y)[0]
+    a, delta = _deltas(model, x, y)[0]
     code = a @ weights.t() + delta
     rule.step(x, y)
     return last[0] + a.t() @ a, last[1] + code.t() @ a, weights
@@ -184,14 +184,14 @@ def test_bcd_converges_to_the_ridge_solution(block: int, sweeps: int) -> None:
     rule = _rule(model, Memory("bcd", damping=0.5, block=block, sweeps=sweeps))
     (x, y), *_ = _batches(1, rows=40)
     before = _whole(model[0])
-    a, delta = _wishes(model, x, y)[0]
+    a, delta = _deltas(model, x, y)[0]
     rule.step(x, y)
     # one solve: the damping holds the step, not the weights
     expected = (delta.t() @ a / len(a)) @ torch.linalg.inv(a.t() @ a / len(a) + 0.5 * torch.eye(7, dtype=a.dtype))
     assert relative(_whole(model[0]) - before, expected) < 1e-8
 
 
-def test_bcd_memory_holds_what_is_left_of_all_wishes() -> None:
+def test_bcd_memory_holds_what_is_left_of_all_deltas() -> None:
     """R = B - W A, whatever a learning-rate schedule makes of the step."""
     model = mlp(6, 5, 3)
     rule = _rule(model, Memory("bcd", damping=0.01, block=7))
@@ -305,7 +305,7 @@ def test_a_frozen_part_leaves_the_other_its_own_problem(method: str, frozen: str
     rule = _rule(model, Memory(method, damping=0.1, block=7))
     (x, y), *_ = _batches(1)
     before = _whole(model[0])
-    a, delta = _wishes(model, x, y)[0]
+    a, delta = _deltas(model, x, y)[0]
     rule.step(x, y)
     change = _whole(model[0]) - before
     part = slice(0, 6) if frozen == "bias" else slice(6, 7)

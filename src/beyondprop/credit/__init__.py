@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from beyondprop.credit.base import Assignment, Credit
-from beyondprop.credit.codes import CodeProblem, Codes
+from beyondprop.credit.code_problem import CodeProblem
+from beyondprop.credit.codes import Codes
 from beyondprop.credit.damping import RelativeDamping
 from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
 from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation

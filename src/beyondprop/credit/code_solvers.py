@@ -3,25 +3,22 @@
 A solver with the attribute `pushes = False` never pushes tangents through a stage, which lets stages without closed
 forms keep no second-order graph; with `needs_codes = False` it never looks at a stage's input or output, whose memory
 is then free. Where `problem.normalize` asks for it, a solver keeps the mean length of the gradient
-(`problem.keep_norm`), so that wishes have the same size at any depth.
+(`problem.keep_norm`), so that deltas have the same size at any depth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from beyondprop import _checks
-
-if TYPE_CHECKING:
-    from beyondprop.credit.codes import CodeProblem
+from beyondprop.credit.code_problem import CodeProblem, CodeSolver, flat, per_sample, square_norm, tiny
 
 
 def gradient(problem: CodeProblem) -> Tensor:
-    """Return `J^T wish`: the exact backpropagation limit (damping to infinity, rescaled)."""
+    """Return `J^T delta`: the exact backpropagation limit (damping to infinity, rescaled)."""
     return problem.gradient
 
 
@@ -61,7 +58,7 @@ def step_factors(squared: Tensor, curvature: Tensor, damping: float | Tensor, *,
 line_search.needs_codes = False  # type: ignore[attr-defined]
 
 
-def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
+def cg(iterations: int) -> CodeSolver:
     """Return a solver of `(damping I + J^T H J) d = g` by conjugate gradients, from d = 0.
 
     Args:
@@ -71,7 +68,8 @@ def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
 
     def solve(problem: CodeProblem) -> Tensor:
         # Samples are independent systems, unless batch statistics couple them: then the batch is one system.
-        dot = _dot_batch if problem.stage.stage.couples_batch else _dot_samples
+        couples = problem.stage.stage.couples_batch
+        dot = (lambda a, b: (a * b).sum()) if couples else (lambda a, b: flat(a * b).sum(1))
         d = torch.zeros_like(problem.gradient)
         residual = problem.gradient
         direction = residual
@@ -99,7 +97,7 @@ def cg(iterations: int) -> Callable[[CodeProblem], Tensor]:
     return solve
 
 
-def exact(limit: int = 4096) -> Callable[[CodeProblem], Tensor]:
+def exact(limit: int = 4096) -> CodeSolver:
     """Return a solver of `(damping I + J^T H J) d = g` by Cholesky or LU, the smaller of two systems.
 
     Forms the Jacobian of every sample: for narrow stages.
@@ -140,7 +138,7 @@ def exact(limit: int = 4096) -> Callable[[CodeProblem], Tensor]:
                 system = curved @ jacobian.transpose(1, 2)
                 system.diagonal(dim1=1, dim2=2).add_(problem.damping)
                 d = jacobian.transpose(1, 2) @ torch.linalg.solve(
-                    system, flat(problem.wish).to(jacobian.dtype)[..., None]
+                    system, flat(problem.delta).to(jacobian.dtype)[..., None]
                 )
         return problem.keep_norm(d.view_as(problem.gradient))
 
@@ -156,7 +154,7 @@ def momentum(
     nesterov: bool = True,
     features_mean: bool = True,
     mu_below: bool = False,
-) -> Callable[[CodeProblem], Tensor]:
+) -> CodeSolver:
     """Return the published code optimizer: `steps` of gradient descent with (Nesterov) momentum on the code's objective.
 
     The authors' release minimises, for the top code, `Loss / mu + MSE(c, c0)` and, for the others, `MSE(above) + MSE(c, c0)`,
@@ -182,7 +180,7 @@ def momentum(
         if features_mean:
             batch = d.shape[0]
             own = 2.0 / d.numel()
-            above = 2.0 / problem.wish.numel() if problem.loss is None else 1.0 / batch
+            above = 2.0 / problem.delta.numel() if problem.loss is None else 1.0 / batch
         if problem.loss is not None:
             above /= problem.damping  # Loss / mu
         elif mu_below:
@@ -194,7 +192,7 @@ def momentum(
                 moved = stage.at(stage.input + d)
                 change = moved.output - stage.output
                 loss = problem.loss
-                pull = moved(problem.wish - change if loss is None else -loss.again(stage.output + change).cotangent)
+                pull = moved(problem.delta - change if loss is None else -loss.again(stage.output + change).cotangent)
             downhill = above * pull - own * d
             velocity = momentum * velocity + downhill
             d = d + lr * (downhill + momentum * velocity if nesterov else velocity)
@@ -204,50 +202,19 @@ def momentum(
     return solve
 
 
-BY_NAME: dict[str, Callable[[], Any]] = {
+BY_NAME: dict[str, Callable[[], CodeSolver]] = {
     "line_search": lambda: line_search,
     "gradient": lambda: gradient,
     "cg": lambda: cg(3),
-    "exact": lambda: exact(),
+    "exact": exact,
 }
 
 
-def square_norm(values: Tensor) -> Tensor:
-    """Return the squared norm of every sample, `(N,)`; in float32 at least, as float16 ends at 65504."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    return torch.linalg.vector_norm(flat(values), dim=1, dtype=wide).square_()
-
-
-def flat(values: Tensor) -> Tensor:
-    """Return every sample's values in one row, `(N, ...)` to `(N, n)`; a sample of one number may be `(N,)`."""
-    return values if values.ndim == 2 else values.reshape(len(values), -1)
-
-
-def per_sample(factors: Tensor, values: Tensor) -> Tensor:
-    """Reshape `(N,)` (or 0-d) factors to multiply `values` `(N, ...)`."""
-    return factors.unsqueeze(-1) if values.ndim == 2 else factors.view(-1, *([1] * (values.ndim - 1)))
-
-
-def tiny(values: Tensor) -> float:
-    """Return the smallest normal number of the dtype: a guard against 0 / 0."""
-    return torch.finfo(values.dtype).tiny
-
-
-def _dot_samples(a: Tensor, b: Tensor) -> Tensor:
-    return flat(a * b).sum(1)
-
-
-def _dot_batch(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum()
-
-
 def _jacobian(problem: CodeProblem, width: int, out: int) -> Tensor:
-    stage = problem.stage
+    stage, rows = problem.stage, len(problem.stage.input)
+    like = stage.input if width <= out else stage.output
+    basis = torch.eye(min(width, out), dtype=like.dtype, device=like.device)
+    units = (e.expand(rows, -1).reshape(like.shape) for e in basis)
     if width <= out:
-        basis = torch.eye(width, dtype=stage.input.dtype, device=stage.input.device)
-        return torch.stack(
-            [flat(stage.push(e.expand(stage.input.shape[0], -1).reshape(stage.input.shape))) for e in basis],
-            -1,
-        )
-    basis = torch.eye(out, dtype=stage.output.dtype, device=stage.output.device)
-    return torch.stack([flat(stage(e.expand(stage.output.shape[0], -1).reshape(stage.output.shape))) for e in basis], 1)
+        return torch.stack([flat(stage.push(e)) for e in units], -1)
+    return torch.stack([flat(stage(e)) for e in units], 1)

@@ -17,13 +17,12 @@ With J the Jacobian of the stage above and g = J^T delta_above (for the top code
     top code      min_d  -<g, d> + d^T J^T H J d / 2 + mu |d|^2 / 2  [+ l1 |c + d|_1]
 
 One sweep from the last code to the first. The published code stores c + d and averages the penalties over features; in
-float32 the wish is gone after three layers. Here deltas stay deltas, and `normalize` keeps their size on the way down.
+float32 such a delta is gone after three layers. Here deltas stay deltas, and `normalize` keeps their size on the way down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,64 +30,12 @@ from torch import Tensor
 from beyondprop import _checks
 from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
+from beyondprop.credit.code_problem import CodeProblem, CodeSolver, per_sample, square_norm
 from beyondprop.credit.damping import LAYER_DAMPING, Damping, RelativeDamping, checked, default, resolved
 from beyondprop.stages.chain import Trace
 from beyondprop.stages.losses import LossPoint
 from beyondprop.stages.recurrent import RecurrentPullback
 from beyondprop.stages.stage import Pullback
-
-CodeSolver = Callable[["CodeProblem"], Tensor]
-"""Maps a problem to a delta of the shape of `problem.gradient`."""
-
-
-@dataclass(slots=True)
-class CodeProblem:
-    """One code's quadratic problem: `min_d -<gradient, d> + <J d, H J d> / 2 + damping |d|^2 / 2`, sample by sample.
-
-    Attributes:
-        stage: the stage above the code, linearised at it (J).
-        wish: what the stage above wishes at its output: its delta, or minus the gradient of the loss.
-        gradient: `J^T wish`.
-        damping: weight of the code's distance from what the stage below produced: r, or mu for the top code. A number, or a
-            0-d tensor where r is relative.
-        loss: the loss, whose Hessian is H, for the top code; None (H = I) for the others.
-        normalize: whether the delta shall be, averaged over the batch, as long as the gradient.
-        mu: weight of the top code's penalty, told to all codes.
-        image: `J gradient`, where it is known; `pushed` returns it.
-    """
-
-    stage: Pullback
-    wish: Tensor
-    gradient: Tensor
-    damping: float | Tensor
-    loss: LossPoint | None
-    normalize: bool = False
-    mu: float = 1.0
-    image: Tensor | None = None
-
-    def pushed(self) -> Tensor:
-        """Return `J gradient`, shape of `wish`, of the gradient as it was given."""
-        if self.image is None:
-            self.image = self.stage.push(self.gradient, gated=True)
-        return self.image
-
-    def curve(self, image: Tensor) -> Tensor:
-        """Return `H image` for an output tangent."""
-        return image if self.loss is None else self.loss.hessian(image)
-
-    def curvature(self, image: Tensor) -> Tensor:
-        """Return `image^T H image` per sample, `(N,)`."""
-        if self.loss is None:
-            return code_solvers.square_norm(image)
-        return self.loss.curvature(image)
-
-    def keep_norm(self, delta: Tensor) -> Tensor:
-        """Return `delta`, where `normalize` asks for it scaled to the mean length of the gradient over the batch."""
-        if not self.normalize:
-            return delta
-        length = code_solvers.square_norm(delta).sqrt_().sum()
-        wanted = code_solvers.square_norm(self.gradient).sqrt_().sum()
-        return delta * (wanted / length.clamp_min(code_solvers.tiny(delta)))
 
 
 class Codes(Credit):
@@ -102,7 +49,9 @@ class Codes(Credit):
             and `RelativeDamping(4)` below a stage of several layers, whose gain may be of any size; 1 below every stage where
             the solver never pushes tangents, as `"gradient"` and `momentum`, which do not look at r.
         mu: > 0, the weight of the top code's penalty: a trust region, large mu = small step.
-        normalize: divide every delta by the mean step factor of the batch, so that wishes keep their size at any depth;
+        mu_growth: >= 1, factor on mu at each `end_epoch`.
+        mu_limit: > 0, where the growth ends.
+        normalize: divide every delta by the mean step factor of the batch, so that deltas keep their size at any depth;
             only their distribution over samples (and, for cg and exact, over units) differs from the gradient's.
         l1: lambda_C >= 0, sparsity of the codes: the delta is soft-thresholded so that `|output + delta|_1` shrinks.
 
@@ -117,6 +66,8 @@ class Codes(Credit):
         *,
         damping: Damping | None = None,
         mu: float = 1.0,
+        mu_growth: float = 1.0,
+        mu_limit: float = float("inf"),
         normalize: bool = True,
         l1: float = 0.0,
     ) -> None:
@@ -127,6 +78,12 @@ class Codes(Credit):
         self.solver: CodeSolver = solver
         self.damping = checked(damping)
         self.mu = _checks.positive("mu", mu)
+        if not mu_growth >= 1:
+            raise ValueError(f"mu_growth must be >= 1, got {mu_growth!r}.")
+        if not mu_limit > 0:
+            raise ValueError(f"mu_limit must be > 0, got {mu_limit!r}.")
+        self.mu_growth = mu_growth
+        self.mu_limit = mu_limit
         self.normalize = normalize
         self.l1 = _checks.non_negative("l1", l1)
         self.pushes = getattr(solver, "pushes", True)
@@ -138,33 +95,32 @@ class Codes(Credit):
             )
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
-        """See `Credit.assign`."""
+        """Yield what `Credit.assign` does; the codes inside the lowest stage have their deltas, too."""
         top = len(trace.pullbacks) - 1
         if self.solver is code_solvers.line_search and not self.l1 and trace.lowest < top and trace.is_closed_form:
             yield from self._line_search(trace, loss)
             return
-
-        def below(index: int, pullback: Pullback, wish: Tensor) -> Tensor:
-            self._sweep_inside(pullback, wish, is_top=index == top)
-            problem = CodeProblem(
-                stage=pullback,
-                wish=wish,
-                gradient=pullback(wish),
-                damping=self.mu,
-                loss=loss if index == top else None,
-                mu=self.mu,
-                normalize=self.normalize,
-            )
-            if index < top:
-                self._damp(problem)
-            delta = self.solver(problem)
-            return _soft_threshold(pullback.input, delta, self.l1) if self.l1 else delta
-
-        for assignment in self.top_down(trace, loss, below):
+        for assignment in super().assign(trace, loss):
             if assignment.input_delta is None:  # the lowest stage, whose input nobody asked for
                 self._sweep_inside(assignment.pullback, assignment.delta, is_top=assignment.loss is not None)
             yield assignment
             del assignment  # nothing here holds the stage once the caller is done with it
+
+    def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
+        """Solve the problem of the code at the stage's input."""
+        del index
+        self._sweep_inside(pullback, delta, is_top=loss is not None)
+        problem = CodeProblem(pullback, delta, pullback(delta), self.mu, loss, self.normalize, self.mu)
+        if loss is None:
+            self._damp(problem)
+        return self._solve(problem)
+
+    def _solve(self, problem: CodeProblem) -> Tensor:
+        d = self.solver(problem)
+        if not self.l1:
+            return d
+        # prox of l1 |c + d|_1 around d, as a delta: what is shrunk away is at most l1, so nothing cancels.
+        return d - torch.clamp(problem.stage.input + d, -self.l1, self.l1)
 
     def _damping(self, pullback: Pullback) -> Damping:
         """Return the damping of the code below a stage."""
@@ -176,27 +132,25 @@ class Codes(Credit):
         """Give a hidden code's problem its damping, as a number."""
         damping = self._damping(problem.stage)
         if isinstance(damping, RelativeDamping):
-            squared = code_solvers.square_norm(problem.gradient)
-            problem.damping = resolved(damping, squared, code_solvers.square_norm(problem.pushed()))
+            squared = square_norm(problem.gradient)
+            problem.damping = resolved(damping, squared, square_norm(problem.pushed()))
         else:
             problem.damping = damping
 
-    def _sweep_inside(self, pullback: Pullback, wish: Tensor, *, is_top: bool) -> None:
+    def _sweep_inside(self, pullback: Pullback, delta: Tensor, *, is_top: bool) -> None:
         """Give the codes inside a recurrent stage their deltas, one for each time step."""
         if not isinstance(pullback, RecurrentPullback):
             return
         damping = LAYER_DAMPING if self.damping is None or isinstance(self.damping, RelativeDamping) else self.damping
 
-        def solve(moment: Pullback, wish: Tensor, gradient: Tensor) -> Tensor:
-            problem = CodeProblem(moment, wish, gradient, damping, None, self.normalize, self.mu)
-            delta = self.solver(problem)
-            return _soft_threshold(moment.input, delta, self.l1) if self.l1 else delta
+        def solve(moment: Pullback, delta: Tensor, gradient: Tensor) -> Tensor:
+            return self._solve(CodeProblem(moment, delta, gradient, damping, None, self.normalize, self.mu))
 
-        # A hidden layer's wish for its output is a delta that was damped once. A state that is shown is that output: with this
-        # factor it minimises |delta_next - J d|^2 + (1 + damping) |wish - d|^2, and the penalty is not paid twice. Plain
-        # gradients are not damped at all.
+        # The delta at a hidden layer's output was damped once. A state that is shown is that output: with this factor it
+        # minimises |delta_next - J d|^2 + (1 + damping) |delta - d|^2, and the penalty is not paid twice. Plain gradients are
+        # not damped at all.
         is_damped = not is_top and not self.normalize and self.solver is not code_solvers.gradient
-        pullback.sweep(wish, solve, heard=1 + damping if is_damped else 1.0)
+        pullback.sweep(delta, solve, heard=1 + damping if is_damped else 1.0)
 
     def _line_search(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """Yield what `assign` yields with `code_solvers.line_search`, in fewer operations.
@@ -212,20 +166,19 @@ class Codes(Credit):
         for index in range(top, trace.lowest, -1):
             stage = trace[index]
             deltas.append(stage(deltas[-1]))
-            squared.append(code_solvers.square_norm(deltas[-1]))
+            squared.append(square_norm(deltas[-1]))
             image = stage.push(deltas[-1], gated=True)
-            curvature.append(loss.curvature(image) if index == top else code_solvers.square_norm(image))
+            curvature.append(loss.curvature(image) if index == top else square_norm(image))
             del stage, image
         damping = [self.mu, *(self._damping(trace[index]) for index in range(top - 1, trace.lowest, -1))]
         factors = self._factors(torch.stack(squared), torch.stack(curvature), damping)
         for delta, factor in zip(deltas[1:], factors, strict=True):
-            delta.mul_(code_solvers.per_sample(factor, delta))
+            delta.mul_(per_sample(factor, delta))
         deltas.reverse()  # the next one is popped from the end
         for index in range(top, trace.lowest - 1, -1):
-            wish = deltas.pop()
-            yield Assignment(
-                index, trace.take(index), wish, deltas[-1] if deltas else None, loss if index == top else None
-            )
+            delta = deltas.pop()
+            below = deltas[-1] if deltas else None
+            yield Assignment(index, trace.take(index), delta, below, loss if index == top else None)
 
     def _factors(self, squared: Tensor, curvature: Tensor, damping: Sequence[Damping]) -> Sequence[Tensor]:
         """Return, code by code from the last to the first, what line search multiplies each sample's gradient by.
@@ -239,7 +192,7 @@ class Codes(Credit):
         if len(numbers) == len(damping):
             each = numbers[0] if len(set(numbers)) == 1 else squared.new_tensor(numbers)[:, None]
             return code_solvers.step_factors(squared, curvature, each, normalize=self.normalize).cumprod(0).unbind()
-        # A relative damping is of wishes that the factors above have weighted already.
+        # A relative damping is of deltas that the factors above have weighted already.
         found: list[Tensor] = []
         for index, value in enumerate(damping):
             own = slice(index, index + 1)
@@ -263,22 +216,19 @@ class Codes(Credit):
                     a.moved().output - a.pullback.output if a.input_delta is not None else torch.zeros_like(a.delta)
                 )
                 output = a.pullback.output + change
-                far = torch.zeros_like(total) if a.loss is not None else code_solvers.square_norm(a.delta - change)
+                far = torch.zeros_like(total) if a.loss is not None else square_norm(a.delta - change)
             if a.loss is not None:
                 total = total + a.loss.again(output).value
             total = total + 0.5 * self.mu * scale * far.sum()
         return total
+
+    def end_epoch(self) -> None:
+        """Let mu grow toward its limit."""
+        self.mu = max(self.mu, min(self.mu * self.mu_growth, self.mu_limit))
 
     def state_dict(self) -> dict[str, object]:
         """Return the schedule's state: the present mu."""
         return {"mu": self.mu}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Restore what `state_dict` returned."""
         self.mu = _checks.positive("mu", float(state["mu"]))  # type: ignore[arg-type]
-
-
-def _soft_threshold(code: Tensor, delta: Tensor, l1: float) -> Tensor:
-    # prox of l1 |c + d|_1 around delta, as a delta: what is shrunk away is at most l1, so nothing cancels.
-    moved = code + delta
-    return delta - torch.clamp(moved, -l1, l1)

@@ -3,7 +3,7 @@
 With W_l the weights of stage l, f the nonlinearity before them, e the gradient of a sample's loss at the output and B fixed
 random tensors:
 
-| rule | wish at the output of stage l |
+| rule | delta at the output of stage l |
 |---|---|
 | backpropagation | `W_{l+1}^T delta_{l+1} * f'(z_l)` |
 | feedback alignment | `B_{l+1}^T delta_{l+1} * f'(z_l)` |
@@ -16,7 +16,6 @@ learning", Nature Communications 7, 2016; Nøkland, "Direct feedback alignment p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -24,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.credit.base import Assignment, Credit
-from beyondprop.credit.code_solvers import flat
+from beyondprop.credit.base import Credit, serves_one_rule
+from beyondprop.credit.code_problem import flat
 from beyondprop.nn import ElmanCell, Positions, Recurrent
 from beyondprop.stages.block import BlockPullback, BlockStage
-from beyondprop.stages.chain import Chain, Trace
+from beyondprop.stages.chain import Chain
 from beyondprop.stages.losses import LossPoint
 from beyondprop.stages.stage import NORMS, Pullback, Stage
 from beyondprop.stages.weight_transport import counterpart
@@ -39,12 +38,12 @@ _CELLS = (ElmanCell, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 class FeedbackAlignment(Credit):
-    """Wishes go down through fixed random tensors instead of the weights; slopes are those of the forward pass.
+    """Deltas go down through fixed random tensors instead of the weights; slopes are those of the forward pass.
 
-    Every weight of two or more dimensions that wishes go through has a feedback tensor of its shape, normally distributed:
+    Every weight of two or more dimensions that deltas go through has a feedback tensor of its shape, normally distributed:
     all but those that only the network's input meets (the first layer; in a recurrent one its input weights), embeddings,
     and the gains of normalisations, which are no map between units. A block (attention, recurrence, BatchNorm, a residual
-    block), be it the first stage, sends wishes through the feedback of its weights and keeps its skips, which have none.
+    block), be it the first stage, sends deltas through the feedback of its weights and keeps its skips, which have none.
 
     Args:
         scale: > 0; standard deviation of the feedback, in units of the root mean square of the weights when the rule is
@@ -71,8 +70,8 @@ class FeedbackAlignment(Credit):
         self._homes: dict[str, tuple[Stage, nn.Parameter]] = {}
 
     def bind(self, chain: Chain) -> None:
-        """See `Credit.bind`; draws the feedback."""
-        _bind_once(self, bool(self._homes))
+        """Draw the feedback."""
+        serves_one_rule(self, is_bound=bool(self._homes))
         names = {p: name for name, p in chain.model.named_parameters()}
         for index, stage in enumerate(chain):
             generator = _generator(self.seed, index)
@@ -89,20 +88,14 @@ class FeedbackAlignment(Credit):
         """The feedback by the name of the weight whose place it takes."""
         return {name: stage.feedback[weight] for name, (stage, weight) in self._homes.items()}
 
-    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
-        """See `Credit.assign`."""
-        return self.top_down(trace, loss, lambda index, pullback, wish: pullback(wish))
+    def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
+        return pullback(delta)
 
     def state_dict(self) -> dict[str, object]:
         """Return the feedback."""
         return {"feedback": self.feedback}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ValueError: if it is of another network.
-        """
         saved: Any = state["feedback"]
         _check_saved(saved, {name: weight.shape for name, (_, weight) in self._homes.items()})
         for name, (stage, weight) in self._homes.items():
@@ -110,12 +103,12 @@ class FeedbackAlignment(Credit):
 
 
 class DirectFeedbackAlignment(Credit):
-    """Every stage's wish is the output error times a fixed random matrix, times the slope of the nonlinearity that follows.
+    """Every stage's delta is the output error times a fixed random matrix, times the slope of the nonlinearity that follows.
 
-    One path a stage: nothing comes down through weights, blocks or skips, so that all wishes are known as soon as the loss
+    One path a stage: nothing comes down through weights, blocks or skips, so that all deltas are known as soon as the loss
     is. The slope is that of what the stage above does before its first parameter (nonlinearity, pooling, dropout); the
     matrix has one column for each number that this hands to the stage above's weights. Where the stage above is a residual
-    block, the projected error is the wish at the block's input as it is.
+    block, the projected error is the delta at the block's input as it is.
 
     Args:
         scale: > 0; the entries' standard deviation is `scale / sqrt(columns)`: an error keeps its length, as it does in
@@ -139,28 +132,26 @@ class DirectFeedbackAlignment(Credit):
         self.scale = _checks.positive("scale", scale)
         self.seed = _checks.at_least("seed", seed, 0)
         self.feedback: dict[str, Tensor] = {}
-        """The matrices `(output size, size before the next weights)`, by the name of the stage whose wish they make."""
+        """The matrices `(output size, size before the next weights)`, by the name of the stage whose delta they make."""
         self._stages: list[Stage] = []
         self._drawn: list[str] = []  # by a batch that may still be refused
+        self._error: Tensor  # of the present batch
 
     def bind(self, chain: Chain) -> None:
-        """See `Credit.bind`."""
-        _bind_once(self, bool(self._stages))
+        serves_one_rule(self, is_bound=bool(self._stages))
         self._stages = list(chain)
         self._heads: list[BlockStage | None] = [_head(stage) for stage in chain]
         self.needs_codes = any(self._heads)
-
-    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
-        """See `Credit.assign`."""
-        error = flat(loss.cotangent.neg())
-        return self.top_down(trace, loss, lambda index, pullback, wish: self._below(index, pullback, error))
 
     @property
     def _shapes(self) -> dict[str, list[list[int]]]:
         return {stage.name: [list(p.shape) for p in stage.parameters] for stage in self._stages}
 
-    def _below(self, index: int, pullback: Pullback, error: Tensor) -> Tensor:
-        """Return the wish at the input of a stage."""
+    def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
+        """Project the error at the output, which is the last stage's delta, to the stage's input."""
+        if loss is not None:
+            self._error = flat(delta.detach())
+        error = self._error
         head = self._heads[index]
         if head is None:
             return pullback.pull_head(self._project(index, error, pullback.head_shape))
@@ -186,11 +177,10 @@ class DirectFeedbackAlignment(Credit):
         return torch.matmul(error, matrix).to(error.dtype).view(error.shape[0], *shape[1:])
 
     def update(self) -> None:
-        """See `Credit.update`."""
         self._drawn.clear()
 
     def discard(self) -> None:
-        """See `Credit.discard`; what the batch made necessary to draw will be drawn again, and the same."""
+        """Forget what the batch made necessary to draw; it will be drawn again, and the same."""
         for name in self._drawn:
             del self.feedback[name]
         self._drawn.clear()
@@ -200,11 +190,6 @@ class DirectFeedbackAlignment(Credit):
         return {"feedback": dict(self.feedback), "weights": self._shapes}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ValueError: if it is of another network.
-        """
         saved: Any = state["feedback"]
         known = {stage.name for stage in self._stages[:-1]}
         _check_saved(saved, {name: saved[name].shape for name in saved if name in known})
@@ -219,16 +204,13 @@ def _head(stage: Stage) -> BlockStage | None:
     """Return what a stage without closed forms does before its first parameter, as a stage of its own."""
     if not isinstance(stage, BlockStage):
         return None
-    head = list(
-        takewhile(
-            lambda named: not any(True for _ in named[1].parameters()), zip(stage.names, stage.modules, strict=True)
-        )
-    )
+    named = zip(stage.names, stage.modules, strict=True)
+    head = list(takewhile(lambda each: not any(True for _ in each[1].parameters()), named))
     return BlockStage(stage.name, head) if head else None
 
 
 def _never_crossed(stage: Stage) -> set[nn.Parameter]:
-    """Return the weights of a stage that scale, shift or are looked up: no wish goes down through them."""
+    """Return the weights of a stage that scale, shift or are looked up: no delta goes down through them."""
     leaves = [m for module in stage.modules for m in module.modules()]
     return {p for m in leaves if isinstance(m, _NO_MAPS) for p in m.parameters(recurse=False)}
 
@@ -241,11 +223,6 @@ def _met_by_data_alone(stage: Stage) -> set[nn.Parameter]:
     own = set(first.parameters())
     is_shared = sum(not own.isdisjoint(m.parameters()) for m in stage.modules) > 1
     return own if type(first).forward in _LAYERS and not is_shared else set()
-
-
-def _bind_once(credit: Credit, is_bound: bool) -> None:
-    if is_bound:
-        raise ValueError(f"This {type(credit).__name__} serves another rule already; one instance serves one rule.")
 
 
 def _generator(seed: int, index: int) -> torch.Generator:
@@ -265,9 +242,8 @@ def _size(weight: Tensor) -> float:
 
 
 def _check_saved(saved: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    if shapes != {name: tuple(shape) for name, shape in expected.items()}:
-        raise ValueError(
-            f"This state holds feedback of shapes {shapes}, this network takes "
-            f"{ {name: tuple(shape) for name, shape in expected.items()} }."
-        )
+    shapes, wanted = (
+        {n: tuple(s) for n, s in each.items()} for each in ({n: t.shape for n, t in saved.items()}, expected)
+    )
+    if shapes != wanted:
+        raise ValueError(f"This state holds feedback of shapes {shapes}, this network takes {wanted}.")

@@ -76,15 +76,8 @@ class TransposedConvolution(nn.Module):
         if isinstance(padding, str):
             same = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
             padding = tuple(same) if padding == "same" else tuple(0 for _ in same)
-        self.transposed: Any = kind(
-            conv.out_channels,
-            conv.in_channels,
-            kernel,
-            conv.stride,
-            padding,
-            groups=conv.groups,
-            dilation=dilation,
-        )
+        geometry: dict[str, Any] = {"groups": conv.groups, "dilation": dilation}
+        self.transposed: Any = kind(conv.out_channels, conv.in_channels, kernel, conv.stride, padding, **geometry)
         nn.init.orthogonal_(self.transposed.weight)
         nn.init.zeros_(self.transposed.bias)
 

@@ -18,6 +18,7 @@ Sources: Bengio, "How auto-encoders could provide credit assignment in deep netw
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.credit.base import Assignment, Credit
+from beyondprop.credit.base import Credit, serves_one_rule
 from beyondprop.credit.inverses import InverseFactory, apply, mirror
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim.factories import OptimizerFactory, adam
@@ -56,6 +57,9 @@ class TargetPropagation(Credit):
         ValueError: if an argument is out of its range; the message has the range.
     """
 
+    takes_difference: bool = False
+    """Whether a target moves as the inverse moves, so that the inverse's own error cancels."""
+
     def __init__(
         self,
         inverse: InverseFactory = mirror,
@@ -76,14 +80,14 @@ class TargetPropagation(Credit):
         self.noise_halving = None if noise_halving is None else _checks.positive("noise_halving", noise_halving)
         self.seed = _checks.at_least("seed", seed, 0)
         self.epoch = 0
+        self._is_taught = False
         self._names: list[str] = []
         self.inverses: dict[str, nn.Module] = {}
         """The inverses by the name of the stage that they invert: every hidden stage but the first."""
 
     def bind(self, chain: Chain) -> None:
-        """See `Credit.bind`; builds the inverses."""
-        if self._names:
-            raise ValueError(f"This {type(self).__name__} serves another rule already; one instance serves one rule.")
+        """Build the inverses."""
+        serves_one_rule(self, is_bound=bool(self._names))
         self._names = [stage.name for stage in chain]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(self.seed)
@@ -106,7 +110,8 @@ class TargetPropagation(Credit):
         return self.noise if self.noise_halving is None else self.noise / (1 + (self.epoch + 1) / self.noise_halving)
 
     def learn(self, trace: Trace, scale: float) -> None:
-        """See `Credit.learn`: `|g(f(h + noise)) - (h + noise)|^2`, summed over features, mean over the batch."""
+        """Gather the inverses' gradients of `|g(f(h + noise)) - (h + noise)|^2`, summed over features, mean over the batch."""
+        self._is_taught = True
         std = self.noise_now
         for index in range(len(trace.pullbacks) - 2, trace.lowest, -1):
             pullback = trace[index]
@@ -124,19 +129,15 @@ class TargetPropagation(Credit):
                 if gradient is not None:
                     add_to_gradient(p, gradient, scale)
 
-    def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
-        """See `Credit.assign`."""
-        top = len(trace.pullbacks) - 1
-
-        def below(index: int, pullback: Pullback, wish: Tensor) -> Tensor:
-            return pullback(wish).mul_(self.step_size) if index == top else self._below(index, pullback, wish)
-
-        return self.top_down(trace, loss, below)
-
-    def _below(self, index: int, pullback: Pullback, delta: Tensor) -> Tensor:
-        """Return the wish at a hidden stage's input."""
+    def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
+        """Take a step along the gradient at the last stage, the way of the inverse at every other."""
+        if loss is not None:
+            return pullback(delta).mul_(self.step_size)
         with torch.no_grad():
-            return self._invert(index, pullback.output + delta, pullback.input) - pullback.input
+            moved = self._invert(index, pullback.output + delta, pullback.input)
+            if self.takes_difference:
+                return moved - self._invert(index, pullback.output, pullback.input)
+            return moved - pullback.input
 
     def _invert(self, index: int, h: Tensor, like: Tensor) -> Tensor:
         name = self._names[index]
@@ -160,33 +161,33 @@ class TargetPropagation(Credit):
             )
         return found.view_as(like)
 
+    def update(self) -> None:
+        """Warn once where steps are made and nobody has trained the inverses, nor in the run that is resumed."""
+        if self.optimizers and not self._is_taught and not self.optimizers[0].state:
+            self._is_taught = True
+            warnings.warn(
+                "The inverses were never trained: call rule.begin_epoch(batches) before the steps of every epoch, as fit "
+                "does, or use inverse_training='interleaved'.",
+                stacklevel=5,
+            )
+
     def end_epoch(self) -> None:
         """Count an epoch, for the noise."""
         self.epoch += 1
 
     def to(self, device: torch.device | str) -> None:
-        """See `Credit.to`."""
         for module in self.inverses.values():
             module.to(device)
 
-    def locate_nonfinite(self) -> str | None:
-        """See `Credit.locate_nonfinite`."""
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.inverses.items():
-            for p in module.parameters():
-                if not bool(p.isfinite().all()) or (p.grad is not None and not bool(p.grad.isfinite().all())):
-                    return f"inverse of {name}"
-        return None
+            yield from ((f"inverse of {name}", p) for p in module.parameters())
 
     def state_dict(self) -> dict[str, object]:
         """Return the inverses and the count of epochs."""
         return {"epoch": self.epoch, "inverses": {n: dict(m.state_dict()) for n, m in self.inverses.items()}}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ValueError: if it is of another network.
-        """
         saved: Any = state["inverses"]
         if list(saved) != list(self.inverses):
             raise ValueError(f"This state holds inverses of {list(saved)}, this network has {list(self.inverses)}.")
@@ -203,7 +204,4 @@ class DifferenceTargetPropagation(TargetPropagation):
     Source: Lee, Zhang, Fischer & Bengio, ECML 2015, equation 15.
     """
 
-    def _below(self, index: int, pullback: Pullback, delta: Tensor) -> Tensor:
-        with torch.no_grad():
-            moved = self._invert(index, pullback.output + delta, pullback.input)
-            return moved - self._invert(index, pullback.output, pullback.input)
+    takes_difference = True

@@ -44,7 +44,7 @@ class AltMin(LocalRule):
         mu: > 0, weight of the top code's penalty; large mu = small step.
         mu_growth: factor on mu at each `end_epoch`.
         mu_limit: where the growth of mu ends.
-        normalize: keep wishes at the gradient's mean size at any depth.
+        normalize: keep deltas at the gradient's mean size at any depth.
         code_l1: lambda_C >= 0, sparsity of the codes.
         weight_inputs: `"old"` (parallel stages) or `"new"` (the published order).
         cuts: where codes live; see `Chain`.
@@ -81,19 +81,10 @@ class AltMin(LocalRule):
         cuts: Cuts = "linear",
         nonfinite: str | None = None,
     ) -> None:
-        credit = Codes(code_solver, damping=damping, mu=mu, normalize=normalize, l1=code_l1)
+        growth: dict[str, float] = {"mu": mu, "mu_growth": mu_growth, "mu_limit": mu_limit}
+        credit = Codes(code_solver, damping=damping, normalize=normalize, l1=code_l1, **growth)
         solver = weight_solver if isinstance(weight_solver, Solver) else Descent(weight_solver)
         super().__init__(model, loss, credit, solver, cuts=cuts, weight_inputs=weight_inputs, nonfinite=nonfinite)
-        if not mu_growth >= 1:
-            raise ValueError(f"mu_growth must be >= 1, got {mu_growth!r}.")
-        if not mu_limit > 0:
-            raise ValueError(f"mu_limit must be > 0, got {mu_limit!r}.")
-        self.mu_growth = mu_growth
-        self.mu_limit = mu_limit
-
-    def end_epoch(self) -> None:
-        """Let mu grow toward its limit."""
-        self.credit.mu = max(self.credit.mu, min(self.credit.mu * self.mu_growth, self.mu_limit))
 
     @classmethod
     def paper_fc(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> AltMin:
@@ -101,7 +92,7 @@ class AltMin(LocalRule):
 
         Five Nesterov code steps of 0.3, mu 0.003, weights after codes with the new codes as inputs, Adam 0.008 (halved
         every 8 epochs: attach a scheduler). Codes are deltas here, and BatchNorm's statistics are updated once a step. The
-        published penalties are means over batch and features, which shrink a wish to 6e-4 of its size a layer with 100
+        published penalties are means over batch and features, which shrink a delta to 6e-4 of its size a layer with 100
         units, to 1e-4 with 500: with two hidden layers all train, with eight the lowest gradients fall below Adam's eps.
         The watchdog then says so; the default settings have no such limit.
         """

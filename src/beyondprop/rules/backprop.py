@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from beyondprop.rules.base import LearningRule, StepResult
+from beyondprop.optim.factories import OptimizerFactory
+from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.stages.losses import LossFunction
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Preconditioner(Protocol):
@@ -21,7 +20,7 @@ class Preconditioner(Protocol):
         """Rewrite the gradients in place."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
+        """Return its state."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
@@ -55,16 +54,14 @@ class Backprop(LearningRule):
         nonfinite: str | None = None,
     ) -> None:
         super().__init__(model, loss, nonfinite=nonfinite)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
-        self.optimizers = (optimizer,)
+        trained = trainable(model)
+        self.optimizers = (optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trained),)
         self.preconditioner = preconditioner
         self.defers_update = preconditioner is None
 
-    def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
-        """Add the gradient of the loss to every `.grad`; see `LearningRule.backward`."""
+    takes_any_input = True
+
+    def backward(self, x: Any, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
         del diagnostics  # backpropagation has no relaxed energy and no per-stage problem
         output = self.model(x)
         self.loss.check(output, y)
@@ -72,19 +69,13 @@ class Backprop(LearningRule):
         (loss if scale == 1.0 else loss * scale).backward()
         return StepResult(loss.detach(), output.detach())
 
-    def update(self) -> None:
-        """See `LearningRule.update`."""
+    def prepare(self) -> None:
         if self.preconditioner is not None:
             self.preconditioner.step()
-        super().update()
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `LearningRule.state_dict`."""
-        own = {} if self.preconditioner is None else {"preconditioner": self.preconditioner.state_dict()}
-        return super().state_dict() | own
+    def own_state(self) -> dict[str, Any]:
+        return {} if self.preconditioner is None else {"preconditioner": self.preconditioner.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `LearningRule.load_state_dict`."""
-        super().load_state_dict(state)
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
         if self.preconditioner is not None:
             self.preconditioner.load_state_dict(state.get("preconditioner", {}))

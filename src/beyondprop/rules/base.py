@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain as one_after_another
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.rules.guard import FiniteGuard, Snapshot
+from beyondprop.rules.guard import FiniteGuard, Snapshot, first_nonfinite, is_finite
 from beyondprop.rules.watchdog import Watchdog
+from beyondprop.solvers.base import step_all
 from beyondprop.stages.losses import LossFunction, OutputLoss
 
 
@@ -40,7 +42,8 @@ class LearningRule(abc.ABC):
 
     A rule implements `backward`, which adds to the parameters' `.grad` as `loss.backward()` would, and lists its
     optimizers, which `update` steps. Learning-rate schedulers attach to those optimizers; gradient clipping and
-    accumulation go between `backward` and `update`.
+    accumulation go between `backward` and `update`. What a rule has besides goes into the hooks, which do nothing here:
+    `prepare`, `forget`, `activations`, `move`, `own_state`, `load_own_state`, `begin_epoch`, `end_epoch`, `end_task`.
 
     Args:
         model: the user's module; it is trained in place.
@@ -62,6 +65,9 @@ class LearningRule(abc.ABC):
     whole_set: bool = False
     """Whether every step takes the whole training set, its rows in one order."""
 
+    takes_any_input: bool = False
+    """Whether the first part of a batch may be anything that the model takes: a tuple, a dict."""
+
     def __init__(self, model: nn.Module, loss: LossFunction, *, nonfinite: str | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -74,8 +80,13 @@ class LearningRule(abc.ABC):
         self._parameters = tuple(model.parameters())
         # Places, not tensors: moving a model to another device or dtype replaces its buffers.
         self._buffers = tuple((m._buffers, name) for m in model.modules() for name in m._buffers)
-        self.watchdog = Watchdog(self)
-        self._guard = FiniteGuard(self, nonfinite)
+        self._stages = {
+            name or type(module).__name__: own
+            for name, module in model.named_modules()
+            if (own := list(module.parameters(recurse=False)))
+        }
+        self.watchdog = Watchdog()
+        self._guard = FiniteGuard(nonfinite)
 
     @abc.abstractmethod
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
@@ -93,9 +104,11 @@ class LearningRule(abc.ABC):
 
         Called by itself it trusts the gradients; the check for NaN and Inf is `step`'s.
         """
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.prepare()
+        step_all(self.optimizers)
+
+    def prepare(self) -> None:
+        """Make of what was gathered the gradients that `optimizers` step along, and write what these do not; a hook."""
 
     def step(self, x: Tensor, y: Tensor, *, diagnostics: bool = False) -> StepResult:
         """Train on one batch: `backward`, then `update`.
@@ -108,24 +121,50 @@ class LearningRule(abc.ABC):
                 fit the first layer, torch's own error says so.
             NonFiniteError: if a NaN or Inf appears; weights, optimizer state and running statistics stay as they were.
         """
-        _checks.batch(x, y)
-        self.check_input(x)
-        snapshot = Snapshot([b for place, name in self._buffers if (b := place[name]) is not None])
+        self.check_batch(x, y)
+        snapshot, guard, parameters = self._snapshot(), self._guard, self._parameters
         try:
             result = self.backward(x, y, diagnostics=diagnostics)
-            self._guard.update(x, y, result, snapshot)
+            guard.steps += 1
+            if guard.defers(result.loss, self.optimizers) and self.defers_update:
+                guard.defer(self.update, result.loss, parameters, self.optimizers, snapshot)
+            elif is_finite(result.loss, parameters):
+                self.update()
+            else:
+                raise guard.error(result.loss, self.locate_nonfinite(x, y))
         except BaseException:
             snapshot.restore()
             self.discard()
             raise
-        LearningRule.discard(self)  # also of parameters that no optimizer has
-        self.watchdog.tick()
+        for p in parameters:  # also those that no optimizer has
+            p.grad = None
+        self.watchdog.tick(self.stage_parameters)
         return result
 
     def discard(self) -> None:
         """Forget what `backward` gathered."""
         for p in self._parameters:
             p.grad = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what `backward` gathered elsewhere than in gradients; a hook."""
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot([b for place, name in self._buffers if (b := place[name]) is not None])
+
+    def check_batch(self, x: Any, y: Tensor) -> None:
+        """Raise where a batch is none that this rule takes."""
+        if isinstance(x, Tensor):
+            _checks.batch(x, y)
+            self.check_input(x)
+        elif isinstance(x, list):  # rows that nobody made a tensor of; no rule hands them on
+            raise TypeError("x must be a torch.Tensor, got list.")
+        elif not self.takes_any_input:
+            raise TypeError(
+                f"{type(self).__name__} takes the inputs of a batch as one tensor, got {type(x).__name__}: only Backprop hands "
+                "on whatever the model takes."
+            )
 
     def check_input(self, x: Tensor) -> None:
         """Raise `ValueError` where `x` is on another device, or of another floating dtype, than the weights."""
@@ -141,41 +180,34 @@ class LearningRule(abc.ABC):
         if x.is_floating_point() and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x has dtype {x.dtype}, the model's weights {weight.dtype}; convert one of them.")
 
-    def stage_parameters(self) -> dict[str, list[nn.Parameter]]:
+    def stage_parameters(self) -> Mapping[str, list[nn.Parameter]]:
         """Return the parameters of every stage by the stage's name; by module where the rule has no stages."""
-        groups = {}
-        for name, module in self.model.named_modules():
-            own = list(module.parameters(recurse=False))
-            if own:
-                groups[name or type(module).__name__] = own
-        return groups
+        return self._stages
 
+    @torch.no_grad()
     def locate_nonfinite(self, x: Tensor, y: Tensor) -> str | None:
-        """Return the name of what was non-finite first among inputs, weights and gradients, or None."""
-        for name, value in (("x", x), ("y", y)):
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                return name
-        stages = self.stage_parameters()
-        for values in ((lambda p: p), (lambda p: p.grad)):
-            for name, parameters in stages.items():
-                for p in parameters:
-                    value = values(p)
-                    if value is not None and not bool(value.isfinite().all()):
-                        return name
-        return None
+        """Return the name of what was non-finite first among inputs, weights, activations and gradients, or None."""
+        weights = [(name, p) for name, parameters in self._stages.items() for p in parameters]
+        gradients = ((name, p.grad) for name, p in weights)
+        return first_nonfinite(
+            one_after_another((*_tensors("x", x), ("y", y)), weights, self.activations(x), gradients)
+        )
+
+    def activations(self, x: Tensor) -> Iterable[tuple[str, Tensor | None]]:
+        """Return what the rule computes from `x` `(N, ...)` by the stages' names, first stage first; a hook."""
+        return ()
 
     def begin_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Do what the rule does before an epoch; `fit` calls it with the epoch's batches, `run_stream` with the task's.
 
-        A run that is resumed in the middle of an epoch does not repeat it.
+        A run that is resumed in the middle of an epoch does not repeat it. A hook.
         """
-        del batches
 
     def end_epoch(self) -> None:
-        """Advance the rule's own schedules; `fit` calls it after every epoch, `run_stream` after every task."""
+        """Advance the rule's own schedules; `fit` calls it after every epoch, `run_stream` after every task; a hook."""
 
     def end_task(self) -> None:
-        """Know that a task of a stream is over; `streaming.run_stream` calls it. Most rules need not know."""
+        """Know that a task of a stream is over; `streaming.run_stream` calls it. A hook: most rules need not know."""
 
     def check_finite(self) -> None:
         """Wait for the device and raise `NonFiniteError` if a step with deferred checking was skipped."""
@@ -199,8 +231,12 @@ class LearningRule(abc.ABC):
         """Move the model and all of the rule's state to `device`; return the rule."""
         state = self.state_dict()
         self.model.to(device)
+        self.move(device)
         self.load_state_dict(state)
         return self
+
+    def move(self, device: torch.device | str) -> None:
+        """Move weights that are neither the model's nor in `own_state` alone; a hook."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training on needs except the model's own `state_dict`."""
@@ -211,6 +247,7 @@ class LearningRule(abc.ABC):
             "watchdog": self.watchdog.state_dict(),
             "steps": self._guard.steps,
             "shapes": [list(p.shape) for p in self._parameters],
+            **self.own_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -228,10 +265,33 @@ class LearningRule(abc.ABC):
             raise ValueError(
                 f"This state holds {len(state['optimizers'])} optimizers, this rule has {len(self.optimizers)}."
             )
+        self.load_own_state(state)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.watchdog.load_state_dict(state["watchdog"])
         self._guard.steps = int(state["steps"])
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what this kind of rule adds to `state_dict`; a hook."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `own_state` returned, a part of `state`; a hook."""
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient, or raise `ValueError` where there is none."""
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found:
+        raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
+    return found
+
+
+def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(name, value)]
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
+    return [found for key, part in parts for found in _tensors(f"{name}[{key!r}]", part)]
 
 
 def _complete(copied: torch.optim.Optimizer, own: torch.optim.Optimizer, memo: dict[int, Any]) -> None:

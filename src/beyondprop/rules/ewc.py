@@ -13,6 +13,7 @@ the Fisher's diagonal as its expectation, whatever the batch size. It costs a se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.optim.factories import OptimizerFactory, adam
-from beyondprop.rules.base import LearningRule, StepResult
+from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.stages.losses import LossFunction
 
 
@@ -65,9 +66,7 @@ class OnlineEWC(LearningRule):
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
         self.decay = decay
         self.rate = _checks.positive("rate", rate)
-        self._trained = [p for p in model.parameters() if p.requires_grad]
-        if not self._trained:
-            raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
+        self._trained = trainable(model)
         self.optimizers = ((optimizer or adam())(self._trained),)
         self.fisher: list[Tensor] = []  # of past tasks, by trained parameter; empty in the first
         self.anchor: list[Tensor] = []
@@ -76,7 +75,7 @@ class OnlineEWC(LearningRule):
         self.batches = 0
 
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
-        """See `LearningRule.backward`; the penalty's gradient is added, the loss that is returned is the task's alone."""
+        """Add the gradients of loss and penalty; the loss that is returned is the task's alone."""
         del diagnostics
         output = self.model(x)
         if output.ndim != 2:
@@ -99,18 +98,14 @@ class OnlineEWC(LearningRule):
         return StepResult(loss.detach(), output.detach())
 
     @torch.no_grad()
-    def update(self) -> None:
-        """See `LearningRule.update`."""
+    def prepare(self) -> None:
         pending, self._pending = self._pending, []
         for squares in pending:
             self.batches += 1
             for present, square in zip(self._present, squares, strict=True):
                 present.lerp_(square, max(self.rate, 1 / self.batches))
-        super().update()
 
-    def discard(self) -> None:
-        """See `LearningRule.discard`."""
-        super().discard()
+    def forget(self) -> None:
         self._pending = []
 
     def end_task(self) -> None:
@@ -123,15 +118,12 @@ class OnlineEWC(LearningRule):
         self._present = [torch.zeros_like(p) for p in self._trained]
         self.batches = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `LearningRule.state_dict`."""
+    def own_state(self) -> dict[str, Any]:
         kept = {"fisher": self.fisher, "anchor": self.anchor, "present": self._present}
         copies = {name: [value.clone() for value in values] for name, values in kept.items()}
-        return {**super().state_dict(), **copies, "batches": self.batches}
+        return {**copies, "batches": self.batches}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `LearningRule.load_state_dict`."""
-        super().load_state_dict(state)
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
         self.fisher, self.anchor, self._present = (
             [value.to(p.device, copy=True) for value, p in zip(state[name], self._trained, strict=False)]
             for name in ("fisher", "anchor", "present")

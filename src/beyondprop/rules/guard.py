@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from beyondprop.errors import NonFiniteError
 
-if TYPE_CHECKING:
-    from beyondprop.rules.base import LearningRule, StepResult
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 class Snapshot:
@@ -44,71 +42,50 @@ class FiniteGuard:
     of `torch.amp.GradScaler`), and the error is raised as soon as the flag has arrived.
     """
 
-    def __init__(self, rule: LearningRule, mode: str | None) -> None:
-        self.rule = rule
+    def __init__(self, mode: str | None) -> None:
         self.mode = mode
         self.steps = 0
         self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
-    def update(self, x: Tensor, y: Tensor, result: StepResult, snapshot: Snapshot) -> None:
-        """Update the rule's weights, or raise `NonFiniteError` with everything as it was before."""
-        self.steps += 1
-        if self._deferred(result.loss):
-            self._deferred_update(result, snapshot)
-            return
-        if not self._is_finite(result):
-            self._raise(x, y, result)
-        self.rule.update()
+    def defers(self, loss: Tensor, optimizers: Optimizers) -> bool:
+        """Return whether the flag goes to the optimizers, which then skip a step by themselves.
 
-    def wait(self) -> None:
-        """Read all flags that are still under way."""
-        pending, self.pending = self.pending, []
-        for step, flag, event in pending:
-            if event is not None:
-                event.synchronize()
-            self._check(step, flag)
-
-    def _is_finite(self, result: StepResult) -> bool:
-        if result.loss.device.type != "cpu":
-            return bool(self._total(result).isfinite())
-        gradients = [p.grad for p in self.rule._parameters if p.grad is not None]
-        vectors = [g for g in gradients if g.ndim == 1]  # biases, together
-        sums = [_sum(g) for g in gradients if g.ndim != 1]
-        if vectors:
-            sums.append(_sum(torch.cat(vectors)))
-        # Floats are added faster in Python than 0-d tensors by torch, and reading them waits for nobody.
-        return math.isfinite(sum(map(float, sums), float(result.loss)))
-
-    def _total(self, result: StepResult) -> Tensor:
-        # A sum is finite if its terms are: one pass over each gradient, cheaper than isfinite().all() by 30 times.
-        sums = [_sum(p.grad) for p in self.rule._parameters if p.grad is not None]
-        sums.append(result.loss)
-        dtype = torch.float32 if result.loss.dtype in _HALF else result.loss.dtype
-        return torch.stack([s if s.dtype is dtype else s.to(dtype) for s in sums]).sum()
-
-    def _deferred(self, loss: Tensor) -> bool:
+        Raises:
+            ValueError: if it must, and an optimizer cannot.
+        """
         if self.mode == "raise" or (self.mode is None and loss.device.type == "cpu"):
             return False
-        skips = all(_can_skip(optimizer) for optimizer in self.rule.optimizers)
+        skips = all(_can_skip(optimizer) for optimizer in optimizers)
         if not skips and self.mode == "deferred":
             raise ValueError(
                 'nonfinite="deferred" needs optimizers that can skip a step on the device: pass fused=True to '
                 "torch.optim.Adam, AdamW or SGD, or use nonfinite='raise'."
             )
-        return skips and self.rule.defers_update
+        return skips
 
     @torch.no_grad()
-    def _deferred_update(self, result: StepResult, snapshot: Snapshot) -> None:
-        bad = ~self._total(result).isfinite()
-        for optimizer in self.rule.optimizers:
+    def defer(
+        self,
+        update: Callable[[], None],
+        loss: Tensor,
+        parameters: Sequence[Tensor],
+        optimizers: Optimizers,
+        snapshot: Snapshot,
+    ) -> None:
+        """Call `update`, whose optimizers skip the step on the device if the loss or a gradient is not finite.
+
+        Raises:
+            NonFiniteError: if the flag of this or of an earlier step has arrived, and says so.
+        """
+        bad = ~_total(loss, parameters).isfinite()
+        for optimizer in optimizers:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        for optimizer in self.rule.optimizers:
             _start_momentum(optimizer)
         try:
-            self.rule.update()
+            update()
         finally:
-            for optimizer in self.rule.optimizers:
+            for optimizer in optimizers:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         snapshot.restore_where(bad)
         event = None
@@ -123,6 +100,14 @@ class FiniteGuard:
             step, flag, _ = self.pending.pop(0)
             self._check(step, flag)
 
+    def wait(self) -> None:
+        """Read all flags that are still under way."""
+        pending, self.pending = self.pending, []
+        for step, flag, event in pending:
+            if event is not None:
+                event.synchronize()
+            self._check(step, flag)
+
     def _check(self, step: int, flag: Tensor) -> None:
         if bool(flag):
             raise NonFiniteError(
@@ -131,19 +116,48 @@ class FiniteGuard:
                 where="loss",
             )
 
-    def _raise(self, x: Tensor, y: Tensor, result: StepResult) -> None:
-        where = self.rule.locate_nonfinite(x, y) or "loss"
-        what = where if where in ("x", "y") else "The loss" if where == "loss" else f"Stage {where!r}"
-        if where == "loss" and math.isfinite(float(result.loss)):
-            what = "A gradient"
-        raise NonFiniteError(
-            f"{what} is not finite at step {self.steps} (loss {float(result.loss):.4g}). No weight was changed. "
-            "Check the inputs, lower the learning rate, or raise the damping.",
-            where=where,
+    def error(self, loss: Tensor, where: str | None) -> NonFiniteError:
+        """Return the error of a step that was refused: `where` is what was not finite first, where that was found."""
+        what = "A gradient" if math.isfinite(float(loss)) else "The loss"
+        return NonFiniteError(
+            f"{what if where is None else named(where)} is not finite at step {self.steps} (loss {float(loss):.4g}). No weight "
+            "was changed. Check the inputs, lower the learning rate, or raise the damping.",
+            where=where or "loss",
         )
 
 
+def is_finite(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Return whether the loss and every gradient are finite; waits for the device."""
+    if loss.device.type != "cpu":
+        return bool(_total(loss, parameters).isfinite())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    vectors = [g for g in gradients if g.ndim == 1]  # biases, together
+    sums = [_sum(g) for g in gradients if g.ndim != 1]
+    if vectors:
+        sums.append(_sum(torch.cat(vectors)))
+    # Floats are added faster in Python than 0-d tensors by torch, and reading them waits for nobody.
+    return math.isfinite(sum(map(float, sums), float(loss)))
+
+
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """Return the name of the first tensor that holds a NaN or Inf, or None; what has no tensor is passed over."""
+    return next((name for name, t in tensors if t is not None and not bool(t.isfinite().all())), None)
+
+
+def named(where: str) -> str:
+    """Return the first words of an error: an input by its name, a stage as one."""
+    return where if where in ("x", "y") else f"Stage {where!r}"
+
+
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def _total(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    # A sum is finite if its terms are: one pass over each gradient, cheaper than isfinite().all() by 30 times.
+    sums = [_sum(p.grad) for p in parameters if p.grad is not None]
+    sums.append(loss)
+    dtype = torch.float32 if loss.dtype in _HALF else loss.dtype
+    return torch.stack([s if s.dtype is dtype else s.to(dtype) for s in sums]).sum()
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.credit.base import Assignment, Credit
-from beyondprop.credit.code_solvers import tiny
-from beyondprop.rules.base import LearningRule, StepResult
+from beyondprop.credit.code_problem import tiny
+from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.solvers.base import Solver
 from beyondprop.stages.chain import Chain, Cuts
 from beyondprop.stages.losses import LossFunction
@@ -25,8 +26,8 @@ class LocalRule(LearningRule):
         credit: gives every stage its delta.
         solver: moves every stage's weights toward it.
         cuts: where stages end; see `Chain`.
-        weight_inputs: `"old"`: a stage solves for its wish at the input that it saw (all stages in parallel);
-            `"new"`: at the input that the stage below wishes to send (the published order; one more forward pass).
+        weight_inputs: `"old"`: a stage solves for its target at the input that it saw (all stages in parallel);
+            `"new"`: at the input that the stage below should send (the published order; one more forward pass).
         nonfinite: see `LearningRule`.
 
     Attributes:
@@ -51,8 +52,8 @@ class LocalRule(LearningRule):
         super().__init__(model, loss, nonfinite=nonfinite)
         _checks.one_of("weight_inputs", weight_inputs, ("old", "new"))
         self.chain = Chain(model, cuts)
-        if not any(stage.is_trainable for stage in self.chain):
-            raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
+        self._stages = {stage.name: stage.parameters for stage in self.chain}
+        trainable(model)
         self.credit = credit
         self.solver = solver
         self.weight_inputs = weight_inputs
@@ -65,7 +66,6 @@ class LocalRule(LearningRule):
 
     @torch.no_grad()
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
-        """See `LearningRule.backward`."""
         keep_codes = diagnostics or self.credit.needs_codes or self.solver.needs_codes or self.weight_inputs == "new"
         trace = self.chain.record(x, push=self.credit.pushes, keep_codes=keep_codes)
         if self.teaches_credit:
@@ -86,56 +86,31 @@ class LocalRule(LearningRule):
         stages = {self.chain[a.index].name: _measure(a) for a in reversed(kept)}
         return StepResult(loss.value, output, self.credit.energy(kept), stages)
 
-    def update(self) -> None:
-        """See `LearningRule.update`."""
-        self.solver.update()
+    def prepare(self) -> None:
+        self.solver.solve()
         self.credit.update()
 
-    def discard(self) -> None:
-        """See `LearningRule.discard`."""
-        super().discard()
+    def forget(self) -> None:
         self.solver.discard()
         self.credit.discard()
 
     def end_epoch(self) -> None:
-        """See `LearningRule.end_epoch`."""
         self.credit.end_epoch()
 
-    def stage_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """See `LearningRule.stage_parameters`."""
-        return {stage.name: stage.parameters for stage in self.chain}
-
-    @torch.no_grad()
-    def locate_nonfinite(self, x: Tensor, y: Tensor) -> str | None:
-        """See `LearningRule.locate_nonfinite`; looks at the codes, too, first stage first."""
-        for name, value in (("x", x), ("y", y)):
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                return name
-        for stage in self.chain:
-            if not all(bool(p.isfinite().all()) for p in stage.parameters):
-                return stage.name
+    def activations(self, x: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield the codes, then the credit's own weights and their gradients."""
         for stage, pullback in zip(self.chain, self.chain.record(x).pullbacks, strict=True):
-            if pullback is not None and not bool(pullback.output.isfinite().all()):
-                return stage.name
-        return self.credit.locate_nonfinite() or super().locate_nonfinite(x, y)
+            yield stage.name, None if pullback is None else pullback.output
+        for name, weight in self.credit.named_weights():
+            yield from ((name, weight), (name, weight.grad))
 
-    def to(self, device: torch.device | str) -> LearningRule:
-        """See `LearningRule.to`."""
-        self.check_finite()
+    def move(self, device: torch.device | str) -> None:
         self.credit.to(device)
-        return super().to(device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `LearningRule.state_dict`; holds the credit's and the solver's own state."""
-        return {
-            **super().state_dict(),
-            "credit": self.credit.state_dict(),
-            "solver": self.solver.state_dict(),
-        }
+    def own_state(self) -> dict[str, Any]:
+        return {"credit": self.credit.state_dict(), "solver": self.solver.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `LearningRule.load_state_dict`."""
-        super().load_state_dict(state)
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
         self.credit.load_state_dict(state["credit"])
         self.solver.load_state_dict(state["solver"])
 
@@ -148,10 +123,6 @@ def _at_moved_input(assignment: Assignment) -> Assignment:
 
 
 def _measure(assignment: Assignment) -> dict[str, Tensor]:
-    output, delta = assignment.pullback.output, assignment.delta
+    output, delta = assignment.pullback.output.norm(), assignment.delta.norm()
     floor = tiny(output)
-    return {
-        "output_norm": output.norm(),
-        "delta_norm": delta.norm(),
-        "relative_delta": delta.norm() / output.norm().clamp_min(floor),
-    }
+    return {"output_norm": output, "delta_norm": delta, "relative_delta": delta / output.clamp_min(floor)}

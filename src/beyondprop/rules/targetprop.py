@@ -5,14 +5,13 @@ Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015, arXiv 
 | paper | here |
 |---|---|
 | compute unit values for all layers | `Chain.record`, cut after the nonlinearities |
-| first target, associated targets for lower layers | `credit.DifferenceTargetPropagation.assign` |
+| first target, associated targets for lower layers | `credit.DifferenceTargetPropagation.below` |
 | training feedback (inverse) mapping | `credit.DifferenceTargetPropagation.learn` |
 | training feedforward mapping | `solvers.Descent` |
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,9 +24,9 @@ from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropaga
 from beyondprop.errors import NonFiniteError
 from beyondprop.nn.binary import Sign, Threshold
 from beyondprop.optim.factories import OptimizerFactory, centered_rmsprop
-from beyondprop.rules.guard import Snapshot
+from beyondprop.rules.guard import named
 from beyondprop.rules.local import LocalRule
-from beyondprop.solvers.base import Solver
+from beyondprop.solvers.base import Solver, step_all
 from beyondprop.solvers.descent import Descent
 from beyondprop.stages.chain import Cuts, flatten
 from beyondprop.stages.losses import LossFunction
@@ -105,19 +104,6 @@ class DifferenceTargetProp(LocalRule):
         super().__init__(model, loss, credit, solver, cuts=cuts, nonfinite=nonfinite)
         self.inverse_training = inverse_training
         self.teaches_credit = inverse_training == "interleaved" and bool(credit.optimizers)
-        self._has_warned = False
-
-    def update(self) -> None:
-        """See `LearningRule.update`."""
-        if self.credit.optimizers and not self.teaches_credit and not self._has_warned:
-            if not self.credit.optimizers[0].state:  # nor in the run that is resumed
-                warnings.warn(
-                    "The inverses were never trained: call rule.begin_epoch(batches) before the steps of every epoch, as fit "
-                    "does, or use inverse_training='interleaved'.",
-                    stacklevel=3,
-                )
-            self._has_warned = True
-        super().update()
 
     @torch.no_grad()
     def begin_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -128,15 +114,14 @@ class DifferenceTargetProp(LocalRule):
         """
         if self.inverse_training != "epoch" or not self.credit.optimizers:
             return
-        self._has_warned = True  # no reason to: frozen stages may leave nothing to learn
         for x, y in batches:
             _checks.batch(x, y)
             self.check_input(x)
-            snapshot = Snapshot([b for place, name in self._buffers if (b := place[name]) is not None])
+            snapshot = self._snapshot()
             try:
                 self.credit.learn(self.chain.record(x), 1.0)
                 self._check_inverses(x, y)
-                self.credit.update()
+                step_all(self.credit.optimizers)
             finally:
                 snapshot.restore()
                 self.discard()
@@ -146,10 +131,9 @@ class DifferenceTargetProp(LocalRule):
         sums = [p.grad.sum() for group in groups for p in group["params"] if p.grad is not None]
         if sums and not bool(torch.stack(sums).sum().isfinite()):
             where = self.locate_nonfinite(x, y) or "inverse"
-            what = where if where in ("x", "y") else f"Stage {where!r}"
             raise NonFiniteError(
-                f"{what} is not finite in the inverses' training. No inverse was changed by this batch. Check the inputs, "
-                "or lower the inverses' learning rate.",
+                f"{named(where)} is not finite in the inverses' training. No inverse was changed by this batch. Check the "
+                "inputs, or lower the inverses' learning rate.",
                 where=where,
             )
 

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from beyondprop.errors import FrozenStageWarning
 
-if TYPE_CHECKING:
-    from beyondprop.rules.base import LearningRule
-
 
 class Watchdog:
     """Compares a sample of every stage's weights once in `interval` steps.
 
     A stage is frozen if its weights' relative change over the interval is below `threshold` and a thousandth of the most
-    mobile stage's. Wishes that vanish on their way down a deep network show up here whatever rule made them: the
+    mobile stage's. Deltas that vanish on their way down a deep network show up here whatever rule made them: the
     published alternating-minimization code leaves all but its top three layers bit-identical to their initialisation.
     The one host read happens once an interval.
 
     Args:
-        rule: the rule whose stages are watched.
         interval: steps between two looks.
         threshold: relative change, root mean square, below which a stage counts as frozen.
         sample: weights looked at per parameter, evenly spread.
     """
 
-    def __init__(self, rule: LearningRule, interval: int = 50, threshold: float = 1e-6, sample: int = 4096) -> None:
-        self.rule = rule
+    def __init__(self, interval: int = 50, threshold: float = 1e-6, sample: int = 4096) -> None:
         self.interval = interval
         self.threshold = threshold
         self.sample = sample
@@ -39,22 +35,26 @@ class Watchdog:
         self._before: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def tick(self) -> None:
-        """Count a step; look where an interval is over."""
+    def tick(self, stages: Callable[[], Mapping[str, Iterable[Tensor]]]) -> None:
+        """Count a step; look where an interval is over.
+
+        Args:
+            stages: returns the stages' weights by name; asked at a look, never held.
+        """
         if self.steps % self.interval == 0:
-            now = self._look()
+            now = self._look(stages())
             if self._before:
                 self._compare(now)
             self._before = now
         self.steps += 1
 
-    def _look(self) -> dict[str, Tensor]:
-        stages = {}
-        for name, parameters in self.rule.stage_parameters().items():
+    def _look(self, stages: Mapping[str, Iterable[Tensor]]) -> dict[str, Tensor]:
+        seen = {}
+        for name, parameters in stages.items():
             parts = [p.detach().flatten() for p in parameters if p.requires_grad]
             if parts:
-                stages[name] = torch.cat([q[:: max(1, q.numel() // self.sample)] for q in parts]).clone()
-        return stages
+                seen[name] = torch.cat([q[:: max(1, q.numel() // self.sample)] for q in parts]).clone()
+        return seen
 
     def _compare(self, now: dict[str, Tensor]) -> None:
         names = [n for n in now if n in self._before and now[n].shape == self._before[n].shape]
@@ -72,7 +72,7 @@ class Watchdog:
                 change = moved[names.index(name)]
                 warnings.warn(
                     f"Stage {name!r} stands still: its weights changed by {change:.1e} of their size in {self.interval} "
-                    f"steps, the most mobile stage by {max(moved):.1e}. Its wish may vanish on the way down: use "
+                    f"steps, the most mobile stage by {max(moved):.1e}. Its delta may vanish on the way down: use "
                     "normalize=True, or another credit solver.",
                     FrozenStageWarning,
                     stacklevel=4,

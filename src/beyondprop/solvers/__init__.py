@@ -6,8 +6,4 @@ from beyondprop.solvers.base import Solver
 from beyondprop.solvers.descent import Descent
 from beyondprop.solvers.memory import Memory
 
-__all__ = [
-    "Descent",
-    "Memory",
-    "Solver",
-]
+__all__ = ["Descent", "Memory", "Solver"]

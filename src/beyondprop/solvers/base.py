@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ import torch
 from beyondprop.credit.base import Assignment
 from beyondprop.stages.chain import Chain
 
+_ZERO_GRAD = torch.optim.Optimizer.zero_grad
+
 
 class Solver(abc.ABC):
-    """Moves the weights of every stage toward its wish; one instance serves one rule.
+    """Moves the weights of every stage toward its target; one instance serves one rule.
 
     Attributes:
         optimizers: the torch optimizers that write the weights; learning-rate schedulers attach to them.
@@ -38,9 +41,8 @@ class Solver(abc.ABC):
                 negative, minus one over the batch size where the loss is a mean.
         """
 
-    @abc.abstractmethod
-    def update(self) -> None:
-        """Change the weights by all that was collected, and forget it."""
+    def solve(self) -> None:
+        """Forget what was collected, once the gradients say the step to be made; the rule steps `optimizers` right after."""
 
     def discard(self) -> None:
         """Forget what was collected; the rule clears the gradients."""
@@ -51,4 +53,17 @@ class Solver(abc.ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        del state
+
+
+def step_all(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Step every optimizer, then clear its gradients."""
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        if type(optimizer).zero_grad is not _ZERO_GRAD:
+            optimizer.zero_grad(set_to_none=True)
+            continue
+        # The same without its profiler bookkeeping, which costs more than a small step's products.
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None

@@ -1,22 +1,22 @@
-"""Gradient steps of any torch optimizer on each stage's squared distance to its wish."""
+"""Gradient steps of any torch optimizer on each stage's squared distance to its target."""
 
 from __future__ import annotations
 
 import torch
 
 from beyondprop import _checks
-from beyondprop.credit.base import Assignment
+from beyondprop.credit.base import Assignment, serves_one_rule
 from beyondprop.errors import NonFiniteError
 from beyondprop.optim.factories import OptimizerFactory, adam
-from beyondprop.solvers.base import Solver
+from beyondprop.solvers.base import Solver, step_all
 from beyondprop.stages.chain import Chain
 
 
 class Descent(Solver):
-    """One or several steps of a torch optimizer on `|wish - (stage(input) - output)|^2 / 2`, mean over the batch.
+    """One or several steps of a torch optimizer on `|delta - (stage(input) - output)|^2 / 2`, mean over the batch.
 
     With one step, the gradient is `-delta^T input`: the published weight update of AM-SGD and AM-Adam. The last stage
-    descends the task loss itself. Further local steps recompute what is left of the wish under the new weights.
+    descends the task loss itself. Further local steps recompute what is left of the delta under the new weights.
 
     Args:
         optimizer: factory over the trainable parameters; default Adam, lr 3e-3, fused where the device has it.
@@ -29,11 +29,7 @@ class Descent(Solver):
     """
 
     def __init__(
-        self,
-        optimizer: OptimizerFactory | None = None,
-        *,
-        output: OptimizerFactory | None = None,
-        local_steps: int = 1,
+        self, optimizer: OptimizerFactory | None = None, *, output: OptimizerFactory | None = None, local_steps: int = 1
     ) -> None:
         for name, factory in (("optimizer", optimizer), ("output", output)):
             if factory is not None and not callable(factory):
@@ -49,9 +45,7 @@ class Descent(Solver):
         self._collected: list[tuple[Assignment, float]] = []
 
     def bind(self, chain: Chain) -> None:
-        """See `Solver.bind`."""
-        if hasattr(self, "_chain"):
-            raise ValueError("This Descent serves another rule already; one instance serves one rule.")
+        serves_one_rule(self, is_bound=hasattr(self, "_chain"))
         self._chain = chain
         stages = list(chain)
         below = stages if self._output_factory is None else stages[:-1]
@@ -64,20 +58,19 @@ class Descent(Solver):
                 raise TypeError("Descent takes optimizers whose step takes no closure, got LBFGS.")
 
     def collect(self, assignment: Assignment, factor: float) -> None:
-        """See `Solver.collect`."""
         assignment.pullback.add_gradients(assignment.delta, factor)
         if self.local_steps > 1:
             self._collected.append((assignment, factor))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """See `Solver.update`."""
+    def solve(self) -> None:
+        """Make all local steps but the last, which is the rule's."""
+        if self.local_steps == 1:
+            return
         collected, self._collected = self._collected, []
-        before = {}
-        if self.local_steps > 1:
-            before = {p: p.detach().clone() for stage in self._chain for p in stage.parameters if p.requires_grad}
-        self._step()
+        before = {p: p.detach().clone() for stage in self._chain for p in stage.parameters if p.requires_grad}
         for _ in range(self.local_steps - 1):
+            step_all(self.optimizers)
             for assignment, factor in collected:
                 pullback, change = assignment.pullback.relinearize(before)
                 pullback.add_gradients(assignment.remaining(change), factor)
@@ -88,21 +81,6 @@ class Descent(Solver):
                     "A local step after the first is not finite; no weight was changed. Lower the learning rate.",
                     where="loss",
                 )
-            self._step()
 
     def discard(self) -> None:
-        """See `Solver.discard`."""
         self._collected = []
-
-    def _step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for optimizer in self.optimizers:
-            _clear(optimizer)
-
-
-def _clear(optimizer: torch.optim.Optimizer) -> None:
-    # zero_grad(set_to_none=True) without its profiler bookkeeping, which costs more than a small step's products.
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = None

@@ -7,7 +7,7 @@ coding", ICML 2009:
     B <- B + sum_b c a^T        (out x in)       c: code that the stage should produce
     W <- argmin_W  Tr(W^T W A) - 2 Tr(W^T B)     by block coordinate descent over columns, warm started
 
-Both solvers here keep B in delta form: R = B - W A = sum_b delta a^T under the present weights, so that no wish is lost in
+Both solvers here keep B in delta form: R = B - W A = sum_b delta a^T under the present weights, so that no delta is lost in
 the difference of two large sums.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.credit.base import Assignment
+from beyondprop.credit.base import Assignment, serves_one_rule
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.solvers.base import Solver
@@ -95,9 +95,8 @@ class Memory(Solver):
         self._stages: dict[int, StageMemory] = {}
 
     def bind(self, chain: Chain) -> None:
-        """See `Solver.bind`; warns where a stage's memory is large, and where most weights have none."""
-        if self._stages:
-            raise ValueError("This Memory serves another rule already; one instance serves one rule.")
+        """Make the memories; warns where a stage's memory is large, and where most weights have none."""
+        serves_one_rule(self, is_bound=bool(self._stages))
         last = len(chain) - 1
         remembered, output, rest = [], [], []
         others: list[str] = []
@@ -146,15 +145,13 @@ class Memory(Solver):
                 )
 
     def collect(self, assignment: Assignment, factor: float) -> None:
-        """See `Solver.collect`."""
         assignment.pullback.add_gradients(assignment.delta, factor)
         memory = self._stages.get(assignment.index)
         if memory is not None and (top := _top_at(assignment.pullback)) is not None:
             memory.collect(top, -factor)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """See `Solver.update`."""
+    def solve(self) -> None:
         for memory in self._stages.values():
             if memory.pending is not None and not bool(memory.pending.sum().isfinite()):
                 raise NonFiniteError(
@@ -167,12 +164,8 @@ class Memory(Solver):
             memory.prepare()  # what can fail comes before what is changed
         for memory in self._stages.values():
             memory.solve(lr)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
-        """See `Solver.discard`."""
         for memory in self._stages.values():
             memory.pending = None
 
@@ -181,7 +174,6 @@ class Memory(Solver):
         return {str(index): memory.state_dict() for index, memory in self._stages.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         if set(state) != {str(i) for i in self._stages}:
             raise ValueError(f"This state has memories of stages {sorted(state)}, this rule of {sorted(self._stages)}.")
         for index, memory in self._stages.items():
@@ -323,19 +315,16 @@ class StageMemory:
 
     def _to(self, device: torch.device) -> None:
         if self.moments.device != device:
-            self.moments, self.inverse = self.moments.to(device), self.inverse.to(device)
-            self.residual = None if self.residual is None else self.residual.to(device)
+            for name, kept in self._kept().items():
+                setattr(self, name, kept.to(device))
+
+    def _kept(self) -> dict[str, Tensor]:
+        kept = {"moments": self.moments, "inverse": self.inverse, "residual": self.residual}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return A, its inverse and R."""
-        state: dict[str, Any] = {
-            "steps": self.steps,
-            "moments": self.moments.clone(),
-            "inverse": self.inverse.clone(),
-        }
-        if self.residual is not None:
-            state["residual"] = self.residual.clone()
-        return state
+        return {"steps": self.steps, **{name: kept.clone() for name, kept in self._kept().items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -343,7 +332,5 @@ class StageMemory:
             saved, own = tuple(state["moments"].shape), tuple(self.moments.shape)
             raise ValueError(f"This state has moments {saved}; stage {self.name!r} has {own}.")
         self.steps = int(state["steps"])
-        self.moments = state["moments"].to(self.weight.device, copy=True)
-        self.inverse = state["inverse"].to(self.weight.device, copy=True)
-        if self.residual is not None:
-            self.residual = state["residual"].to(self.weight.device, copy=True)
+        for name in self._kept():
+            setattr(self, name, state[name].to(self.weight.device, copy=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from beyondprop.nn.activations import closed_form
 from beyondprop.rules.offline.layer_fits import fit_output, fit_units
-from beyondprop.rules.offline.least_squares import Moments
+from beyondprop.rules.offline.least_squares import LeastSquares
 from beyondprop.rules.offline.proximal import (
     FeatureProx,
     hinge_prox,
@@ -135,7 +135,7 @@ def _rows(count: int = 400, inputs: int = 500, outputs: int = 4) -> tuple[Tensor
 @pytest.mark.parametrize("bias", [True, False])
 def test_moments_give_the_least_squares_fit(bias: bool) -> None:
     x, t = _rows(900, 450)  # wider than a block of the symmetric product
-    moments = Moments(450, 4)
+    moments = LeastSquares(450, 4)
     for part in (slice(0, 500), slice(500, 900)):
         moments.add(x[part], t[part])
     assert relative(moments.gram, x.t() @ x) < 1e-13
@@ -151,7 +151,7 @@ def test_moments_give_the_least_squares_fit(bias: bool) -> None:
 def test_moments_without_damping_are_the_pseudo_inverse() -> None:
     x, t = _rows(60, 10)
     x = torch.cat([x, x[:, :3] - x[:, 3:6], torch.zeros(60, 1).double()], 1)  # columns that say nothing new
-    moments = Moments(14, 4)
+    moments = LeastSquares(14, 4)
     moments.add(x, t)
     weight, _ = moments.solve(0.0, bias=False)
     assert relative(weight, (torch.linalg.pinv(x) @ t).t()) < 1e-9
@@ -166,7 +166,7 @@ def test_proximal_fits_are_stationary(how: str, bias: bool) -> None:
     g = torch.Generator().manual_seed(4)
     old = torch.randn(4, 20, generator=g).double()
     old_bias = torch.randn(4, generator=g).double() if bias else None
-    moments = Moments(20, 4)
+    moments = LeastSquares(20, 4)
     moments.add(x, t)
     alpha, rho = 3.0, 0.5
     weight, offset = getattr(moments, how)(old, old_bias, alpha=alpha, rho=rho)

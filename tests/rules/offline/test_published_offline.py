@@ -65,8 +65,8 @@ class _Literal:
                 center = (rho * affine + alpha * self.u[index]) / (rho + alpha)
                 self.u[index] = self.prox(self.v[index], center, (rho + alpha) / gamma)
             gram = alpha * torch.eye(len(below)).double() + rho * below @ below.t()
-            wish = alpha * self.w[index] + rho * (self.u[index] - self.b[index]) @ below.t()
-            self.w[index] = wish @ torch.linalg.inv(gram)
+            left = alpha * self.w[index] + rho * (self.u[index] - self.b[index]) @ below.t()
+            self.w[index] = left @ torch.linalg.inv(gram)
             rest = (self.u[index] - self.w[index] @ below).sum(1, keepdim=True)
             self.b[index] = (alpha * self.b[index] + rho * rest) / (rho * rows + alpha)
             if index:

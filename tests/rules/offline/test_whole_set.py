@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,13 @@ from beyondprop import BCD, Backprop, data, fit
 from beyondprop.data import Dataset
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.lab import registry
-from beyondprop.lab.comparing.comparison import Member, Silent, compare, resume
+from beyondprop.lab.comparing.comparison import compare, resume
+from beyondprop.lab.comparing.member import Member, Silent
 from beyondprop.lab.comparing.settings import Settings
+from beyondprop.lab.runs.recorded import read_rows
 from beyondprop.lab.training.work import work_per_step
 
-WHOLE = [n for n in registry.names() if registry.get(n).whole_set]
+WHOLE = [n for n in registry.rules.names() if registry.rules.get(n).whole_set]
 CALL: dict[str, Any] = {"epochs": 4, "batch_size": 16, "seed": 3}
 
 
@@ -37,7 +38,7 @@ def _toy() -> Any:
 
 def _build(name: str) -> Any:
     torch.manual_seed(11)
-    spec = registry.get(name)
+    spec = registry.rules.get(name)
     return spec.build(mlp(6, 9, 8, 3), nn.CrossEntropyLoss(), spec.lr)
 
 
@@ -47,7 +48,7 @@ def _comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_there_are_whole_set_rules_and_they_say_so() -> None:
     assert WHOLE == ["offline-am", "mac", "bcd", "admm"]
-    assert all(_build(n).whole_set == (n in WHOLE) for n in registry.names())
+    assert all(_build(n).whole_set == (n in WHOLE) for n in registry.rules.names())
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -143,17 +144,20 @@ def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def extra_rules() -> Iterator[None]:
-    before = dict(registry._RULES)
+    registry.rules.names()  # what is built in is loaded when somebody looks
+    before = dict(registry.rules.rows)
     yield
-    registry._RULES.clear()
-    registry._RULES.update(before)
+    registry.rules.rows.clear()
+    registry.rules.rows.update(before)
 
 
-SETTINGS: dict[str, Any] = {"net": "mlp:12x2", "epochs": 3, "batch_size": 32, "seeds": (0, 1)}
+SETTINGS: dict[str, Any] = {"nets": ("mlp:12x2",), "epochs": 3, "batch_size": 32, "seeds": (0, 1)}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows, notes = read_rows(path)
+    assert notes == ()
+    return rows
 
 
 class _InterruptAt(Silent):
@@ -172,13 +176,13 @@ def test_a_mixed_comparison_resumes_to_the_same_rows(at: int, tmp_path: Path) ->
     settings = Settings(**SETTINGS, rules=("bcd", "adam", "admm"))
     whole = compare(settings, out=tmp_path / "whole")
     rows = _rows(whole)
-    evaluations = {(r["rule"], r["seed"], r["epoch"]) for r in rows if r["kind"] == "eval"}
+    evaluations = {(r["contender"], r["seed"], r["epoch"]) for r in rows if r["kind"] == "eval"}
     assert evaluations == {(n, s, e) for n in ("bcd", "adam", "admm") for s in (0, 1) for e in range(4)}
-    assert {r["rule"] for r in rows if r["kind"] == "alignment"} == {"bcd", "adam", "admm"}
-    last = {r["rule"]: r for r in rows if r["kind"] == "eval" and r["epoch"] == 3}
+    assert {r["contender"] for r in rows if r["kind"] == "alignment"} == {"bcd", "adam", "admm"}
+    last = {r["contender"]: r for r in rows if r["kind"] == "eval" and r["epoch"] == 3}
     assert last["bcd"]["step"] == 3
     assert last["bcd"]["samples"] == last["adam"]["samples"] == 3 * 180
-    first = {r["test_loss"] for r in rows if r["kind"] == "eval" and r["step"] == 0 and r["seed"] == 0}
+    first = {r["loss"] for r in rows if r["kind"] == "eval" and r["step"] == 0 and r["seed"] == 0}
     assert len(first) == 1  # the same weights, and the same loss is reported
     with pytest.raises(KeyboardInterrupt):
         compare(settings, out=tmp_path / "part", observer=_InterruptAt(at))
@@ -194,19 +198,19 @@ def test_tuning_of_a_whole_set_rule(tmp_path: Path) -> None:
     except UserWarning:  # the best may be at the grid's edge, which is said
         path = resume(tmp_path / "run")
     tuning = [r for r in _rows(path) if r["kind"] == "tuning"]
-    assert [r["lr"] for r in tuning] == list(registry.get("mac").grid)
-    assert all(r["validation_accuracy"] is not None for r in tuning)
+    assert [r["lr"] for r in tuning] == list(registry.rules.get("mac").grid)
+    assert all(r["accuracy"] is not None for r in tuning)
 
 
 @pytest.mark.usefixtures("small_digits", "extra_rules")
 def test_a_spec_alone_makes_a_rule_take_the_whole_set(tmp_path: Path) -> None:
-    registry.register(dataclasses.replace(registry.get("sgd"), name="full-batch", whole_set=True))
+    registry.register(dataclasses.replace(registry.rules.get("sgd"), name="full-batch", whole_set=True))
     path = compare(Settings(**{**SETTINGS, "seeds": (0,)}, rules=("full-batch",)), out=tmp_path / "run")
     assert [r["step"] for r in _rows(path) if r["kind"] == "eval"] == [0, 1, 2, 3]
 
 
 def test_what_it_cannot_train_is_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"bcd cannot train conv:8x2: BCD trains stages of one Linear"):
-        compare(Settings(**{**SETTINGS, "net": "conv:8x2"}, rules=("adam", "bcd")), out=tmp_path / "run")
+        compare(Settings(**{**SETTINGS, "nets": ("conv:8x2",)}, rules=("adam", "bcd")), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert BCD.whole_set

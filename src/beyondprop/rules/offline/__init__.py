@@ -8,11 +8,4 @@ from beyondprop.rules.offline.base import OfflineRule, OfflineState
 from beyondprop.rules.offline.bcd import BCD
 from beyondprop.rules.offline.mac import MAC
 
-__all__ = [
-    "ADMM",
-    "BCD",
-    "MAC",
-    "OfflineAltMin",
-    "OfflineRule",
-    "OfflineState",
-]
+__all__ = ["ADMM", "BCD", "MAC", "OfflineAltMin", "OfflineRule", "OfflineState"]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.rules.offline.base import OfflineRule, OfflineState
-from beyondprop.rules.offline.layers import Weights, code_gaps, empty_codes, nested, rows, split_penalty
-from beyondprop.rules.offline.least_squares import Moments
+from beyondprop.rules.offline.layers import Weights, code_gaps, in_dtype, pre_activations, rows, split_penalty
+from beyondprop.rules.offline.least_squares import LeastSquares
 from beyondprop.rules.offline.proximal import FeatureProx, piecewise_prox
 from beyondprop.stages.losses import LossFunction
 
@@ -82,22 +82,19 @@ class ADMM(OfflineRule):
         self.generator = generator
 
     def initial(self, features: Tensor, targets: Tensor) -> OfflineState:
-        """See `OfflineRule.initial`."""
-        pre = empty_codes(self.layers, features)
+        pre = pre_activations(self.layers, features)
         if self.initial_codes == "normal":
             pre = [u.normal_(generator=self.generator) for u in pre]
             post = [torch.empty_like(u).normal_(generator=self.generator) for u in pre[:-1]]
         else:
-            nested(self.layers, [layer.now for layer in self.layers], features, pre)
             post = [layer.features(u) for layer, u in zip(self.layers[1:], pre, strict=False)]
             post = [v.clone() if v is u else v for v, u in zip(post, pre, strict=False)]
         return OfflineState({"pre": pre, "post": post, "multiplier": [torch.zeros_like(pre[-1])]}, {"sweeps": 0})
 
     def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
-        """See `OfflineRule.sweep`."""
         pre, post = list(state.codes["pre"]), list(state.codes["post"])
         (multiplier,) = state.codes["multiplier"]
-        weights = [layer.now for layer in self.layers]
+        weights = self._weights
         prox = self.output_loss.prox
         assert prox is not None
         for index, layer in enumerate(self.layers[:-1]):
@@ -121,11 +118,10 @@ class ADMM(OfflineRule):
         layer = self.layers[index]
         if not layer.trains:
             return layer.now
-        moments = Moments(layer.weight.shape[1], layer.weight.shape[0], below.device)
+        moments = LeastSquares(layer.weight.shape[1], layer.weight.shape[0], below.device)
         for part in rows(len(below)):
             moments.add(below[part], pre[part])
-        weight, bias = moments.solve(self.damping, bias=layer.bias is not None)
-        return weight.to(below.dtype), None if bias is None else bias.to(below.dtype)
+        return in_dtype(moments.solve(self.damping, bias=layer.bias is not None), below)
 
     def _codes_of(self, index: int, below: Tensor, pre: list[Tensor], weights: list[Weights]) -> tuple[Tensor, Tensor]:
         """Return a_l, then z_l."""
@@ -141,7 +137,7 @@ class ADMM(OfflineRule):
         return active, moved
 
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
-        """See `OfflineRule.energy`; the augmented Lagrangian."""
+        """Return the augmented Lagrangian, mean over the rows."""
         pre, post = state.codes["pre"], state.codes["post"]
         (multiplier,) = state.codes["multiplier"]
         linear = nn.functional.linear(post[-1], *weights[-1])
@@ -151,5 +147,4 @@ class ADMM(OfflineRule):
         return total / len(features)
 
     def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        """See `OfflineRule.measure`."""
         return code_gaps(self.layers, weights, features, state.codes["pre"], state.codes["post"])

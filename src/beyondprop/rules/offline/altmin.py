@@ -10,9 +10,9 @@ minimised over codes and weights in turn, in full batches.
 | paper | here |
 |---|---|
 | code c^l, a pre-activation | codes `"pre"`, hidden layers only |
-| Problems (4) and (5), last code first, each with the code above already moved | `solvers.row_descent.descend` |
+| Problems (4) and (5), last code first, each with the code above already moved | `row_descent.descend` |
 | weights of hidden layers: linear regression | least squares |
-| weights of the output layer | majorising steps on the loss, `solvers.layer_fits.fit_output` |
+| weights of the output layer | majorising steps on the loss, `layer_fits.fit_output` |
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.rules.offline.base import OfflineRule, OfflineState
 from beyondprop.rules.offline.layer_fits import fit_output
-from beyondprop.rules.offline.layers import Weights, code_gaps, empty_codes, nested, rows
-from beyondprop.rules.offline.least_squares import Moments
+from beyondprop.rules.offline.layers import Weights, code_gaps, in_dtype, pre_activations, rows
+from beyondprop.rules.offline.least_squares import LeastSquares
 from beyondprop.rules.offline.row_descent import AffineAfter, Anchor, Goal, descend
 from beyondprop.rules.offline.row_losses import ROW_LOSSES
 from beyondprop.stages.losses import LossFunction
@@ -75,65 +75,44 @@ class OfflineAltMin(OfflineRule):
         self.damping = _checks.positive("damping", damping)
 
     def initial(self, features: Tensor, targets: Tensor) -> OfflineState:
-        """See `OfflineRule.initial`."""
-        pre = empty_codes(self.layers, features)
-        nested(self.layers, [layer.now for layer in self.layers], features, pre)
-        return OfflineState({"pre": pre[:-1]})
+        return OfflineState({"pre": pre_activations(self.layers, features)[:-1]})
 
     def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
-        """See `OfflineRule.sweep`."""
-        old, weights = state.codes["pre"], [layer.now for layer in self.layers]
+        old, weights = state.codes["pre"], self._weights
         pre = [torch.empty_like(code) for code in old]
-        moments = [Moments(w.shape[1], w.shape[0], w.device) for w, _ in weights[:-1]]
+        moments = [LeastSquares(w.shape[1], w.shape[0], w.device) for w, _ in weights[:-1]]
         for part in rows(len(features)):
-            self._move_codes(part, features, targets, old, pre, weights)
+            for index in range(len(old) - 1, -1, -1):  # last code first; the code below is still the old one
+                above = self.layers[index + 1]
+                if index == len(old) - 1:
+                    goal = Goal(targets[part], self.output_loss)
+                else:
+                    goal = Goal(pre[index + 1][part], ROW_LOSSES["squared"], self.mu)
+                center = nn.functional.linear(self._below(index, part, features, old), *weights[index])
+                function = AffineAfter(above.activation, *weights[index + 1], goal)
+                pre[index][part] = descend(old[index][part], function, Anchor(center, self.mu), self.code_steps)
             for index, own in enumerate(moments):
                 own.add(self._below(index, part, features, pre), pre[index][part])
         for index, (layer, own) in enumerate(zip(self.layers, moments, strict=False)):
             if layer.trains:
                 with self.solving(layer):
-                    weight, bias = own.proximal(*weights[index], alpha=self.damping * own.mean_square())
-                weights[index] = weight.to(features.dtype), None if bias is None else bias.to(features.dtype)
+                    new = own.proximal(*weights[index], alpha=self.damping * own.mean_square())
+                weights[index] = in_dtype(new, features)
         if self.layers[-1].trains:
-            weights[-1] = self._fit_output(features, targets, pre, weights[-1])
-        return OfflineState({"pre": pre}), weights
+            last, steps = len(self.layers) - 1, self.output_steps
 
-    def _move_codes(
-        self,
-        part: slice,
-        features: Tensor,
-        targets: Tensor,
-        old: list[Tensor],
-        new: list[Tensor],
-        weights: list[Weights],
-    ) -> None:
-        """Write some rows of all new codes, last code first; the code below is still the old one."""
-        for index in range(len(old) - 1, -1, -1):
-            above = self.layers[index + 1]
-            if index == len(old) - 1:
-                goal = Goal(targets[part], self.output_loss)
-            else:
-                goal = Goal(new[index + 1][part], ROW_LOSSES["squared"], self.mu)
-            center = nn.functional.linear(self._below(index, part, features, old), *weights[index])
-            function = AffineAfter(above.activation, *weights[index + 1], goal)
-            new[index][part] = descend(old[index][part], function, Anchor(center, self.mu), self.code_steps)
+            def chunks() -> list[tuple[Tensor, Tensor]]:
+                return [(self._below(last, part, features, pre), targets[part]) for part in rows(len(features))]
+
+            with self.solving(self.layers[-1]):
+                weights[-1] = fit_output(chunks, *weights[-1], self.output_loss, steps=steps, damping=self.damping)
+        return OfflineState({"pre": pre}), weights
 
     def _below(self, index: int, part: slice, features: Tensor, pre: list[Tensor]) -> Tensor:
         """Return the inputs of a layer's Linear for some rows."""
         return self.layers[index].features(pre[index - 1][part]) if index else features[part]
 
-    def _fit_output(self, features: Tensor, targets: Tensor, pre: list[Tensor], weights: Weights) -> Weights:
-        last = len(self.layers) - 1
-
-        def chunks() -> list[tuple[Tensor, Tensor]]:
-            return [(self._below(last, part, features, pre), targets[part]) for part in rows(len(features))]
-
-        layer = self.layers[-1]
-        with self.solving(layer):
-            return fit_output(chunks, *weights, self.output_loss, steps=self.output_steps, damping=self.damping)
-
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
-        """See `OfflineRule.energy`."""
         pre = state.codes["pre"]
         total = torch.zeros((), dtype=torch.float64, device=features.device)
         for part in rows(len(features)):
@@ -146,5 +125,4 @@ class OfflineAltMin(OfflineRule):
         return total / len(features)
 
     def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        """See `OfflineRule.measure`."""
         return code_gaps(self.layers, weights, features, state.codes["pre"])

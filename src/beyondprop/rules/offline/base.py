@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.nn.activations import closed_form
-from beyondprop.rules.base import LearningRule, StepResult
-from beyondprop.rules.offline.layers import Layer, Weights, nested, rows
+from beyondprop.rules.base import LearningRule, StepResult, trainable
+from beyondprop.rules.offline.layers import OfflineLayer, Weights, in_dtype, nested, rows
 from beyondprop.rules.offline.proximal import PIECEWISE, pieces_of
 from beyondprop.rules.offline.row_losses import RowLoss, row_loss
 from beyondprop.stages.affine import AffineStage
 from beyondprop.stages.chain import Chain
 from beyondprop.stages.losses import LossFunction
+from beyondprop.stages.stage import Stage
 
 
 @dataclass(slots=True)
@@ -96,9 +97,9 @@ class OfflineRule(LearningRule):
         super().__init__(model, loss, nonfinite="raise")
         self.output_loss: RowLoss = row_loss(loss, output_loss, self.LOSSES, type(self).__name__)
         self.chain = Chain(model)
+        self._stages = {stage.name: stage.parameters for stage in self.chain}
         self.layers = [self._layer(stage, index) for index, stage in enumerate(self.chain)]
-        if not any(layer.trains for layer in self.layers):
-            raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
+        trainable(model)
         self._forget()
 
     @abc.abstractmethod
@@ -158,7 +159,9 @@ class OfflineRule(LearningRule):
         if self._state is None:
             raise ValueError("There are no codes yet; call start(x, y) or step(x, y) first.")
         self.check_input(x)
-        return self._measure(self._enter(x), self._state, self._weights)
+        features = self._enter(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.measure(features, self._state, self._weights)
 
     @torch.no_grad()
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
@@ -183,9 +186,8 @@ class OfflineRule(LearningRule):
             state = self.initial(features, targets) if self._state is None else self._state
             state, weights = self.sweep(features, targets, state)
             self._check_codes(state)
-            dtype = features.dtype
-            weights = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in weights]
-            self._pending = state, weights
+            weights = [in_dtype(new, features) for new in weights]
+            self._pending = state, weights, (x, y)
             for layer, (weight, bias) in zip(self.layers, weights, strict=True):
                 if layer.trains:
                     layer.weight.grad = layer.weight.detach() - weight
@@ -193,72 +195,41 @@ class OfflineRule(LearningRule):
                         layer.bias.grad = layer.bias.detach() - bias
             if not diagnostics:
                 return StepResult(loss, output)
-            energy = self.energy(features, targets, state, weights).to(dtype)
-            return StepResult(loss, output, energy, self._measure(features, state, weights))
+            energy = self.energy(features, targets, state, weights).to(features.dtype)
+            return StepResult(loss, output, energy, self.measure(features, state, weights))
 
     @torch.no_grad()
-    def update(self) -> None:
+    def prepare(self) -> None:
         """Write the weights and codes of the sweep that `backward` did."""
         if self._pending is None:
             return
-        self._state, weights = self._pending
-        for layer, (weight, bias) in zip(self.layers, weights, strict=True):
+        self._state, weights, data = self._pending
+        for layer, new in zip(self.layers, weights, strict=True):
             if layer.trains:
-                layer.weight.copy_(weight)
-                if layer.bias is not None and bias is not None:
-                    layer.bias.copy_(bias)
+                layer.write(new)
+        self._remember(*data)
         self.discard()
 
-    def step(self, x: Tensor, y: Tensor, *, diagnostics: bool = False) -> StepResult:
-        """Do one sweep over the data set: see `LearningRule.step`; every call takes all of its rows, in the same order."""
-        result = super().step(x, y, diagnostics=diagnostics)
-        self._remember(x, y)
-        return result
-
-    def discard(self) -> None:
-        """Forget a sweep that was not made to hold."""
-        super().discard()
+    def forget(self) -> None:
         self._pending = None
 
-    def stage_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """See `LearningRule.stage_parameters`."""
-        return {stage.name: stage.parameters for stage in self.chain}
-
-    @torch.no_grad()
-    def locate_nonfinite(self, x: Tensor, y: Tensor) -> str | None:
-        """See `LearningRule.locate_nonfinite`; looks at what the stages compute, too, first stage first."""
-        for name, value in (("x", x), ("y", y)):
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                return name
+    def activations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         z = self._features(x)
         for index, layer in enumerate(self.layers):
-            weight, bias = layer.now
-            z = torch.nn.functional.linear(layer.features(z) if index else z, weight, bias)
-            if not bool(z.isfinite().all()):
-                return layer.name
-        return super().locate_nonfinite(x, y)
+            z = nn.functional.linear(layer.features(z) if index else z, *layer.now)
+            yield layer.name, z
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `LearningRule.state_dict`; holds the codes, N rows for every unit, and what the data is known by."""
+    def own_state(self) -> dict[str, Any]:
+        """Return the codes, N rows for every unit, and what the data is known by."""
         state = self._state
         return {
-            **super().state_dict(),
             "codes": None if state is None else {name: list(codes) for name, codes in state.codes.items()},
             "numbers": None if state is None else dict(state.numbers),
             "data": [{"shape": list(f.shape), "rows": f.rows} for f in self._data],
-            "layers": self._shapes,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `LearningRule.load_state_dict`; codes go to the model's device.
-
-        Raises:
-            ValueError: if it comes from another kind of rule, or from a network of other layers.
-        """
-        saved, own = state.get("layers", self._shapes), self._shapes
-        if saved != own:
-            raise ValueError(f"This state is of a network with weights of {saved}; this one has {own}.")
-        super().load_state_dict(state)
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `own_state` returned; codes go to the model's device."""
         device = self.layers[0].weight.device
         self._forget()
         if state["codes"] is not None:
@@ -267,7 +238,7 @@ class OfflineRule(LearningRule):
         self._data = [_Fingerprint(list(f["shape"]), f["rows"].to(device)) for f in state["data"]]
 
     @contextmanager
-    def solving(self, layer: Layer) -> Iterator[None]:
+    def solving(self, layer: OfflineLayer) -> Iterator[None]:
         """Name the stage whose linear system cannot be factorised."""
         try:
             yield
@@ -278,7 +249,7 @@ class OfflineRule(LearningRule):
                 where=layer.name,
             ) from error
 
-    def _layer(self, stage: Any, index: int) -> Layer:
+    def _layer(self, stage: Stage, index: int) -> OfflineLayer:
         kind = type(self).__name__
         if not isinstance(stage, AffineStage) or not stage.is_linear:
             what = " -> ".join(type(m).__name__ for m in stage.modules)
@@ -307,7 +278,7 @@ class OfflineRule(LearningRule):
             raise UnsupportedModelError(
                 f"{kind} solves for weight and bias together; of stage {stage.name!r} only one requires a gradient."
             )
-        return Layer(stage.name, stage.weight, bias, stage.activation, pieces, stage.weight.requires_grad)
+        return OfflineLayer(stage.name, stage.weight, bias, stage.activation, pieces, stage.weight.requires_grad)
 
     def _features(self, x: Tensor) -> Tensor:
         """Return the first Linear's input, whose reshapes may start from images."""
@@ -321,10 +292,6 @@ class OfflineRule(LearningRule):
                 "sample, (N, features): put an nn.Flatten first."
             )
         return value
-
-    @property
-    def _shapes(self) -> list[list[int]]:
-        return [list(layer.weight.shape) for layer in self.layers]
 
     @property
     def _weights(self) -> list[Weights]:
@@ -354,8 +321,8 @@ class OfflineRule(LearningRule):
 
     def _is_known(self, index: int, values: Tensor) -> bool:
         """Return whether these are the inputs (0) or the targets (1) of the codes' data set."""
-        seen = self._seen[index]
-        if seen is not None and seen() is values and self._versions[index] == values._version:
+        seen, version = self._seen[index]
+        if seen is not None and seen() is values and version == values._version:
             return True
         if values.is_floating_point() and not bool(values.isfinite().all()):
             return list(values.shape) == self._data[index].shape  # the finite check will name it
@@ -364,18 +331,14 @@ class OfflineRule(LearningRule):
     def _remember(self, x: Tensor, y: Tensor) -> None:
         if not self._data:
             self._data = [_Fingerprint.of(x), _Fingerprint.of(y)]
-        self._seen = weakref.ref(x), weakref.ref(y)
-        self._versions = x._version, y._version
+        self._seen = (weakref.ref(x), x._version), (weakref.ref(y), y._version)
 
     def _forget(self) -> None:
         self._state: OfflineState | None = None
-        self._pending: tuple[OfflineState, list[Weights]] | None = None
+        self._pending: tuple[OfflineState, list[Weights], tuple[Tensor, Tensor]] | None = None
         self._data: list[_Fingerprint] = []
-        self._seen: tuple[weakref.ref[Tensor] | None, ...] = (None, None)  # the very tensors, once they were compared
-        self._versions = (-1, -1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": (None, None)}  # weak references are not copied
+        # The very tensors, once they were compared, and their versions.
+        self._seen: tuple[tuple[weakref.ref[Tensor] | None, int], ...] = ((None, -1), (None, -1))
 
     def _check_codes(self, state: OfflineState) -> None:
         for group, codes in state.codes.items():
@@ -387,7 +350,3 @@ class OfflineRule(LearningRule):
                         "changed. Check the inputs, or raise the damping.",
                         where=name,
                     )
-
-    def _measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        with torch.autocast(features.device.type, enabled=False):
-            return self.measure(features, state, weights)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.rules.offline.base import OfflineRule, OfflineState
-from beyondprop.rules.offline.layers import Weights, code_gaps, empty_codes, nested, rows, split_penalty
-from beyondprop.rules.offline.least_squares import Moments
+from beyondprop.rules.offline.layers import Weights, code_gaps, in_dtype, pre_activations, rows, split_penalty
+from beyondprop.rules.offline.least_squares import LeastSquares
 from beyondprop.rules.offline.proximal import IDENTITY, FeatureProx, piecewise_prox
 from beyondprop.stages.losses import LossFunction
 
@@ -99,18 +99,15 @@ class BCD(OfflineRule):
         return rule
 
     def initial(self, features: Tensor, targets: Tensor) -> OfflineState:
-        """See `OfflineRule.initial`."""
-        pre = empty_codes(self.layers, features)
-        nested(self.layers, [layer.now for layer in self.layers], features, pre)
+        pre = pre_activations(self.layers, features)
         post = [layer.features(code) for layer, code in zip(self.layers[1:], pre, strict=False)]
         # The output's V is a variable of its own, and so is the V of a layer without activation.
         post = [p.clone() if p is u else p for p, u in zip([*post, pre[-1]], pre, strict=True)]
         return OfflineState({"pre": pre, "post": post})
 
     def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
-        """See `OfflineRule.sweep`."""
         pre, post = list(state.codes["pre"]), list(state.codes["post"])
-        weights = [layer.now for layer in self.layers]
+        weights = self._weights
         prox = self.output_loss.prox
         assert prox is not None
         near = self.gamma + self.alpha
@@ -132,7 +129,7 @@ class BCD(OfflineRule):
         assert pieces is not None
         alpha = 0.0 if is_output else self.alpha
         moved = torch.empty_like(pre)
-        moments = Moments(weight.shape[1], weight.shape[0], weight.device)
+        moments = LeastSquares(weight.shape[1], weight.shape[0], weight.device)
         for part in rows(len(pre)):
             center = nn.functional.linear(below[part], weight, bias)
             if alpha:
@@ -142,8 +139,7 @@ class BCD(OfflineRule):
                 moments.add(below[part], moved[part])
         if not layer.trains:
             return moved, (weight, bias)
-        new = moments.proximal_in_turn(weight, bias, alpha=self.alpha, rho=self.rho)
-        return moved, _like(new, weight)
+        return moved, in_dtype(moments.proximal_in_turn(weight, bias, alpha=self.alpha, rho=self.rho), weight)
 
     def _features_of(self, index: int, pre_below: Tensor, pre: Tensor, weights: Weights) -> Tensor:
         """Return V_{l-1}: between s(U_{l-1}) and what gives U_l."""
@@ -155,17 +151,10 @@ class BCD(OfflineRule):
         return moved
 
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
-        """See `OfflineRule.energy`."""
         pre, post = state.codes["pre"], state.codes["post"]
         total = self.output_loss.values(post[-1], targets).double().sum()
         total += split_penalty(self.layers, weights, features, pre, post, gamma=self.gamma, rho=self.rho)
         return total / len(features)
 
     def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        """See `OfflineRule.measure`."""
         return code_gaps(self.layers, weights, features, state.codes["pre"], state.codes["post"])
-
-
-def _like(weights: Weights, like: Tensor) -> Weights:
-    weight, bias = weights
-    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from beyondprop import _checks
 from beyondprop.nn.activations import Activation
-from beyondprop.rules.offline.least_squares import Moments, add_ridge
+from beyondprop.rules.offline.least_squares import LeastSquares, add_ridge
 from beyondprop.rules.offline.row_losses import RowLoss
 
 Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -60,19 +60,8 @@ def fit_units(
     """Return weight and bias after steps on `|t - f(W x + b)|^2 / 2` summed over the rows, every unit for itself.
 
     A step goes along the Gauss-Newton gradient through the inverse of the inputs' Gram matrix, which bounds every unit's own;
-    a unit whose loss would rise halves its step until it does not.
-
-    Args:
-        chunks: the rows.
-        weight: old W `(out, in)`.
-        bias: old b `(out,)`, or None.
-        activation: f, or None for the identity.
-        steps: >= 1.
-        damping: > 0, as for `fit_output`.
-
-    Raises:
-        ValueError: if an argument is out of its range; the message has the range.
-        LinAlgError: if the inputs' moments are not finite, or too close to singular for the damping.
+    a unit whose loss would rise halves its step until it does not. Without `activation` f is the identity; the other
+    arguments and what is raised are as for `fit_output`.
     """
     _checks.at_least("steps", steps, 1)
     inverse = _InverseGram(chunks, weight, bias is not None, damping)
@@ -133,7 +122,7 @@ class _InverseGram:
         _checks.positive("damping", damping)
         self.bias, self.shape = bias, (weight.shape[0], weight.shape[1] + bias)
         self.device = weight.device
-        moments = Moments(weight.shape[1], 1, weight.device)
+        moments = LeastSquares(weight.shape[1], 1, weight.device)
         for inputs, _ in chunks():
             moments.add_inputs(inputs)
         gram = moments.input_gram(bias=bias)

@@ -19,7 +19,7 @@ Weights = tuple[Tensor, Tensor | None]
 
 
 @dataclass(slots=True)
-class Layer:
+class OfflineLayer:
     """One Linear stage as offline rules see it.
 
     Attributes:
@@ -47,6 +47,13 @@ class Layer:
         """The present weights, detached."""
         return self.weight.detach(), None if self.bias is None else self.bias.detach()
 
+    def write(self, weights: Weights) -> None:
+        """Copy new weights into the user's model; call it without gradients."""
+        weight, bias = weights
+        self.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
 
 def rows(count: int) -> Iterator[slice]:
     """Yield slices of `CHUNK` rows."""
@@ -55,7 +62,7 @@ def rows(count: int) -> Iterator[slice]:
 
 
 def nested(
-    layers: Sequence[Layer], weights: Sequence[Weights], features: Tensor, keep: list[Tensor] | None = None
+    layers: Sequence[OfflineLayer], weights: Sequence[Weights], features: Tensor, keep: list[Tensor] | None = None
 ) -> Tensor:
     """Return the network's output `(N, out)`, chunk by chunk.
 
@@ -76,21 +83,29 @@ def nested(
     return torch.cat(outputs)
 
 
+def pre_activations(layers: Sequence[OfflineLayer], features: Tensor) -> list[Tensor]:
+    """Return what every layer gives under its present weights, `(N, width)` each."""
+    pre = [features.new_empty(len(features), layer.weight.shape[0]) for layer in layers]
+    nested(layers, [layer.now for layer in layers], features, pre)
+    return pre
+
+
+def in_dtype(weights: Weights, like: Tensor) -> Weights:
+    """Return a layer's weights in the dtype of `like`."""
+    weight, bias = weights
+    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
+
+
 def code_gaps(
-    layers: Sequence[Layer],
+    layers: Sequence[OfflineLayer],
     weights: Sequence[Weights],
     features: Tensor,
     pre: Sequence[Tensor],
     post: Sequence[Tensor] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return `OfflineRule.gaps` for codes that are pre-activations, and post-activations where there are any.
+    """Return `OfflineRule.gaps` for codes `(N, width)`, one a layer: u in `pre` and, unless v = s(u) always, v in `post`.
 
-    Args:
-        layers: the layers.
-        weights: their weights.
-        features: inputs of the first Linear `(N, in)`.
-        pre: u, one tensor `(N, width)` a layer; the output's may be left out.
-        post: v, likewise; None where v = s(u) always.
+    Those of the output may be left out. `features` `(N, in)` are the inputs of the first Linear.
     """
     found: dict[str, dict[str, list[Tensor]]] = {}
     for part in rows(len(features)):
@@ -116,7 +131,7 @@ def code_gaps(
 
 
 def split_penalty(
-    layers: Sequence[Layer],
+    layers: Sequence[OfflineLayer],
     weights: Sequence[Weights],
     features: Tensor,
     pre: Sequence[Tensor],
@@ -127,14 +142,7 @@ def split_penalty(
 ) -> Tensor:
     """Return `gamma |v - s(u)|^2 / 2 + rho |u - W v_below - b|^2 / 2`, summed over layers and rows, 0-d in float64.
 
-    Args:
-        layers: the layers.
-        weights: their weights.
-        features: inputs of the first Linear `(N, in)`.
-        pre: u, one tensor `(N, width)` a layer.
-        post: v, one a layer; the output's may be left out.
-        gamma: weight of the activations.
-        rho: weight of the affine maps.
+    The codes u are `pre`, v `post`, as for `code_gaps`; the output's v may be left out.
     """
     total = torch.zeros((), dtype=torch.float64, device=features.device)
     for index, (weight, bias) in enumerate(weights):
@@ -155,8 +163,3 @@ def _same(code: Tensor) -> Tensor:
 def _ratio(sums: list[Tensor], like: Tensor) -> Tensor:
     above, below = torch.stack(sums).sum(0).sqrt()
     return (above / below.clamp_min(1e-30)).to(like.dtype)
-
-
-def empty_codes(layers: Sequence[Layer], features: Tensor) -> list[Tensor]:
-    """Return one empty tensor `(N, width)` a layer."""
-    return [features.new_empty(len(features), layer.weight.shape[0]) for layer in layers]

@@ -13,7 +13,7 @@ _BLOCK = 384  # columns: blocks below the diagonal of a symmetric product are no
 _LEAST = 1e-30  # far below what any inputs that are not all 0 give
 
 
-class Moments:
+class LeastSquares:
     """Sums over rows of what least squares needs: inputs and targets, their products with the inputs, and how many rows.
 
     Products of a chunk are taken in the rows' own precision, sums over chunks in float64.
@@ -25,7 +25,7 @@ class Moments:
 
     Example:
         >>> x, w = torch.randn(50, 3), torch.randn(2, 3)
-        >>> moments = Moments(3, 2)
+        >>> moments = LeastSquares(3, 2)
         >>> for rows in (slice(0, 20), slice(20, 50)):
         ...     moments.add(x[rows], x[rows] @ w.t() + 1)
         >>> weight, bias = moments.solve(0.0)
@@ -42,10 +42,11 @@ class Moments:
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add rows: inputs `(M, in)`, targets `(M, out)`."""
         self.add_inputs(inputs)
-        self.add_targets(inputs, targets)
+        self.target_sum += targets.sum(0)
+        self.cross += targets.t() @ inputs
 
     def add_inputs(self, inputs: Tensor) -> None:
-        """Add the rows' inputs `(M, in)` alone; `add_targets` brings their targets."""
+        """Add the rows' inputs `(M, in)` alone, for their Gram matrix."""
         self.rows += len(inputs)
         self.input_sum += inputs.sum(0)
         for first in range(0, inputs.shape[1], _BLOCK):
@@ -54,11 +55,6 @@ class Moments:
             self.gram[first:, first:last] += product
             if last < inputs.shape[1]:
                 self.gram[first:last, last:] += product[_BLOCK:].t()
-
-    def add_targets(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add the targets `(M, out)` of rows whose inputs `(M, in)` are in already."""
-        self.target_sum += targets.sum(0)
-        self.cross += targets.t() @ inputs
 
     def mean_square(self) -> float:
         """Return the inputs' mean second moment, summed over the rows: what shares of damping are of.
@@ -109,34 +105,23 @@ class Moments:
         _checks.positive("rho", rho)
         old = weight.double() if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1).double()
         gram, cross = self._augmented(bias is not None)
-        wish = (cross - old @ gram).mul_(rho)  # delta form: what is left to fit
+        rest = (cross - old @ gram).mul_(rho)  # delta form: what is left to fit
         gram.mul_(rho).diagonal().add_(alpha)
-        return _split(old + _solve(gram, wish), bias is not None)
+        return _split(old + _solve(gram, rest), bias is not None)
 
     def proximal_in_turn(
         self, weight: Tensor, bias: Tensor | None, *, alpha: float, rho: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what `proximal` does with the weight first, at the old bias, and then the bias: two blocks, as published.
-
-        Args:
-            weight: the old W `(out, in)`.
-            bias: the old b `(out,)`, or None for a layer without.
-            alpha: > 0.
-            rho: > 0.
-
-        Raises:
-            ValueError: if alpha or rho is not above 0.
-            LinAlgError: if the moments are not finite.
-        """
+        """Return what `proximal` does with the weight first, at the old bias, and then the bias: two blocks, as published."""
         _checks.positive("alpha", alpha)
         _checks.positive("rho", rho)
         old = weight.double()
-        wish = self.cross - old @ self.gram
+        rest = self.cross - old @ self.gram
         if bias is not None:
-            wish -= torch.outer(bias.double(), self.input_sum)
+            rest -= torch.outer(bias.double(), self.input_sum)
         gram = self.gram * rho
         gram.diagonal().add_(alpha)
-        new = old + _solve(gram, wish.mul_(rho))
+        new = old + _solve(gram, rest.mul_(rho))
         if bias is None:
             return new, None
         rest = self.target_sum - new @ self.input_sum

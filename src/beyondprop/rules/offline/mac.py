@@ -9,8 +9,8 @@ minimised over weights and codes in turn while mu grows, so that codes and netwo
 | paper | here |
 |---|---|
 | auxiliary coordinates z_k | codes `"post"`, hidden layers only |
-| W-step: one fit a layer, one a hidden unit | `solvers.layer_fits.fit_units`, `fit_output` |
-| Z-step: one problem a sample | `solvers.row_descent.descend`, last code first |
+| W-step: one fit a layer, one a hidden unit | `layer_fits.fit_units`, `fit_output` |
+| Z-step: one problem a sample | `row_descent.descend`, last code first |
 | quadratic penalty, mu to infinity | `mu`, `mu_growth`, `mu_limit` |
 | post-processing of the last layer | `MAC.refit_output` |
 """
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError
+from beyondprop.rules.guard import named
 from beyondprop.rules.offline.base import OfflineRule, OfflineState
 from beyondprop.rules.offline.layer_fits import fit_output, fit_units
-from beyondprop.rules.offline.layers import Weights, empty_codes, nested, rows
+from beyondprop.rules.offline.layers import Weights, pre_activations, rows
 from beyondprop.rules.offline.row_descent import AffineBefore, Anchor, Goal, descend
 from beyondprop.rules.offline.row_losses import ROW_LOSSES
 from beyondprop.stages.losses import LossFunction
@@ -89,22 +90,30 @@ class MAC(OfflineRule):
         self.damping = _checks.positive("damping", damping)
 
     def initial(self, features: Tensor, targets: Tensor) -> OfflineState:
-        """See `OfflineRule.initial`."""
-        pre = empty_codes(self.layers, features)
-        nested(self.layers, [layer.now for layer in self.layers], features, pre)
-        post = [layer.features(u) for layer, u in zip(self.layers[1:], pre, strict=False)]
-        return OfflineState({"post": post}, {"mu": self.mu, "sweeps": 0})
+        return OfflineState({"post": self._posts(features)}, {"mu": self.mu, "sweeps": 0})
+
+    def _posts(self, features: Tensor) -> list[Tensor]:
+        pre = pre_activations(self.layers, features)
+        return [layer.features(u) for layer, u in zip(self.layers[1:], pre, strict=False)]
 
     def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
-        """See `OfflineRule.sweep`."""
-        post, numbers = state.codes["post"], dict(state.numbers)
+        post, numbers, mu = state.codes["post"], dict(state.numbers), state.numbers["mu"]
         weights = [self._fit(index, features, targets, post) for index in range(len(self.layers))]
         moved = [torch.empty_like(code) for code in post]
         for part in rows(len(features)):
-            self._move_codes(part, features, targets, post, moved, weights, numbers["mu"])
+            for index in range(len(post) - 1, -1, -1):  # last code first; the code below is still the old one
+                if index == len(post) - 1:
+                    goal, after = Goal(targets[part], self.output_loss), None
+                else:
+                    goal = Goal(moved[index + 1][part], ROW_LOSSES["squared"], mu)
+                    after = self.layers[index + 2].activation
+                below = post[index - 1][part] if index else features[part]
+                center = self.layers[index + 1].features(nn.functional.linear(below, *weights[index]))
+                function = AffineBefore(after, *weights[index + 1], goal)
+                moved[index][part] = descend(post[index][part], function, Anchor(center, mu), self.code_steps)
         numbers["sweeps"] += 1
         if numbers["sweeps"] % self.sweeps_per_mu == 0:
-            numbers["mu"] = max(numbers["mu"], min(numbers["mu"] * self.mu_growth, self.mu_limit))
+            numbers["mu"] = max(mu, min(mu * self.mu_growth, self.mu_limit))
         return OfflineState({"post": moved}, numbers), weights
 
     @torch.no_grad()
@@ -114,7 +123,7 @@ class MAC(OfflineRule):
         Args:
             x: all inputs `(N, ...)`.
             y: all targets.
-            steps: of `solvers.layer_fits.fit_output`.
+            steps: of `layer_fits.fit_output`.
 
         Raises:
             ValueError: if the output layer is frozen, the batch is empty, or `x` and `y` do not fit each other or the model.
@@ -130,17 +139,13 @@ class MAC(OfflineRule):
             targets = self._targets(y, features)
             if where := self.locate_nonfinite(x, y):
                 raise _not_refitted(where)
-            pre = empty_codes(self.layers, features)
-            nested(self.layers, self._weights, features, pre)
-            post = [above.features(u) for above, u in zip(self.layers[1:], pre, strict=False)]
+            post = self._posts(features)
             chunks = partial(self._chunks, len(post), features, targets, post)
             with self.solving(layer):
                 weight, bias = fit_output(chunks, *layer.now, self.output_loss, steps=steps, damping=self.damping)
         if not all(bool(found.isfinite().all()) for found in (weight, bias) if found is not None):
             raise _not_refitted(layer.name)
-        layer.weight.copy_(weight)
-        if layer.bias is not None and bias is not None:
-            layer.bias.copy_(bias)
+        layer.write((weight, bias))
 
     def _fit(self, index: int, features: Tensor, targets: Tensor, post: list[Tensor]) -> Weights:
         """Return a layer's weights after some steps on its own problem."""
@@ -160,29 +165,8 @@ class MAC(OfflineRule):
         goal = post[index] if index < len(post) else targets
         return [(below[part], goal[part]) for part in rows(len(features))]
 
-    def _move_codes(
-        self,
-        part: slice,
-        features: Tensor,
-        targets: Tensor,
-        old: list[Tensor],
-        new: list[Tensor],
-        weights: list[Weights],
-        mu: float,
-    ) -> None:
-        """Write some rows of all new codes, last code first; the code below is still the old one."""
-        for index in range(len(old) - 1, -1, -1):
-            if index == len(old) - 1:
-                goal, after = Goal(targets[part], self.output_loss), None
-            else:
-                goal, after = Goal(new[index + 1][part], ROW_LOSSES["squared"], mu), self.layers[index + 2].activation
-            below = old[index - 1][part] if index else features[part]
-            center = self.layers[index + 1].features(nn.functional.linear(below, *weights[index]))
-            function = AffineBefore(after, *weights[index + 1], goal)
-            new[index][part] = descend(old[index][part], function, Anchor(center, mu), self.code_steps)
-
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
-        """See `OfflineRule.energy`; at the state's mu, that of the next sweep."""
+        """Return the relaxed objective at the state's mu, that of the next sweep."""
         post, mu = state.codes["post"], state.numbers["mu"]
         total = torch.zeros((), dtype=torch.float64, device=features.device)
         for part in rows(len(features)):
@@ -197,7 +181,7 @@ class MAC(OfflineRule):
         return total / len(features)
 
     def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        """See `OfflineRule.measure`; the codes are post-activations here."""
+        """Return each hidden layer's gaps; the codes are post-activations here."""
         found: dict[str, dict[str, Tensor]] = {}
         z = features
         for index, code in enumerate(state.codes["post"]):
@@ -215,7 +199,7 @@ class MAC(OfflineRule):
 
 
 def _not_refitted(where: str) -> NonFiniteError:
-    what = where if where in ("x", "y") else f"Stage {where!r}"
     return NonFiniteError(
-        f"{what} is not finite in the refit of the output layer. No weight was changed. Check the inputs.", where=where
+        f"{named(where)} is not finite in the refit of the output layer. No weight was changed. Check the inputs.",
+        where=where,
     )
