@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
-import torch
-from torch import Tensor
+# This module does not import torch: the command line's settings are checked before it is needed.
 
 
 def positive(name: str, value: float) -> float:
@@ -31,11 +31,19 @@ def at_least(name: str, value: int, least: int) -> int:
     return value
 
 
+def hint(value: Any, accepted: Iterable[Any]) -> str:
+    """`"; perhaps you meant 'adam'"` where one accepted string is close to `value`, else `""`: the end of a message."""
+    words = [word for word in accepted if isinstance(word, str)]
+    close = get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    return f"; perhaps you meant {close[0]!r}" if close else ""
+
+
 def one_of(name: str, value: Any, accepted: Iterable[Any]) -> Any:
-    """Return `value`, or raise `ValueError` naming what is accepted."""
+    """Return `value`, or raise `ValueError` naming what is accepted, and which of it may have been meant."""
     accepted = list(accepted)
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}.")
+        known = ", ".join(map(repr, accepted))
+        raise ValueError(f"{name} must be one of {known}, got {value!r}{hint(value, accepted)}.")
     return value
 
 
@@ -50,8 +58,10 @@ def share(name: str, value: float | int | None) -> float | int:
     raise ValueError(f"{name} must be a share in (0, 1] as a float or a number >= 1 as an int, got {value!r}.")
 
 
-def batch(x: Tensor, y: Tensor) -> None:
+def batch(x: Any, y: Any) -> None:
     """Raise `ValueError` unless `x` and `y` are tensors of one non-empty batch."""
+    import torch
+
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")

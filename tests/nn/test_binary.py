@@ -84,12 +84,12 @@ def test_closed_forms_are_those_of_autograd(form: str, rule: str, unit: type[Thr
     kind, modules = STAGES[form](unit(rule))
     named = [(str(i), m.double()) for i, m in enumerate(modules)]
     z = 1.5 * torch.randn(7, 6, dtype=torch.float64)
-    wish, tangent = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
+    delta, tangent = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
     closed, block = kind("s", named).record(z, push=True), BlockStage("s", named).record(z, push=True)
     assert relative(closed.output, block.output) < 1e-14
-    assert relative(closed(wish.clone()), block(wish.clone())) < 1e-12
+    assert relative(closed(delta.clone()), block(delta.clone())) < 1e-12
     assert relative(closed.push(tangent.clone()), block.push(tangent.clone())) < 1e-12
-    other = torch.randn(7, 5, dtype=torch.float64)  # the first wish has set the targets: the second sees the same map
+    other = torch.randn(7, 5, dtype=torch.float64)  # the first delta has set the targets: the second sees the same map
     assert relative(closed(other.clone()), block(other.clone())) < 1e-12
     pulled, pushed = closed(other.clone()).detach(), closed.push(tangent.clone()).detach()
     assert abs(float((pulled * tangent).sum() - (other * pushed).sum())) < 1e-10

@@ -69,12 +69,12 @@ def _gradients(model: nn.Module, x: Tensor, objective: Callable[[Tensor], Tensor
 def test_every_sample_gets_to_its_target(name: str, side: str) -> None:
     layer, x = _case(name)
     before = layer(x)
-    (wish,) = torch.autograd.grad(_objective(before), before, retain_graph=True)
+    (gradient,) = torch.autograd.grad(_objective(before), before, retain_graph=True)
     optimizer, projection = SGD(layer.parameters(), lr=1.0), AffineProjection(layer, damping=0.0, side=side)
     _objective(layer(x)).backward()
     projection.step()
     optimizer.step()
-    assert relative(layer(x) - before, -len(x) * wish) < 1e-8
+    assert relative(layer(x) - before, -len(x) * gradient) < 1e-8
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0, 50.0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from beyondprop.optim import _maps
 from beyondprop.optim._maps import ConvMap, EmbeddingMap, LayerMap, LinearMap, layer_map
-from beyondprop.optim.projection import Moments, moments
+from beyondprop.optim.projection import RowMoments, moments
 
 # Name: module, shape of its input.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -155,7 +155,7 @@ def test_moments_are_those_of_the_rows(name: str, dtype: torch.dtype) -> None:
     if name in EMBEDDINGS:
         diagonal = expected.inner.diagonal(dim1=-2, dim2=-1)
         assert difference([diagonal.diag_embed()], [expected.inner]) == 0
-        expected = Moments(diagonal, *expected[1:])
+        expected = RowMoments(diagonal, *expected[1:])
         if own.module.padding_idx is not None:  # its row gets no gradient: nothing is seen of it
             for part in expected[:2]:
                 part[:, own.module.padding_idx] = 0

@@ -141,13 +141,13 @@ def test_the_padding_row_of_a_tied_embedding(loss: str) -> None:
         transfer={"embed": "identity", "out": "identity"},
     )
     model(x).sin().sum().backward()
-    wish = model.embed.weight.grad.clone()  # type: ignore[union-attr]
+    gradient = model.embed.weight.grad.clone()  # type: ignore[union-attr]
     optimizer.step()
     h, v = torch.tanh(F.embedding(x, start)).flatten(0, 1), start.clone()
     for _ in range(2):
         v.requires_grad_()
         inside = F.embedding(x, v, padding_idx=0) - F.embedding(x, start)
-        value = (wish * v).sum() + inside.square().sum() / 2 + (h @ (v - start).T).square().sum() / 2
+        value = (gradient * v).sum() + inside.square().sum() / 2 + (h @ (v - start).T).square().sum() / 2
         v = v.detach() - 0.1 * torch.autograd.grad(value, v)[0]
     assert difference([model.embed.weight], [v]) < 1e-12
 

@@ -249,13 +249,13 @@ class _Reference:
             for name in inputs
         ]
         gradients = torch.autograd.grad(loss(self.model(x)), list(self.model.parameters()))
-        wish = dict(zip(self.model.parameters(), gradients, strict=True))
+        found = dict(zip(self.model.parameters(), gradients, strict=True))
         for handle in handles:
             handle.remove()
         for names, parameters, local, mine in self.units:
             before = {p: p.detach().clone() for p in parameters}
             for k in range(mine["local_steps"]):
-                total = sum(mine["target_lr"] * (wish[p] * (p - w)).sum() for p, w in before.items())
+                total = sum(mine["target_lr"] * (found[p] * (p - w)).sum() for p, w in before.items())
                 total = total + sum(mine["prox"] / 2 * (p - w).square().sum() for p, w in before.items())
                 for name in names:
                     total = total + self._divergence(name, inputs[name], before, mine["loss"], k)

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from helpers import Branch, Functional, blobs, convnet, difference, equal, images, mixed, mlp, relative, state
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from beyondprop import AffineProjection, LocoProp, UnsupportedModelError
+from beyondprop.optim._capture import Capture
 
 CE = nn.CrossEntropyLoss()
 LOCAL: dict[str, dict[str, Any]] = {
@@ -270,6 +272,26 @@ def test_a_compiled_model_takes_the_same_steps(net: str, backend: str, order: st
     assert optimizer.transfers == reference.transfers
     assert list(optimizer.transfers.values()) == ["tanh", "softmax"]
     assert difference(model.parameters(), twin.parameters()) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_compiler_does_not_look_inside_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    record, compilers = Capture.record, []
+
+    def watched(*arguments: Any) -> Any:
+        compilers.append(get_eval_frame_callback())
+        return record(*arguments)
+
+    monkeypatch.setattr(Capture, "record", watched)
+    model = mlp(6, 8, 3)
+    optimizer = LocoProp(model)
+    run = torch.compile(model, backend="eager")
+    x, y = blobs(12)
+    for _ in range(2):
+        CE(run(x), y).backward()
+        optimizer.step()
+    assert compilers == [None] * 4  # two layers, two passes
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

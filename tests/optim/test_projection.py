@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from beyondprop import LocoProp
 from beyondprop.optim.matching import matching_loss, transfer
-from beyondprop.optim.projection import Moments, gram, moments, nlms, solve_dual, solve_primal
+from beyondprop.optim.projection import RowMoments, gram, moments, nlms, solve_dual, solve_primal
 from beyondprop.optim.rmsprop import RMSProp
 
 SGD = torch.optim.SGD
@@ -77,7 +77,7 @@ def test_moments_add_up_over_parts_of_the_rows() -> None:
     assert float(whole.rows) == 11
     assert difference(whole.scaled(0.5), [part / 2 for part in whole]) == 0
     assert difference([whole.mean_square()], [rows.square().sum(-1).mean(-1)]) < 1e-13
-    diagonal = Moments(whole.inner.diagonal(dim1=-2, dim2=-1), whole.sums, whole.rows)
+    diagonal = RowMoments(whole.inner.diagonal(dim1=-2, dim2=-1), whole.sums, whole.rows)
     assert difference([diagonal.mean_square()], [whole.mean_square()]) < 1e-13
 
 
@@ -115,7 +115,7 @@ def test_arguments_are_left_alone() -> None:
         for bias in (False, True):
             given = (deltas.mT @ rows, deltas.sum(1), *moments(rows), rows.clone(), deltas.clone())
             copies = [t.clone() for t in given]
-            solve_primal(given[0], given[1] if bias else None, Moments(*given[2:5]), damping)
+            solve_primal(given[0], given[1] if bias else None, RowMoments(*given[2:5]), damping)
             solve_dual(given[5], given[6], damping, bias=bias)
             assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
 
@@ -198,7 +198,7 @@ def test_a_matrix_that_is_not_definite_is_answered_by_its_positive_part() -> Non
     # As rounding in a product over a million rows can make it: double precision cannot repair the entries.
     inner = torch.tensor([[[1.0, 1.001, 0.0], [1.001, 1.0, 0.0], [0.0, 0.0, 2.0]]])
     gradient = torch.randn(1, 2, 3)
-    new, _ = solve_primal(gradient, None, Moments(inner, torch.zeros(1, 3), torch.tensor(9.0)), 1e-6)
+    new, _ = solve_primal(gradient, None, RowMoments(inner, torch.zeros(1, 3), torch.tensor(9.0)), 1e-6)
     values, vectors = torch.linalg.eigh(inner[0].double())
     kept = vectors[:, values > 0]
     expected = gradient[0].double() @ (kept / values[values > 0]) @ kept.T
@@ -241,6 +241,18 @@ def test_rmsprop_by_hand(weight_decay: float, as_tensor: bool) -> None:
         assert p.tolist() == pytest.approx(values, rel=1e-14)
     assert optimizer.state[p]["square_avg"].tolist() == pytest.approx(v, rel=1e-14)
     assert optimizer.state[p]["momentum_buffer"].tolist() == pytest.approx(m, rel=1e-14)
+
+
+def test_the_variance_of_centered_rmsprop_is_never_negative() -> None:
+    # That of constant gradients is 0 but for rounding, which is far more than eps here.
+    p = nn.Parameter(torch.zeros(50))
+    optimizer = RMSProp([p], 1e-9, alpha=0.9, eps=1e-12, centered=True, initial=0.0)
+    for _ in range(300):
+        p.grad = torch.linspace(1, 2, 50) * 1e3
+        optimizer.step()
+    state = optimizer.state[p]
+    assert float((state["square_avg"] - state["grad_avg"] ** 2).min()) < -1e-3
+    assert bool(p.isfinite().all())
 
 
 def test_rmsprop_is_not_torchs() -> None:
@@ -378,8 +390,10 @@ def test_small_local_steps_never_raise_the_local_objective(f: str) -> None:
     objectives: list[float] = []
 
     def objective() -> float:
-        wish = sum((g * (p - w)).sum() for p, w, g in zip(model.parameters(), before.parameters(), wishes, strict=True))
-        return float(3.0 * wish + matching_loss(model(x), before(x), transfer(f)))
+        linear = sum(
+            (g * (p - w)).sum() for p, w, g in zip(model.parameters(), before.parameters(), gradients, strict=True)
+        )
+        return float(3.0 * linear + matching_loss(model(x), before(x), transfer(f)))
 
     def schedule(step: int, steps: int) -> float:
         objectives.append(objective())
@@ -390,7 +404,7 @@ def test_small_local_steps_never_raise_the_local_objective(f: str) -> None:
         model, lr, target_lr=3.0, local_steps=60, local_optimizer=SGD, local_schedule=schedule, transfer={"": f}
     )
     model(x).sin().sum(1).mean().backward()
-    wishes = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     optimizer.step()
     changes = torch.tensor(objectives, dtype=torch.float64).diff()
     assert objectives[0] == 0

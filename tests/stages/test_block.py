@@ -79,7 +79,7 @@ def test_the_difference_path_is_as_good_for_small_tangents_and_none() -> None:
     exact = Attention(6, fused=False).double()
     exact.load_state_dict(stage.modules[0].state_dict())
     u = torch.randn_like(z)
-    u[0] *= 1e-6  # one sample's wish is far smaller than the others'
+    u[0] *= 1e-6  # one sample's tangent is far smaller than the others'
     with torch.no_grad():
         pullback = stage.record(z, push=True)
         pushed = pullback.push(u)

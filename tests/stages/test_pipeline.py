@@ -403,18 +403,18 @@ def test_a_recorded_net_holds_no_more_than_autograds_graph() -> None:
     assert _bytes(found, before) <= held + small
 
 
-def test_wishes_are_kept_for_weights_only() -> None:
+def test_cotangents_are_kept_for_weights_only() -> None:
     stage, z = _stage("max pooling")
     with torch.no_grad():
         pullback = stage.record(z)
         v = torch.randn_like(pullback.output)
         pullback(v)
-        (kept,) = pullback.run._wishes.find(v) or []
+        (kept,) = pullback.run._arrived.find(v) or []
         assert kept[1] is v
         head = PipelinePullback(PipelineStage("h", [("0", nn.ReLU()), ("1", nn.MaxPool2d(2))]), z)
         head.add_gradients(torch.randn_like(head.output), 1.0)  # a run without weights has none to add
         head(head.output)
-        assert head.run._wishes.find(head.output) is None
+        assert head.run._arrived.find(head.output) is None
 
 
 def test_a_subclass_is_left_to_autograd() -> None:

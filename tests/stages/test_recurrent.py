@@ -242,7 +242,7 @@ def _literal(model: nn.Sequential, x: Tensor, y: Tensor, damping: float, mu: flo
         states.append(cell(x[:, t], states[-1]).detach())
     read = model[1:]
     p = torch.softmax(read(states[-1]).detach(), 1)
-    wish = nn.functional.one_hot(y, 4) - p
+    delta = nn.functional.one_hot(y, 4) - p
     deltas: list[Tensor] = []
     for t in range(STEPS, 0, -1):
         top = t == STEPS
@@ -251,14 +251,14 @@ def _literal(model: nn.Sequential, x: Tensor, y: Tensor, damping: float, mu: flo
         else:
             slope = 1 - torch.tanh(states[t]) ** 2 if isinstance(cell.activation, nn.Tanh) else (states[t] > 0).double()
             j = cell.weight_hh.detach() * slope.unsqueeze(1)
-        g = (j.mT @ wish.unsqueeze(-1)).squeeze(-1)
+        g = (j.mT @ delta.unsqueeze(-1)).squeeze(-1)
         image = (j @ g.unsqueeze(-1)).squeeze(-1)
         curvature = (image**2).sum(1)
         if top:
             curvature = (p * image**2).sum(1) - (p * image).sum(1) ** 2
         factor = (g**2).sum(1) / ((mu if top else damping) * (g**2).sum(1) + curvature)
-        wish = g * (factor / factor.mean() if normalize else factor).unsqueeze(1)
-        deltas.append(wish)
+        delta = g * (factor / factor.mean() if normalize else factor).unsqueeze(1)
+        deltas.append(delta)
     return deltas[::-1]
 
 
@@ -275,6 +275,23 @@ def test_the_sweep_through_time_is_the_literal_one(cell: str, normalize: bool) -
         torch.testing.assert_close(delta, literal.detach(), rtol=1e-9, atol=1e-12)
 
 
+@every_cell
+def test_a_question_from_below_leaves_the_swept_deltas(cell: str) -> None:
+    model, (x, _) = _net(cell), _batch()
+    found = []
+    for asks in (False, True):
+        pullback: Any = Chain(model).record(x).take(0)
+        v = torch.linspace(-1, 1, pullback.output.numel(), dtype=torch.float64).view_as(pullback.output)
+        pullback.sweep(v, lambda moment, delta, gradient: 0.3 * gradient)
+        if asks:
+            pullback(2 * v)
+        model.zero_grad()
+        pullback.add_gradients(v, 1.0)
+        found.append([p.grad for p in model[0].parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_a_state_that_is_shown_hears_the_output_and_the_next_state() -> None:
     # One unit, one input: everything by hand. c2 = w x2 + u tanh(c1) + b; both are shown.
     model: Any = nn.Sequential(Recurrent(ElmanCell(1, 1), "all"), nn.Flatten(), nn.Linear(2, 1)).double()
@@ -282,19 +299,19 @@ def test_a_state_that_is_shown_hears_the_output_and_the_next_state() -> None:
     credit = Codes(damping=0.4, normalize=False)
     recurrent = assignments(model, nn.MSELoss(), credit, x, y)[-1]
     pullback: Any = recurrent.pullback
-    wish = recurrent.delta
-    first, second = pullback.sweep(wish)
-    torch.testing.assert_close(second, wish[:, 1])
+    delta = recurrent.delta
+    first, second = pullback.sweep(delta)
+    torch.testing.assert_close(second, delta[:, 1])
     slope = model[0].cell.weight_hh.detach() * (1 - torch.tanh(pullback.states[1]) ** 2)
-    # one unit: the line search is the exact minimiser of (second - slope d)^2 + 1.4 (wish - d)^2
-    expected = (slope * second + 1.4 * wish[:, 0]) / (slope**2 + 1.4)
+    # one unit: the line search is the exact minimiser of (second - slope d)^2 + 1.4 (delta - d)^2
+    expected = (slope * second + 1.4 * delta[:, 0]) / (slope**2 + 1.4)
     torch.testing.assert_close(first, expected)
 
 
 @pytest.mark.parametrize("damping", [0.0, 1.0, 30.0])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("solver", ["line_search", "cg", "exact", "gradient"])
-def test_states_that_do_not_meet_take_the_wish_of_their_output_as_it_is(
+def test_states_that_do_not_meet_take_the_delta_of_their_output_as_it_is(
     solver: str, normalize: bool, damping: float
 ) -> None:
     model: Any = nn.Sequential(Recurrent(ElmanCell(3, 4), "all"), nn.Flatten(), nn.Linear(4 * STEPS, 2)).double()

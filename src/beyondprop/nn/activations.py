@@ -19,8 +19,8 @@ class Activation(NamedTuple):
     """An elementwise nonlinearity: its value and, from input and value, its slope.
 
     `is_gate`: the slope is 0 or 1, so that applying it twice is applying it once. `needs_input`: the slope is not known
-    from the value alone, so that z must be kept. `factors`: of a unit with a target rule; from input and wish, what stands in
-    for the slope from the first wish on.
+    from the value alone, so that z must be kept. `factors`: of a unit with a target rule; from input and delta, what stands in
+    for the slope from the first delta on.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -30,27 +30,11 @@ class Activation(NamedTuple):
     factors: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-def _relu(module: nn.ReLU) -> Activation:
-    del module
-    return Activation(torch.relu, lambda z, a: a.sign(), is_gate=True, needs_input=False)  # a >= 0
-
-
 def _leaky_relu(module: nn.LeakyReLU) -> Activation:
     negative = module.negative_slope
     return Activation(
-        lambda z: F.leaky_relu(z, negative),
-        lambda z, a: torch.where(z > 0, torch.ones_like(z), negative),
+        lambda z: F.leaky_relu(z, negative), lambda z, a: torch.where(z > 0, torch.ones_like(z), negative)
     )
-
-
-def _tanh(module: nn.Tanh) -> Activation:
-    del module
-    return Activation(torch.tanh, lambda z, a: 1 - a * a, needs_input=False)
-
-
-def _sigmoid(module: nn.Sigmoid) -> Activation:
-    del module
-    return Activation(torch.sigmoid, lambda z, a: a * (1 - a), needs_input=False)
 
 
 def _softplus(module: nn.Softplus) -> Activation:
@@ -62,24 +46,17 @@ def _softplus(module: nn.Softplus) -> Activation:
     )
 
 
-def _gelu(module: nn.GELU) -> Activation:
-    approximate = module.approximate
+def gelu_slope(z: Tensor, approximate: str) -> Tensor:
+    """Return GELU'(z); `approximate` as for `nn.GELU`."""
     if approximate == "tanh":
+        t = torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
+        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
-        def slope(z: Tensor, a: Tensor) -> Tensor:
-            del a
-            inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-            t = torch.tanh(inner)
-            return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
 
-    else:
-
-        def slope(z: Tensor, a: Tensor) -> Tensor:
-            del a
-            cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-            return cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-    return Activation(lambda z: F.gelu(z, approximate=approximate), slope)
+def _gelu(module: nn.GELU) -> Activation:
+    form = module.approximate
+    return Activation(lambda z: F.gelu(z, approximate=form), lambda z, a: gelu_slope(z, form))
 
 
 def _hardtanh(module: nn.Hardtanh) -> Activation:
@@ -87,21 +64,16 @@ def _hardtanh(module: nn.Hardtanh) -> Activation:
     return Activation(lambda z: z.clamp(low, high), lambda z, a: ((z > low) & (z < high)).to(z.dtype))
 
 
-def _hardsigmoid(module: nn.Hardsigmoid) -> Activation:
-    del module
-    return Activation(F.hardsigmoid, lambda z, a: ((z > -3) & (z < 3)).to(z.dtype) / 6)
-
-
 _FACTORIES: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.ReLU: _relu,
+    nn.ReLU: lambda m: Activation(torch.relu, lambda z, a: a.sign(), is_gate=True, needs_input=False),  # a >= 0
     nn.LeakyReLU: _leaky_relu,
-    nn.Tanh: _tanh,
-    nn.Sigmoid: _sigmoid,
+    nn.Tanh: lambda m: Activation(torch.tanh, lambda z, a: 1 - a * a, needs_input=False),
+    nn.Sigmoid: lambda m: Activation(torch.sigmoid, lambda z, a: a * (1 - a), needs_input=False),
     nn.Softplus: _softplus,
     nn.GELU: _gelu,
     nn.Hardtanh: _hardtanh,
     nn.ReLU6: _hardtanh,
-    nn.Hardsigmoid: _hardsigmoid,
+    nn.Hardsigmoid: lambda m: Activation(F.hardsigmoid, lambda z, a: ((z > -3) & (z < 3)).to(z.dtype) / 6),
 }
 
 

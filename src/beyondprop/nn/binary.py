@@ -1,7 +1,7 @@
 """Layers that send signs or steps: forward a threshold, backward by a target rule.
 
-A threshold has slope 0 almost everywhere. A wish at its output says which value each unit should send instead, its target; a
-target rule says how strongly the unit's input is to move toward the side of that target, as a factor on the wish.
+A threshold has slope 0 almost everywhere. A delta at its output says which value each unit should send instead, its target; a
+target rule says how strongly the unit's input is to move toward the side of that target, as a factor on the delta.
 Straight-through estimation is a rule that does not look at the target; a hinge is one that lets units rest which already send
 it with a margin.
 """
@@ -18,7 +18,7 @@ from beyondprop import _checks
 from beyondprop.nn.activations import Activation, register_closed_form
 
 TargetRule = Callable[[Tensor, Tensor], Tensor]
-"""Maps inputs z and targets in {-1, 0, 1} (0: no wish) to factors >= 0 on the wishes, all of one shape."""
+"""Maps inputs z and targets in {-1, 0, 1} (0: none) to factors >= 0 on the deltas, all of one shape."""
 
 
 def _hardtanh(z: Tensor, target: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ TARGET_RULES: dict[str, TargetRule] = {"hardtanh": _hardtanh, "identity": _ident
 |---|---|---|
 | `hardtanh` | 1 where z is in [-1, 1] | straight-through estimation with a window, Hubara et al., NIPS 2016, equation 4 |
 | `identity` | 1 | straight-through estimation, Bengio, Leonard & Courville, arXiv 1308.3432 |
-| `tanh` | 1 - tanh(z)^2: soft hinge on the target's side, weighted by the wish | Friesen & Domingos, ICLR 2018, section 3.2 |
-| `hinge` | 1 where target * z <= 1: a hinge, weighted by the wish | Friesen & Domingos, ICLR 2018, section 3.2 |
+| `tanh` | 1 - tanh(z)^2: soft hinge on the target's side, weighted by the delta | Friesen & Domingos, ICLR 2018, section 3.2 |
+| `hinge` | 1 where target * z <= 1: a hinge, weighted by the delta | Friesen & Domingos, ICLR 2018, section 3.2 |
 """
 
 
@@ -94,12 +94,11 @@ class Threshold(nn.Module):
         """Return what `forward` returns, without a graph."""
         return torch.where(z.isnan(), z, torch.where(z >= 0, self.high, self.low).to(z.dtype))
 
-    def factors(self, z: Tensor, wish: Tensor) -> Tensor:
-        """Return the target rule's factors on wishes at the output; a wish's sign is the target."""
-        return TARGET_RULES[self.target_rule](z, wish.sign())
+    def factors(self, z: Tensor, delta: Tensor) -> Tensor:
+        """Return the target rule's factors on deltas at the output; a delta's sign is the target."""
+        return TARGET_RULES[self.target_rule](z, delta.sign())
 
     def extra_repr(self) -> str:
-        """Show the target rule."""
         return f"target_rule={self.target_rule!r}"
 
 
@@ -132,7 +131,7 @@ class _Thresholded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        # The first wish sets the targets: later passes through the same graph see one linear map. A wish is minus a gradient.
+        # The first delta, minus a gradient, sets the targets: later passes through the same graph see one linear map.
         if ctx.kept is None:
             (z,) = ctx.saved_tensors
             with torch.no_grad():

@@ -61,7 +61,6 @@ class ElmanCell(nn.Module):
         return F.linear(x, self.weight_ih, self.bias) + F.linear(self.activation(state), self.weight_hh)
 
     def extra_repr(self) -> str:
-        """Return the sizes, for the module's representation."""
         return f"{self.input_size}, {self.hidden_size}"
 
 
@@ -143,5 +142,4 @@ class Recurrent(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Return the outputs, for the module's representation."""
         return f"outputs={self.outputs!r}"

@@ -76,5 +76,4 @@ class Shortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
 
     def extra_repr(self) -> str:
-        """Return the settings, for the module's representation."""
         return f"stride={self.stride}, padding={self.padding}"

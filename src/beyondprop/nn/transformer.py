@@ -30,7 +30,6 @@ class Patches(nn.Module):
         return F.unfold(x, self.size, stride=self.size).transpose(1, 2)
 
     def extra_repr(self) -> str:
-        """Return the size, for the module's representation."""
         return f"{self.size}"
 
 
@@ -52,11 +51,9 @@ class Positions(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the vectors."""
         return x + self.weight
 
     def extra_repr(self) -> str:
-        """Return the sizes, for the module's representation."""
         return "{}, {}".format(*self.weight.shape)
 
 
@@ -64,5 +61,4 @@ class MeanOverPositions(nn.Module):
     """Average over positions: `(N, count, width)` to `(N, width)`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Average."""
         return x.mean(1)

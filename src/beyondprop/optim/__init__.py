@@ -5,11 +5,10 @@ from __future__ import annotations
 from beyondprop.optim.affine_projection import AffineProjection
 from beyondprop.optim.factories import OptimizerFactory, adam, centered_rmsprop
 from beyondprop.optim.locoprop import LocoProp
-from beyondprop.optim.rmsprop import CenteredRMSprop, RMSProp
+from beyondprop.optim.rmsprop import RMSProp
 
 __all__ = [
     "AffineProjection",
-    "CenteredRMSprop",
     "LocoProp",
     "OptimizerFactory",
     "RMSProp",

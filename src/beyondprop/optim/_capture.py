@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
@@ -196,26 +197,24 @@ class _Hook:
         self.capture = None if capture is None else weakref.ref(capture)
         self.layer = layer
 
-    @torch.compiler.disable
+    # torch.compiler.disable, but for what torch.optim has in its place: that loads the compiler, a second's work, not here but
+    # at the first call. By then torch.optim has done so.
+    @_disable_dynamo
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
         del module
         capture = None if self.capture is None else self.capture()
         if capture is None:
             return None
-        if self.layer is None:
-            if len(arguments) == 2:
-                capture.start(arguments)
-            else:
-                capture.finish()
-        else:
+        if self.layer is not None:
             positional, named, output = arguments
             return capture.record(self.layer, positional[0] if positional else named.get("input"), output)
+        if len(arguments) == 2:
+            capture.start(arguments)
+        else:
+            capture.finish()
         return None
 
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook(None, None)
-
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Any:  # copying asks for it, too
         return _Hook, (None, None)
 
 

@@ -12,19 +12,11 @@ from beyondprop.optim._maps import LayerMap
 from beyondprop.optim.matching import Transfer, transfer
 
 # Nodes that move numbers and change none.
-_RESHAPES = {
-    "ViewBackward",
-    "UnsafeViewBackward",
-    "ReshapeAliasBackward",
-    "TransposeBackward",
-    "TBackward",
-    "PermuteBackward",
-    "SqueezeBackward",
-    "UnsqueezeBackward",
-    "AliasBackward",
-    "CloneBackward",
-    "ToCopyBackward",
-}
+# fmt: off
+_RESHAPES = {f"{name}Backward" for name in (
+    "View", "UnsafeView", "ReshapeAlias", "Transpose", "T", "Permute", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy",
+)}
+# fmt: on
 _COMPILED = "compiled"
 _PLAIN = {
     "ReluBackward": "relu",

@@ -5,7 +5,7 @@ With W the weights before the step and V those on the way, the local objective o
     target_lr <grad_W, V - W>  +  sum_n D_F(V x_n, W x_n)
 
 Its gradient is `target_lr grad_W` plus a correction that is 0 at V = W. The target itself, f(z) - target_lr dL/dz, is never
-formed: in float32 a small wish would be lost in the sum, and clipping, unscaling or averaging of `.grad` carries over.
+formed: in float32 a small delta would be lost in the sum, and clipping, unscaling or averaging of `.grad` carries over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from beyondprop.optim import _ranks
 from beyondprop.optim._maps import EmbeddingMap, LayerMap
 from beyondprop.optim._units import Call, Layer, Unit
 from beyondprop.optim.matching import Transfer, transfer
-from beyondprop.optim.projection import Moments
+from beyondprop.optim.projection import RowMoments
 
 LOSSES = ("matching", "squared", "quadratic")
 Buffers = Mapping[nn.Parameter, Tensor]
@@ -115,7 +115,7 @@ class _Direct:
         module = call.layer.module
         self.weight: nn.Parameter = module.weight
         self.bias: nn.Parameter | None = getattr(module, "bias", None)
-        self.x = self.map.prepare(_whole(call.x, self.weight))
+        self.x = self.map.prepare(whole(call.x, self.weight))
         if f is not None:
             self.z = _output(call, self.x, before)
         self._h: Tensor | None = None
@@ -159,7 +159,7 @@ class _Gram:
         self.map = layer.map
         self.weight: nn.Parameter = layer.module.weight
         self.bias: nn.Parameter | None = getattr(layer.module, "bias", None)
-        inputs = [self.map.prepare(_whole(call.x, self.weight)) for call in calls]
+        inputs = [self.map.prepare(whole(call.x, self.weight)) for call in calls]
         self.moments = total_moments(self.map, inputs, rows)
         sums = list(self.moments)
         slopes = None
@@ -189,7 +189,7 @@ class _Gram:
                 gradients[p].add_(self.map.unmatrix(correction) if p is self.weight else correction.view(p.shape))
 
 
-def total_moments(own: LayerMap, inputs: list[Tensor], rows: float | int, *, mirror: bool = True) -> Moments:
+def total_moments(own: LayerMap, inputs: list[Tensor], rows: float | int, *, mirror: bool = True) -> RowMoments:
     """Return the moments of prepared inputs of several calls.
 
     Args:
@@ -253,7 +253,8 @@ def _old(p: nn.Parameter | None, before: Buffers) -> Tensor:
     return before.get(p, p)  # type: ignore[arg-type, return-value]
 
 
-def _whole(x: Tensor, weight: Tensor) -> Tensor:
+def whole(x: Tensor, weight: Tensor) -> Tensor:
+    """Return an input in the dtype of the weight; what counts tokens as it is."""
     return x.to(weight.dtype) if x.is_floating_point() and x.dtype is not weight.dtype else x
 
 

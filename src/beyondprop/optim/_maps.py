@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop.nn.functional import patches
-from beyondprop.optim.projection import Moments, moments
+from beyondprop.optim.projection import RowMoments, moments
 
 _PATCH_LIMIT = 2**24  # numbers in the patches that are held at a time
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -25,20 +25,18 @@ class LayerMap(abc.ABC):
     Attributes:
         module: the layer.
         features: the dimension of its output that has the units.
+        units: how many output units it has.
         fan_in: n.
+        sample_ndim: dimensions of one sample's output.
     """
 
     features = -1
+    sample_ndim = 1
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.groups = getattr(module, "groups", 1)
-        self.fan_in = module.weight[0].numel()
-
-    @property
-    def units(self) -> int:
-        """How many output units the layer has."""
-        return self.module.weight.shape[0]
+        self.units, self.fan_in = module.weight.shape[0], module.weight.shape[1:].numel()
 
     @abc.abstractmethod
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,21 +46,21 @@ class LayerMap(abc.ABC):
     def add_gradients(self, x: Tensor, r: Tensor, weight: Tensor | None, bias: Tensor | None, factor: float) -> None:
         """Add `factor` times the gradient of `<r, map(x, ., .)>` to `weight` and `bias`; None: not wanted."""
 
+    @abc.abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
         """Return the captured input as the other methods take it, batch first."""
-        return x
 
     def prepare_output(self, z: Tensor) -> Tensor:
         """Return a captured output batch first, too."""
-        return z
+        return z.unsqueeze(0) if z.ndim == self.sample_ndim else z
 
     @abc.abstractmethod
     def count(self, x: Tensor) -> int:
         """Return how many rows a captured input has."""
 
-    def no_moments(self) -> Moments:
+    @abc.abstractmethod
+    def no_moments(self) -> RowMoments:
         """Return the moments of no rows."""
-        return moments(self.module.weight.new_zeros(self.groups, 0, self.fan_in))
 
     @abc.abstractmethod
     def rows(self, x: Tensor) -> Tensor:
@@ -72,40 +70,45 @@ class LayerMap(abc.ABC):
     def positions(self, g: Tensor) -> Tensor:
         """Return output-shaped values as rows `(groups, N, out)`."""
 
-    def moments(self, x: Tensor, *, mirror: bool = True) -> Moments:
+    @abc.abstractmethod
+    def moments(self, x: Tensor, *, mirror: bool = True) -> RowMoments:
         """Return the moments of the rows; `mirror` as for `projection.gram`."""
-        return moments(self.rows(x), mirror=mirror)
 
+    @abc.abstractmethod
     def matrix(self, weight: Tensor) -> Tensor:
         """Return what has the shape of the weight as matrices `(groups, out, n)`."""
+
+    @abc.abstractmethod
+    def unmatrix(self, matrix: Tensor) -> Tensor:
+        """Undo `matrix`."""
+
+
+class _MatrixMap(LayerMap):
+    """A layer whose weight has an output unit's inputs in a row."""
+
+    def no_moments(self) -> RowMoments:
+        return moments(self.module.weight.new_zeros(self.groups, 0, self.fan_in))
+
+    def matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, -1, self.fan_in)
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
-        """Undo `matrix`."""
         return matrix.reshape(self.module.weight.shape)
 
 
-class LinearMap(LayerMap):
+class LinearMap(_MatrixMap):
     """`nn.Linear`, over any leading dimensions."""
 
     def prepare(self, x: Tensor) -> Tensor:
-        """See `LayerMap.prepare`."""
         return x.unsqueeze(0) if x.ndim == 1 else x
 
-    def prepare_output(self, z: Tensor) -> Tensor:
-        """See `LayerMap.prepare_output`."""
-        return z.unsqueeze(0) if z.ndim == 1 else z
-
     def count(self, x: Tensor) -> int:
-        """See `LayerMap.count`."""
         return x.numel() // self.fan_in
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `LayerMap.__call__`."""
         return F.linear(x, weight, bias)
 
     def add_gradients(self, x: Tensor, r: Tensor, weight: Tensor | None, bias: Tensor | None, factor: float) -> None:
-        """See `LayerMap.add_gradients`."""
         r = r.reshape(-1, r.shape[-1])
         if weight is not None:
             weight.addmm_(r.t(), x.reshape(-1, x.shape[-1]), alpha=factor)
@@ -113,15 +116,16 @@ class LinearMap(LayerMap):
             bias.add_(r.sum(0), alpha=factor)
 
     def rows(self, x: Tensor) -> Tensor:
-        """See `LayerMap.rows`."""
         return x.reshape(1, -1, self.fan_in)
 
     def positions(self, g: Tensor) -> Tensor:
-        """See `LayerMap.positions`."""
         return g.reshape(1, -1, g.shape[-1])
 
+    def moments(self, x: Tensor, *, mirror: bool = True) -> RowMoments:
+        return moments(self.rows(x), mirror=mirror)
 
-class ConvMap(LayerMap):
+
+class ConvMap(_MatrixMap):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` with any stride, padding, dilation and groups."""
 
     features = 1
@@ -129,25 +133,20 @@ class ConvMap(LayerMap):
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         self.spatial = module.weight.ndim - 2
+        self.sample_ndim = self.spatial + 1
         # Padding that is asymmetric or no zeros is done beforehand, and the convolution then has none.
         self.pads_itself = module.padding_mode == "zeros" and not isinstance(module.padding, str)
         self.padding: Any = module.padding if self.pads_itself else (0,) * self.spatial
         self._convolve = (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """See `LayerMap.prepare`."""
-        x = x.unsqueeze(0) if x.ndim == self.spatial + 1 else x
+        x = x.unsqueeze(0) if x.ndim == self.sample_ndim else x
         if self.pads_itself:
             return x
         mode = "constant" if self.module.padding_mode == "zeros" else self.module.padding_mode
         return F.pad(x, self.module._reversed_padding_repeated_twice, mode=mode)
 
-    def prepare_output(self, z: Tensor) -> Tensor:
-        """See `LayerMap.prepare_output`."""
-        return z.unsqueeze(0) if z.ndim == self.spatial + 1 else z
-
     def count(self, x: Tensor) -> int:
-        """See `LayerMap.count`."""
         return self._positions(self.prepare(x))
 
     def _positions(self, x: Tensor) -> int:
@@ -157,38 +156,24 @@ class ConvMap(LayerMap):
         return len(x) * math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `LayerMap.__call__`."""
         module = self.module
         return self._convolve(x, weight, bias, module.stride, self.padding, module.dilation, module.groups)
 
     def add_gradients(self, x: Tensor, r: Tensor, weight: Tensor | None, bias: Tensor | None, factor: float) -> None:
-        """See `LayerMap.add_gradients`."""
-        module = self.module
+        m = self.module
         if weight is not None:
-            _, gradient, _ = torch.ops.aten.convolution_backward(
-                r.contiguous(),
-                x,
-                module.weight,
-                None,
-                module.stride,
-                self.padding,
-                module.dilation,
-                False,
-                (0,) * self.spatial,
-                module.groups,
-                [False, True, False],
-            )
+            settings = (m.stride, self.padding, m.dilation, False, (0,) * self.spatial, m.groups, [False, True, False])
+            gradient = torch.ops.aten.convolution_backward(r.contiguous(), x, m.weight, None, *settings)[1]
             weight.add_(gradient, alpha=factor)
         if bias is not None:
             bias.add_(r.flatten(2).sum((0, 2)), alpha=factor)
 
     def rows(self, x: Tensor) -> Tensor:
-        """See `LayerMap.rows`."""
         groups = x.chunk(self.groups, 1)
         return torch.stack([patches(group, self.module, padding=self.padding) for group in groups])
 
-    def moments(self, x: Tensor, *, mirror: bool = True) -> Moments:
-        """See `LayerMap.moments`; patches repeat every input several times, so samples are taken a few at a time."""
+    def moments(self, x: Tensor, *, mirror: bool = True) -> RowMoments:
+        # Patches repeat every input several times, so samples are taken a few at a time.
         held = self._positions(x[:1]) * self.fan_in * self.groups
         first, *rest = x.split(max(1, _PATCH_LIMIT // max(held, 1)))
         total = moments(self.rows(first), mirror=mirror)
@@ -197,7 +182,6 @@ class ConvMap(LayerMap):
         return total
 
     def positions(self, g: Tensor) -> Tensor:
-        """See `LayerMap.positions`."""
         rows = g.movedim(1, -1).flatten(0, -2)
         return rows.reshape(len(rows), self.groups, self.units // self.groups).movedim(1, 0)
 
@@ -206,65 +190,47 @@ class EmbeddingMap(LayerMap):
     """`nn.Embedding`: rows are one-hot, X^T X is the diagonal of counts, its matrix is the transposed weight."""
 
     def __init__(self, module: Any) -> None:
-        self.module = module
-        self.groups = 1
-        self.fan_in = module.num_embeddings
-
-    @property
-    def units(self) -> int:
-        """See `LayerMap.units`."""
-        return self.module.weight.shape[1]
+        super().__init__(module)
+        self.fan_in, self.units = module.weight.shape
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `LayerMap.__call__`."""
         del bias
         return F.embedding(x, weight)
 
     def add_gradients(self, x: Tensor, r: Tensor, weight: Tensor | None, bias: Tensor | None, factor: float) -> None:
-        """See `LayerMap.add_gradients`."""
         del bias
         if weight is not None:
             x, r = self._kept(x, r)
             weight.index_add_(0, x, r, alpha=factor)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """See `LayerMap.prepare`."""
         return x.unsqueeze(0) if x.ndim == 0 else x
 
-    def prepare_output(self, z: Tensor) -> Tensor:
-        """See `LayerMap.prepare_output`."""
-        return z.unsqueeze(0) if z.ndim == 1 else z
-
     def count(self, x: Tensor) -> int:
-        """See `LayerMap.count`."""
         return x.numel()
 
-    def no_moments(self) -> Moments:
-        """See `LayerMap.no_moments`."""
+    def no_moments(self) -> RowMoments:
         return self.moments(torch.empty(0, dtype=torch.int64, device=self.module.weight.device))
 
     def rows(self, x: Tensor) -> Tensor:
-        """See `LayerMap.rows`; dense, which only a small batch should ask for."""
+        """Return one-hot rows: dense, which only a small batch should ask for."""
         return F.one_hot(x.reshape(1, -1), self.fan_in).to(self.module.weight.dtype)
 
     def positions(self, g: Tensor) -> Tensor:
-        """See `LayerMap.positions`."""
         return g.reshape(1, -1, g.shape[-1])
 
-    def moments(self, x: Tensor, *, mirror: bool = True) -> Moments:
-        """See `LayerMap.moments`; only the diagonal."""
+    def moments(self, x: Tensor, *, mirror: bool = True) -> RowMoments:
+        """Return the moments with the diagonal of X^T X only."""
         del mirror
         counts = torch.bincount(x.reshape(-1), minlength=self.fan_in).to(self.module.weight.dtype).unsqueeze(0)
         if self.module.padding_idx is not None:
             counts[:, self.module.padding_idx] = 0  # its row gets no gradient and stays
-        return Moments(counts, counts.clone(), counts.sum())
+        return RowMoments(counts, counts.clone(), counts.sum())
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """See `LayerMap.matrix`."""
         return weight.t().unsqueeze(0)
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
-        """See `LayerMap.unmatrix`."""
         return matrix.squeeze(0).t()
 
     def _kept(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,9 @@ from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim import _ranks
 from beyondprop.optim._capture import Capture
-from beyondprop.optim._local import total_moments
+from beyondprop.optim._local import total_moments, whole
 from beyondprop.optim._units import Unit, uncaptured
-from beyondprop.optim.projection import Moments, solve_dual, solve_primal
+from beyondprop.optim.projection import RowMoments, solve_dual, solve_primal
 
 SIDES = ("smaller", "inputs", "samples")
 
@@ -188,12 +188,12 @@ class AffineProjection:
         new = whole @ running.inverse.to(whole) / samples
         return (new, None) if bias is None else (new[..., :-1], new[..., -1])
 
-    def _moments(self, unit: Unit, samples: float) -> Moments:
+    def _moments(self, unit: Unit, samples: float) -> RowMoments:
         """Return X^T X of the batch, or its running average."""
         total = unit.layers[0].map.no_moments() if not unit.calls else None
         for layer in unit.layers:
             own = layer.map
-            inputs = [own.prepare(_whole(c.x, own.module.weight.dtype)) for c in unit.calls if c.layer is layer]
+            inputs = [own.prepare(whole(c.x, own.module.weight)) for c in unit.calls if c.layer is layer]
             if inputs:
                 found = total_moments(own, inputs, self.rows, mirror=False)
                 total = found if total is None else total + found
@@ -215,7 +215,7 @@ class AffineProjection:
         for call in unit.calls:
             own = call.layer.map
             assert call.gradient is not None
-            inputs.append(own.rows(own.prepare(_whole(call.x, weight.dtype))))
+            inputs.append(own.rows(own.prepare(whole(call.x, weight))))
             outputs.append(own.positions(own.prepare_output(call.gradient.to(weight.dtype))))
         rows, deltas = torch.cat(inputs, 1), torch.cat(outputs, 1)
         return rows, deltas * _scale(unit.name, weight, rows, deltas)
@@ -243,12 +243,14 @@ class AffineProjection:
 class _Running:
     """A layer's moments per sample, averaged over batches with forgetting, and the inverse of the damped X^T X."""
 
-    def __init__(self, moments: Moments | None = None, inverse: Tensor | None = None, steps: int = 0) -> None:
+    def __init__(self, moments: RowMoments | None = None, inverse: Tensor | None = None, steps: int = 0) -> None:
         self.moments, self.inverse, self.steps = moments, inverse, steps
 
-    def update(self, new: Moments, forgetting: float) -> Moments:
+    def update(self, new: RowMoments, forgetting: float) -> RowMoments:
         if self.moments is not None:
-            new = Moments(*(old.to(part).lerp(part, forgetting) for old, part in zip(self.moments, new, strict=True)))
+            new = RowMoments(
+                *(old.to(part).lerp(part, forgetting) for old, part in zip(self.moments, new, strict=True))
+            )
         self.moments = new
         self.steps += 1
         return new
@@ -259,13 +261,13 @@ class _Running:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> _Running:
-        return cls(Moments(*state["moments"]), state["inverse"], int(state["steps"]))
+        return cls(RowMoments(*state["moments"]), state["inverse"], int(state["steps"]))
 
 
 _TINY = 1e-30
 
 
-def _inverse(moments: Moments, damping: Tensor, bias: bool) -> Tensor:
+def _inverse(moments: RowMoments, damping: Tensor, bias: bool) -> Tensor:
     """Return `(X^T X + damping I)^-1`, with the column of ones last."""
     n = moments.inner.shape[-1] + bias
     identity = torch.eye(n, dtype=moments.inner.dtype, device=moments.inner.device).expand(len(moments.inner), n, n)
@@ -274,10 +276,6 @@ def _inverse(moments: Moments, damping: Tensor, bias: bool) -> Tensor:
     weight, border = solve_primal(identity[..., :-1], identity[..., -1], moments, damping)
     assert border is not None
     return torch.cat([weight, border.unsqueeze(-1)], -1)
-
-
-def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor) -> Tensor:

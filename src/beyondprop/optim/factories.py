@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from beyondprop.optim.rmsprop import CenteredRMSprop
+from beyondprop.optim.rmsprop import RMSProp
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 """Builds a torch optimizer over parameters, such as `partial(torch.optim.Adam, lr=3e-3)`."""
@@ -25,9 +26,10 @@ def adam(lr: float = 3e-3) -> OptimizerFactory:
 
 
 def centered_rmsprop(lr: float, **settings: float) -> OptimizerFactory:
-    """Return a factory of `CenteredRMSprop`."""
+    """Return a factory of a centered `RMSProp` whose second moment starts at 0, with the settings of Lee et al., ECML 2015."""
+    own: dict[str, Any] = {"alpha": 0.95, "momentum": 0.9, "eps": 1e-3, "initial": 0.0} | settings
 
     def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return CenteredRMSprop(parameters, lr, **settings)
+        return RMSProp(parameters, lr, centered=True, **own)
 
     return build

@@ -206,13 +206,9 @@ class LocoProp(torch.optim.Optimizer):
         capture = self._capture
         users = _graph.consumers()
         for other in capture.layers:
-            nodes = capture.nodes.get(other.name)
-            if (
-                other.name in capture.watched
-                and nodes is not None
-                and (other is layer or any(n in users for n in nodes))
-            ):
-                used = [n for n in nodes if n in users]
+            nodes = capture.nodes.get(other.name) if other.name in capture.watched else None
+            used = [n for n in nodes or () if n in users]
+            if nodes is not None and (used or other is layer):
                 found = _graph.find_transfer(used, users, other.map) if used else None
                 if found is not None:
                     self._transfers[other.name] = found
@@ -262,19 +258,19 @@ class LocoProp(torch.optim.Optimizer):
 
     def _solve(self, unit: Unit, group: dict[str, Any], local: torch.optim.Optimizer) -> Tensor | None:
         """Make a unit's local steps; return whether its weights are finite, None where it had no gradient."""
-        wishes = {p: p.grad for p in unit.parameters if p.grad is not None}
-        if not wishes:
+        found = {p: p.grad for p in unit.parameters if p.grad is not None}
+        if not found:
             return None
-        before = {p: p.detach().clone() for p in wishes}
+        before = {p: p.detach().clone() for p in found}
         steps, lr = group["local_steps"], group["lr"]
         problem = None
-        buffers = {p: torch.empty_like(p) for p in wishes}
+        buffers = {p: torch.empty_like(p) for p in found}
         try:
             for p, buffer in buffers.items():
                 p.grad = buffer
             for step in range(steps):
-                for p, wish in wishes.items():
-                    torch.mul(wish, group["target_lr"], out=buffers[p])
+                for p, gradient in found.items():
+                    torch.mul(gradient, group["target_lr"], out=buffers[p])
                 if step:
                     if problem is None:
                         problem = self._problem(unit, group, before)
@@ -286,8 +282,8 @@ class LocoProp(torch.optim.Optimizer):
                 local.step()
         finally:
             group["lr"] = lr
-            for p, wish in wishes.items():
-                p.grad = wish
+            for p, gradient in found.items():
+                p.grad = gradient
             unit.calls.clear()
         if self.trust is not None:
             bound(before, self.trust)

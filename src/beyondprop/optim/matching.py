@@ -13,11 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from beyondprop import _checks
+from beyondprop.nn.activations import gelu_slope
 
 Map = Callable[[Tensor, int], Tensor]
 
@@ -59,20 +62,9 @@ def matching_loss(a: Tensor, z: Tensor, transfer: Transfer, dim: int = -1) -> Te
     return between - (transfer.value(z, dim) * (a - z)).sum()
 
 
-def _elementwise(
-    name: str,
-    value: Callable[[Tensor], Tensor],
-    value_: Callable[[Tensor], Tensor],
-    slope: Callable[[Tensor], Tensor],
-    integral: Callable[[Tensor], Tensor],
-) -> Transfer:
-    return Transfer(
-        name,
-        lambda z, dim: value(z),
-        lambda z, dim: value_(z),
-        lambda z, dim: slope(z),
-        lambda z, dim: integral(z),
-    )
+def _elementwise(name: str, *functions: Callable[[Tensor], Tensor]) -> Transfer:
+    """Return a transfer function of its value, value_, slope and integral, none of which looks at a dimension."""
+    return Transfer(name, *(lambda z, dim, f=f: f(z) for f in functions))
 
 
 def _log_cosh(z: Tensor) -> Tensor:
@@ -123,7 +115,7 @@ def _softplus_integral(z: Tensor, beta: float, threshold: float) -> Tensor:
     z = z.clamp(max=end)
     size = (beta * z).abs().to(torch.float64)
     # -Li2(-q) = sum_k (-1)^(k+1) q^k / k^2 converges slowly at q = 1; integrate log1p(e^-t) from |beta z| upwards instead.
-    nodes, weights = _GAUSS
+    nodes, weights = _gauss_legendre()
     span = 40.0
     shape = (-1,) + (1,) * size.ndim
     t = size + span * nodes.to(size.device).view(shape)
@@ -132,14 +124,13 @@ def _softplus_integral(z: Tensor, beta: float, threshold: float) -> Tensor:
     return (whole / beta**2).to(z.dtype) + beyond
 
 
-def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
-    import numpy as np
+@cache
+def _gauss_legendre(count: int = 200) -> tuple[Tensor, Tensor]:
+    from numpy.polynomial.legendre import leggauss  # slow to load, and integrals are for reporting only
 
-    nodes, weights = np.polynomial.legendre.leggauss(count)
+    nodes, weights = leggauss(count)
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
 
-
-_GAUSS = _gauss_legendre(200)
 
 # GELU falls to the left of its minimum, so it has no convex integral. Its monotone part has one: left of the minimum f is
 # taken as constant, max(z, z_min) in place of z. f' is then 0 where GELU's is negative.
@@ -153,18 +144,12 @@ def _gelu(approximate: str = "none") -> Transfer:
         return F.gelu(z.clamp(min=lowest), approximate=approximate)
 
     def slope(z: Tensor) -> Tensor:
-        if approximate == "tanh":
-            inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-            t = torch.tanh(inner)
-            s = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
-        else:
-            s = 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        return torch.where(z > lowest, s, 0.0).to(z.dtype)
+        return torch.where(z > lowest, gelu_slope(z, approximate), 0.0).to(z.dtype)
 
     def integral(z: Tensor) -> Tensor:
         inside = z.clamp(min=lowest)
         if approximate == "tanh":  # no closed form; the integral of the exact one is off by 1e-3 and not its own
-            nodes, weights = _GAUSS
+            nodes, weights = _gauss_legendre()
             shape = (-1,) + (1,) * z.ndim
             nodes, weights = nodes.to(z).view(shape), weights.to(z).view(shape)
             whole = (F.gelu(inside * nodes, approximate="tanh") * weights).sum(0) * inside
@@ -221,8 +206,7 @@ def transfer(name: str, **settings: float | str) -> Transfer:
     Raises:
         ValueError: if there is none of that name, or it has no such setting.
     """
-    if name not in _TRANSFERS:
-        raise ValueError(f"transfer must be one of {', '.join(map(repr, NAMES))}, got {name!r}.")
+    _checks.one_of("transfer", name, NAMES)
     if not settings:
         return _TRANSFERS[name]
     build, accepted = _SETTINGS.get(name, (None, ()))

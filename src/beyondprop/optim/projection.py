@@ -25,7 +25,7 @@ from torch import Tensor
 _BLOCK = 256  # narrower blocks of a Gram matrix are no longer multiplied at full speed
 
 
-class Moments(NamedTuple):
+class RowMoments(NamedTuple):
     """X^T X of a layer's inputs in parts.
 
     Attributes:
@@ -39,12 +39,12 @@ class Moments(NamedTuple):
     sums: Tensor
     rows: Tensor
 
-    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
-        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: RowMoments) -> RowMoments:  # type: ignore[override]
+        return RowMoments(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def scaled(self, factor: float) -> Moments:
+    def scaled(self, factor: float) -> RowMoments:
         """Return all parts times `factor`."""
-        return Moments(*(part * factor for part in self))
+        return RowMoments(*(part * factor for part in self))
 
     def mean_square(self) -> Tensor:
         """Return the mean squared length of a row, `(groups,)`."""
@@ -52,9 +52,9 @@ class Moments(NamedTuple):
         return diagonal.sum(-1) / self.rows
 
 
-def moments(rows: Tensor, *, mirror: bool = True) -> Moments:
+def moments(rows: Tensor, *, mirror: bool = True) -> RowMoments:
     """Return the moments of rows `(groups, N, n)`; `mirror` as for `gram`."""
-    return Moments(gram(rows, mirror=mirror), rows.sum(-2), rows.new_tensor(float(rows.shape[-2])))
+    return RowMoments(gram(rows, mirror=mirror), rows.sum(-2), rows.new_tensor(float(rows.shape[-2])))
 
 
 def gram(rows: Tensor, *, mirror: bool = True) -> Tensor:
@@ -80,7 +80,7 @@ def gram(rows: Tensor, *, mirror: bool = True) -> Tensor:
 
 
 def solve_primal(
-    weight: Tensor, bias: Tensor | None, moments: Moments, damping: Tensor | float
+    weight: Tensor, bias: Tensor | None, moments: RowMoments, damping: Tensor | float
 ) -> tuple[Tensor, Tensor | None]:
     """Return `gradient (X^T X + damping I)^-1`, as parts for weight and bias.
 
@@ -98,7 +98,7 @@ def solve_primal(
     damped = bool((damping > 0).all())
     if len(inner) > 1 and not damped:  # each group by itself
         parts = [
-            solve_primal(w, b, Moments(m, s, rows), d)
+            solve_primal(w, b, RowMoments(m, s, rows), d)
             for w, b, m, s, d in zip(
                 weight.split(1),
                 [None] * len(inner) if bias is None else bias.split(1),
@@ -108,9 +108,8 @@ def solve_primal(
                 strict=True,
             )
         ]
-        return torch.cat([w for w, _ in parts]), None if bias is None else torch.cat([
-            b for _, b in parts if b is not None
-        ])
+        biases = [b for _, b in parts if b is not None]
+        return torch.cat([w for w, _ in parts]), torch.cat(biases) if biases else None
     border = (rows + damping).view(-1, 1, 1)
     if bias is not None and not damped:
         # Without damping, elimination would leave the bias out of the least change.

@@ -43,15 +43,12 @@ class AffineStage(Stage):
             return False
         if type(affine) in _CONVS and (affine.padding_mode != "zeros" or isinstance(affine.padding, str)):
             return False
-        if any(is_modified(m) for m in modules):
-            return False
-        if any(moves_batch(m) for m in inner):
+        if any(map(is_modified, modules)) or any(map(moves_batch, inner)):
             return False
         rest = [m for m in inner if type(m) not in _RESHAPES]
         return len(rest) <= 1 and all(closed_form(m) is not None for m in rest)
 
     def record(self, z: Tensor, *, push: bool = False) -> AffinePullback:
-        """See `Stage.record`."""
         del push  # closed forms push tangents at no extra cost
         return AffinePullback(self, z)
 
@@ -98,22 +95,19 @@ class AffinePullback(Pullback):
         return slope
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.__call__`."""
         stage = self.map
         weight = stage.backward_weight(stage.weight) if stage.feedback else stage.weight
         if stage.is_linear:
             gradient = whole(torch.matmul(cotangent, weight), cotangent)
         else:
-            gradient = self._convolution_backward(cotangent, weight, (True, False, False))[0]
+            gradient = self._convolution_backward(cotangent, weight, [True, False, False])[0]
         return self.pull_head(gradient)
 
     @property
     def head_shape(self) -> torch.Size:
-        """See `Pullback.head_shape`."""
         return self.features.shape
 
     def pull_head(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.pull_head`."""
         stage, gradient = self.map, cotangent
         if stage.reshapes:
             gradient = gradient.reshape(self.input_shape)
@@ -126,7 +120,6 @@ class AffinePullback(Pullback):
         return gradient.mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        """See `Pullback.push`."""
         stage = self.map
         if stage.activation is not None and not (gated and stage.activation.is_gate):
             tangent = tangent * self.slope
@@ -135,7 +128,6 @@ class AffinePullback(Pullback):
         return self._map(tangent, stage.weight, None)
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
-        """See `Pullback.add_gradients`."""
         stage = self.map
         weight, bias = stage.weight, stage.bias
         rows, features = cotangent, self.features
@@ -155,22 +147,15 @@ class AffinePullback(Pullback):
 
     @property
     def is_closed_form(self) -> bool:
-        """See `Pullback.is_closed_form`."""
         return True
 
     def at(self, z: Tensor) -> AffinePullback:
-        """See `Pullback.at`."""
         return AffinePullback(self.map, z)
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
-        """See `Pullback.relinearize`."""
         weight, bias = self.map.weight, self.map.bias
-        change = self._map(
-            self.features,
-            weight - before.get(weight, weight),
-            None if bias is None else bias - before.get(bias, bias),
-        )
-        return self, change
+        of_bias = None if bias is None else bias - before.get(bias, bias)
+        return self, self._map(self.features, weight - before.get(weight, weight), of_bias)
 
     def feature_rows(self) -> Tensor:
         """Return the affine map's inputs as rows `(M, in)`, with a last column of ones where it has a bias.
@@ -183,28 +168,16 @@ class AffinePullback(Pullback):
             rows = F.pad(rows, (0, 1), value=1.0)
         return rows
 
-    def _convolution_backward(
-        self, cotangent: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, ...]:
-        affine = self.map.affine
-        return torch.ops.aten.convolution_backward(
-            cotangent,
-            self.features,
-            weight,
-            None if affine.bias is None else list(affine.bias.shape),
-            affine.stride,
-            affine.padding,
-            affine.dilation,
-            False,
-            affine.output_padding,
-            affine.groups,
-            list(wanted),
-        )
+    def _convolution_backward(self, cotangent: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+        m = self.map.affine
+        sizes = None if m.bias is None else list(m.bias.shape)
+        settings = (m.stride, m.padding, m.dilation, False, m.output_padding, m.groups)
+        return torch.ops.aten.convolution_backward(cotangent, self.features, weight, sizes, *settings, wanted)
 
     def _add_convolution_gradients(self, cotangent: Tensor, factor: float) -> None:
         weight, bias = self.map.weight, self.map.bias
         if weight.requires_grad:
-            gradient = self._convolution_backward(cotangent, weight, (False, True, False))[1]
+            gradient = self._convolution_backward(cotangent, weight, [False, True, False])[1]
             add_to_gradient(weight, gradient, factor)
         if bias is not None and bias.requires_grad:
             add_to_gradient(bias, cotangent.flatten(2).sum((0, 2)), factor)

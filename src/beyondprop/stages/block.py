@@ -24,7 +24,7 @@ class BlockStage(Stage):
         self.norms = [m for m in leaves if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.is_stochastic = any(not _is_deterministic(m) for m in leaves)
         self._leaves = leaves
-        # In backpropagation a unit's wish is minus what comes back; here, wishes come as they are.
+        # In backpropagation a unit's delta is minus what comes back; here, deltas come as they are.
         self.takes_targets = any(isinstance(m, Threshold) for m in leaves)
         self._has_second_derivative: dict[tuple[bool, ...], bool] = {}
         self._is_checked = False
@@ -32,7 +32,6 @@ class BlockStage(Stage):
 
     @property
     def couples_batch(self) -> bool:
-        """See `Stage.couples_batch`."""
         return any(m.training or not m.track_running_stats for m in self.norms)
 
     @property
@@ -45,7 +44,7 @@ class BlockStage(Stage):
         self._has_second_derivative[tuple(m.training for m in self._leaves)] = value
 
     def record(self, z: Tensor, *, push: bool = False) -> Pullback:
-        """See `Stage.record`.
+        """Run the stage on `z`.
 
         Raises:
             UnsupportedModelError: if the stage overwrites its input, mixes samples, or returns no tensor of the batch.
@@ -174,7 +173,7 @@ class BlockPullback(Pullback):
         return self._like[0].new_zeros(self._shapes[0]) if gradient is None else gradient
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.__call__`; the first call keeps the weights' gradient, too, so that one pass serves both."""
+        # The first call keeps the weights' gradient, too, so that one pass serves both.
         dual = cotangent.to(self._like[1].dtype)
         ends = [] if self._start is None else [self._start]
         if self._was_pulled:
@@ -192,8 +191,8 @@ class BlockPullback(Pullback):
         return gradient
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        """See `Pullback.push`: the transpose of the pullback, by differentiating it with respect to its cotangent."""
         del gated
+        # The transpose of the pullback, by differentiating it with respect to its cotangent.
         stage = self.block
         nothing = tangent.new_zeros(self._shapes[1])
         if not self._pushes:
@@ -224,7 +223,7 @@ class BlockPullback(Pullback):
         assert self._kept is not None
         z = self._kept
         norm, size = (t.flatten(1).norm(dim=1).view(-1, *([1] * (z.ndim - 1))) for t in (tangent, z))
-        # Sample by sample: wishes differ by magnitudes.
+        # Sample by sample: tangents differ by magnitudes.
         unit = tangent / norm.clamp_min(torch.finfo(tangent.dtype).tiny)
         step = torch.finfo(tangent.dtype).eps ** (1 / 3) * (1 + size)
         with self.block.replayed(self.random_state, z.device):
@@ -235,7 +234,6 @@ class BlockPullback(Pullback):
         return (above - below).to(tangent.dtype) * factor
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
-        """See `Pullback.add_gradients`."""
         for p, g in zip(self.weights, self._weight_gradients(cotangent), strict=True):
             if g is not None:
                 add_to_gradient(p, g, factor)
@@ -251,16 +249,13 @@ class BlockPullback(Pullback):
         return self._gradients(cotangent.to(self._like[1].dtype), self.weights) if own is None else own
 
     def at(self, z: Tensor, *, push: bool = False) -> BlockPullback:
-        """See `Pullback.at`; `push` says whether tangents will be pushed there, too."""
+        """Return the stage at another input; `push` says whether tangents will be pushed there, too."""
         with self.block.replayed(self.random_state, z.device):
             return BlockPullback(self.block, z, push, self.random_state)
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
-        """See `Pullback.relinearize`."""
         del before
-        torch.clear_autocast_cache()  # it holds casts of the old weights
-        fresh = self.at(self.input)
-        return fresh, fresh.output - self.output
+        return self.rerun()
 
 
 class _Start(torch.autograd.Function):
@@ -317,12 +312,8 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 
 
 _DRAWING = (
-    nn.modules.dropout._DropoutNd,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RReLU,
-    nn.FractionalMaxPool2d,
-    nn.FractionalMaxPool3d,
+    *(nn.modules.dropout._DropoutNd, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
+    *(nn.MultiheadAttention, nn.RNNBase, nn.RReLU),
 )
 
 

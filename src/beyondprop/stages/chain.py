@@ -200,11 +200,8 @@ class Chain:
         finally:
             for module, mode in modes:
                 module.training = mode
-        if (
-            not isinstance(expected, Tensor)
-            or expected.shape != z.shape
-            or not torch.allclose(expected, z, equal_nan=True)
-        ):
+        same = isinstance(expected, Tensor) and expected.shape == z.shape
+        if not (same and torch.allclose(expected, z, equal_nan=True)):
             raise UnsupportedModelError(
                 f"The blocks given as cuts, applied one after the other, do not compute what {type(self.model).__name__} "
                 "computes. Give the blocks in the order of its forward pass, with every operation between them in a block."

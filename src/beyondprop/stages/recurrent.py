@@ -2,9 +2,9 @@
 
     s_t = cell(x_t, s_{t-1}),    t = 1 .. T
 
-From outside it is a stage like the others. Inside, `sweep` walks back through time: a state is wished to change by what the
-output wants of it and by what the next state's wish asks of it, and a code solver turns both into a delta, as it does between
-stages. With plain gradients that is backpropagation through time.
+From outside it is a stage like the others. Inside, `sweep` walks back through time: a state has to serve the delta of the
+output and that of the next state, and a code solver turns both into its own, as it does between stages. With plain gradients
+that is backpropagation through time.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from beyondprop.nn.activations import closed_form
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.stages.affine import is_modified
-from beyondprop.stages.operations.base import Operation, RecordedRun
-from beyondprop.stages.operations.elementary import operation
+from beyondprop.stages.operations.base import RecordedRun
+from beyondprop.stages.operations.elementary import operation, operations
 from beyondprop.stages.stage import Memo, Pullback, Stage
 from beyondprop.stages.time_steps import CellMoments, ElmanMoments, Heard
 
 Solve = Callable[[Pullback, Tensor, Tensor], Tensor]
-"""Maps a moment (linearised at its state), the wish at its output and the gradient `J^T wish` to the state's delta."""
+"""Maps a moment (linearised at its state), the delta at its output and the gradient `J^T delta` to the state's delta."""
 
 
 class RecurrentStage(Stage):
@@ -42,10 +42,9 @@ class RecurrentStage(Stage):
         self.is_block = False  # its time steps have codes of their own
         self.is_last = self.layer.outputs == "last"
         self.width: int = self.layer.cell.hidden_size
-        self.heads, self.tails = _operations(self.modules[:place]), _operations(self.modules[place + 1 :])
+        self.heads, self.tails = operations(self.modules[:place]), operations(self.modules[place + 1 :])
         for each in (*self.heads, *self.tails):
             each.share(self)
-        self.head = next((i for i, o in enumerate(self.heads) if o.has_weights), len(self.heads))
         cell = self.layer.cell
         is_plain = type(cell) is ElmanCell and not is_modified(cell) and not is_modified(cell.activation)
         known = closed_form(cell.activation) if is_plain else None
@@ -64,12 +63,11 @@ class RecurrentStage(Stage):
 
     @property
     def couples_batch(self) -> bool:
-        """See `Stage.couples_batch`."""
         inside = isinstance(self.moments, CellMoments) and self.moments.couples_batch
         return inside or any(o.couples_batch for o in (*self.heads, *self.tails))
 
     def record(self, z: Tensor, *, push: bool = False) -> RecurrentPullback:
-        """See `Stage.record`.
+        """Run the stage on `z`.
 
         Raises:
             ValueError: if the sequence does not fit the cell.
@@ -86,7 +84,7 @@ class RecurrentStage(Stage):
 class RecurrentPullback(Pullback):
     """A `RecurrentStage` at one input.
 
-    A wish that was swept is pulled down by its states' deltas, every other cotangent by the Jacobian.
+    A delta that was swept is pulled down by its states' deltas, every other cotangent by the Jacobian.
 
     Attributes:
         states: s_0 .. s_T, each `(N, state_size)`.
@@ -110,35 +108,35 @@ class RecurrentPullback(Pullback):
         self._swept: Memo[list[Tensor]] = Memo()
         self._driven: Memo[Tensor] = Memo()
 
-    def sweep(self, wish: Tensor, solve: Solve | None = None, *, heard: float = 1.0) -> list[Tensor]:
+    def sweep(self, delta: Tensor, solve: Solve | None = None, *, heard: float = 1.0) -> list[Tensor]:
         """Give the states s_1 .. s_T their deltas, last first, and return them.
 
         Args:
-            wish: how the output should change, shape of the output.
+            delta: how the output should change, shape of the output.
             solve: turns a state's problem into its delta; None: that of the last sweep, at first the gradient, that is
                 backpropagation through time.
             heard: factor of what a state before the last hears from the output, in its problem; comes with `solve`.
         """
         if solve is not None:
             self._solve, self._heard = solve, heard
-        deltas = self._walk(wish, self._solve, self._heard)
-        self._swept.keep(wish, deltas)
+        deltas = self._walk(delta, self._solve, self._heard)
+        self._swept.keep(delta, deltas)
         self._driven = Memo()
         return deltas
 
-    def _walk(self, wish: Tensor, solve: Solve | None, heard: float) -> list[Tensor]:
+    def _walk(self, of_output: Tensor, solve: Solve | None, heard: float) -> list[Tensor]:
         stage, run = self.recurrent, self.run
-        shown = self.tails.pull(wish)
-        wishes = None if stage.is_last else shown.unbind(1)
-        delta = self._of_state(shown if wishes is None else wishes[-1])
+        shown = self.tails.pull(of_output)
+        of_states = None if stage.is_last else shown.unbind(1)
+        delta = self._of_state(shown if of_states is None else of_states[-1])
         deltas = [delta]
         for step in range(len(self.states) - 1, 1, -1):
             moment = run.moment(step)
             gradient = run.pull(step, delta)
-            if wishes is None:
+            if of_states is None:
                 delta = gradient if solve is None else solve(moment, delta, gradient)
             else:
-                shown = wishes[step - 2] * heard
+                shown = of_states[step - 2] * heard
                 gradient = gradient + self._of_state(shown)
                 both = torch.cat([delta, shown], 1)
                 delta = gradient if solve is None else solve(Heard(moment, stage.width), both, gradient)
@@ -147,15 +145,15 @@ class RecurrentPullback(Pullback):
         run.finish(deltas)
         return deltas
 
-    def relax(self, wish: Tensor, input_delta: Tensor | None, *, is_top: bool) -> tuple[Tensor, Tensor]:
+    def relax(self, delta: Tensor, input_delta: Tensor | None, *, is_top: bool) -> tuple[Tensor, Tensor]:
         """Return the output at the moved states, and how far all are from where they should be, `(N,)`.
 
         `sum_t |delta_t - change_t|^2` with `change_t` what the cell makes of its moved inputs, nonlinearities as they are, and
-        `|wish - change|^2` at the output. Where that is the network's (`is_top`), its wish is no code but the loss itself: the
+        `|delta - change|^2` at the output. Where that is the network's (`is_top`), it is no code but has the loss itself: the
         output follows the last moved state below it, and neither the last state's term nor the output's is counted.
         """
-        stage, found = self.recurrent, self._swept.find(wish)
-        deltas = self.sweep(wish) if found is None else found
+        stage, found = self.recurrent, self._swept.find(delta)
+        deltas = self.sweep(delta) if found is None else found
         x, _ = RecordedRun.of(stage.heads, self.input if input_delta is None else self.input + input_delta, self.heads)
         moved = [self.states[0], *(s + d for s, d in zip(self.states[1:], deltas, strict=True))]
         following = [self.run.advance(t + 1, x[:, t], before) for t, before in enumerate(moved[:-1])]
@@ -164,7 +162,7 @@ class RecurrentPullback(Pullback):
         output, _ = RecordedRun.of(stage.tails, stage.read(moved[1:]), self.tails)
         far = torch.stack([a - b for a, b in zip(moved[1:], following, strict=True)], 1).flatten(1).square().sum(1)
         if not is_top:
-            far += (wish - (output - self.output)).flatten(1).square().sum(1)
+            far += (delta - (output - self.output)).flatten(1).square().sum(1)
         return output, far
 
     def _of_state(self, values: Tensor) -> Tensor:
@@ -172,62 +170,50 @@ class RecurrentPullback(Pullback):
         return F.pad(values, (0, more)) if more else values
 
     def _at_layer(self, cotangent: Tensor) -> Tensor:
-        """Return the gradient at what drives the layer: by the deltas of a wish that was swept, else the Jacobian's own."""
+        """Return the gradient at what drives the layer: by its states' deltas where it was swept, else the Jacobian's own."""
         deltas = self._swept.find(cotangent)
         if deltas is None and self._solve is None:
             deltas = self.sweep(cotangent)
         if deltas is None:  # a solver of the code below asks
             walked = self.run.walked
-            gradient = self.run.pull_inputs(self._walk(cotangent, None, 1.0))
+            self._walk(cotangent, None, 1.0)
+            gradient = self.run.pull_inputs()
             self.run.walked = walked
             return gradient
         gradient = self._driven.find(cotangent)
         if gradient is None:
-            gradient = self.run.pull_inputs(deltas)
+            gradient = self.run.pull_inputs()
             if self.heads.has_weights:  # they ask for it again
                 self._driven.keep(cotangent, gradient)
         return gradient
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.__call__`; by the deltas of the last sweep where it was for this cotangent, else by plain gradients."""
+        """Pull by the deltas of the last sweep where it was for this cotangent, else by plain gradients."""
         return self.heads.pull(self._at_layer(cotangent))
 
     @property
     def head_shape(self) -> torch.Size:
-        """See `Pullback.head_shape`."""
-        return self.heads.shapes[self.recurrent.head]
+        return self.heads.head_shape
 
     def pull_head(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.pull_head`."""
-        for each in reversed(self.heads.recorded[: self.recurrent.head]):
-            cotangent = each.pull(cotangent)
-        return cotangent
+        return self.heads.pull_head(cotangent)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        """See `Pullback.push`."""
         del gated
         states = self.run.push_inputs(self.heads.push(tangent))
         return self.tails.push(self.recurrent.read(states))
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
-        """See `Pullback.add_gradients`."""
-        deltas = self._swept.find(cotangent)
-        self.run.add_gradients(self.sweep(cotangent) if deltas is None else deltas, factor)
+        if self._swept.find(cotangent) is None:
+            self.sweep(cotangent)
+        self.run.add_gradients(factor)
         self.tails.add_gradients(cotangent, factor)
         if self.heads.has_weights:
             self.heads.add_gradients(self._at_layer(cotangent), factor)
 
     def at(self, z: Tensor) -> RecurrentPullback:
-        """See `Pullback.at`."""
         return RecurrentPullback(self.recurrent, z, self._push, first=self)
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
-        """See `Pullback.relinearize`."""
         del before
-        torch.clear_autocast_cache()  # it holds casts of the old weights
-        fresh = self.at(self.input)
-        return fresh, fresh.output - self.output
-
-
-def _operations(modules: Sequence[nn.Module]) -> list[Operation]:
-    return [found for m in modules if (found := operation(m)) is not None]
+        return self.rerun()

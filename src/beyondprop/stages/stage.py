@@ -41,7 +41,7 @@ class Pullback(abc.ABC):
         input_shape: shape of the input.
         input: the detached input `(N, ...)`; there while codes are kept, see `Chain.record`.
         output: the detached output `(N, ...)`; likewise.
-        has_codes: whether there are codes inside, by whose deltas a wish is pulled down.
+        has_codes: whether there are codes inside, by whose deltas one of the output is pulled down.
     """
 
     has_codes: bool = False
@@ -64,16 +64,19 @@ class Pullback(abc.ABC):
 
     @property
     def is_closed_form(self) -> bool:
-        """Whether tangents are pushed without autograd, each sample by itself."""
+        """Whether tangents are pushed without autograd, each sample by itself; default: no."""
         return False
 
     @property
     def head_shape(self) -> torch.Size:
-        """Shape of what the stage hands to its first weights."""
+        """Shape of what the stage hands to its first weights; default: of its input."""
         return self.input_shape
 
     def pull_head(self, cotangent: Tensor) -> Tensor:
-        """Return the input's cotangent for one of what the stage hands to its first weights; may overwrite it."""
+        """Return the input's cotangent for one of what the stage hands to its first weights, which it may overwrite.
+
+        Default: that is the input itself.
+        """
         return cotangent
 
     @abc.abstractmethod
@@ -102,6 +105,12 @@ class Pullback(abc.ABC):
         `before` holds the weights at recording time: closed forms multiply the weights' change, so that a small change is
         not lost in the difference of two outputs.
         """
+
+    def rerun(self) -> tuple[Pullback, Tensor]:
+        """Return what `relinearize` does where there are no closed forms: from another run at the same input."""
+        torch.clear_autocast_cache()  # it holds casts of the old weights
+        fresh = self.at(self.input)
+        return fresh, fresh.output - self.output
 
 
 class Stage(abc.ABC):
@@ -142,11 +151,11 @@ class Stage(abc.ABC):
 
     @property
     def couples_batch(self) -> bool:
-        """Whether one sample's output depends on the others: normalisation over the batch, in training mode."""
+        """Whether one sample's output depends on the others: normalisation over the batch, in training mode; default: no."""
         return False
 
     def forward(self, z: Tensor) -> Tensor:
-        """Apply the stage's modules as the user's model would."""
+        """Apply the stage as the user's model would; default: its modules, one after the other."""
         for module in self.modules:
             z = module(z)
         return z

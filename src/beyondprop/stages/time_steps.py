@@ -19,8 +19,8 @@ from beyondprop.stages.block import BlockStage
 from beyondprop.stages.stage import Pullback, Stage, add_to_gradient
 
 
-class Run(abc.ABC):
-    """A layer at one sequence.
+class LayerRun(abc.ABC):
+    """A recurrent layer at one sequence.
 
     Attributes:
         states: s_0 .. s_T.
@@ -47,27 +47,25 @@ class Run(abc.ABC):
         """Note that all deltas of s_1 .. s_T are known."""
 
     @abc.abstractmethod
-    def pull_inputs(self, deltas: list[Tensor]) -> Tensor:
-        """Return the gradient at the inputs, `(N, T, input_size)`; a new tensor."""
+    def pull_inputs(self) -> Tensor:
+        """Return the gradient of the last way back at the inputs, `(N, T, input_size)`; a new tensor."""
 
     @abc.abstractmethod
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
         """Return the tangents of s_1 .. s_T."""
 
     @abc.abstractmethod
-    def add_gradients(self, deltas: list[Tensor], factor: float) -> None:
-        """Add `factor` times the weights' gradient, summed over batch and time."""
+    def add_gradients(self, factor: float) -> None:
+        """Add `factor` times the weights' gradient of the last way back, summed over batch and time."""
 
 
 class Moment(Pullback):
     """A time step between two states; its weights are the layer's."""
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
-        """Refuse: tied weights get their gradient from the whole sequence."""
-        raise NotImplementedError
+        raise NotImplementedError  # tied weights get their gradient from the whole sequence
 
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
-        """Refuse: see `add_gradients`."""
         raise NotImplementedError
 
 
@@ -80,19 +78,16 @@ class Heard(Moment):
         self.output = torch.cat([moment.output, moment.input[:, :width]], 1)
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.__call__`."""
         size = self.input.shape[1]
         gradient = self.moment(cotangent[:, :size])
         gradient[:, : self.width] += cotangent[:, size:]
         return gradient
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        """See `Pullback.push`."""
         del gated
         return torch.cat([self.moment.push(tangent), tangent[:, : self.width]], 1)
 
     def at(self, z: Tensor) -> Heard:
-        """See `Pullback.at`."""
         return Heard(self.moment.at(z), self.width)
 
 
@@ -104,13 +99,13 @@ class ElmanMoments:
         self.cell = stage.layer.cell
         self.activation: Any = closed_form(self.cell.activation)
 
-    def unroll(self, x: Tensor, push: bool, first: Run | None = None) -> ElmanRun:
-        """Run the layer on a sequence `(N, T, input_size)`."""
+    def unroll(self, x: Tensor, push: bool, first: LayerRun | None = None) -> ElmanRun:
+        """LayerRun the layer on a sequence `(N, T, input_size)`."""
         del push, first  # closed forms push at no extra cost, and an Elman cell draws nothing
         return ElmanRun(self, x)
 
 
-class ElmanRun(Run):
+class ElmanRun(LayerRun):
     """An Elman layer at one sequence."""
 
     def __init__(self, moments: ElmanMoments, x: Tensor) -> None:
@@ -126,39 +121,30 @@ class ElmanRun(Run):
             self.states.append(state)
 
     def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
-        """See `Run.advance`."""
         del step
         return whole(self.moments.cell(x, state), state)
 
     def moment(self, step: int) -> ElmanMoment:
-        """See `Run.moment`."""
         return ElmanMoment(self.moments, self.states[step - 1], self.states[step], self.features[step - 1])
 
     def pull(self, step: int, delta: Tensor) -> Tensor:
-        """See `Run.pull`."""
         return self.moment(step)(delta)
 
     def finish(self, deltas: list[Tensor]) -> None:
-        """See `Run.finish`."""
         self.walked = torch.stack(deltas, 1)
 
-    def pull_inputs(self, deltas: list[Tensor]) -> Tensor:
-        """See `Run.pull_inputs`."""
-        del deltas
+    def pull_inputs(self) -> Tensor:
         moments = self.moments
         return whole(self.walked @ moments.stage.backward_weight(moments.cell.weight_ih), self.walked)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
-        """See `Run.push_inputs`."""
         found = []
         driven_by = whole(tangent @ self.moments.cell.weight_ih.t(), tangent)
         for step, driven in enumerate(driven_by.unbind(1), start=1):
             found.append(driven + self.moment(step).push(found[-1]) if found else driven)
         return found
 
-    def add_gradients(self, deltas: list[Tensor], factor: float) -> None:
-        """See `Run.add_gradients`."""
-        del deltas
+    def add_gradients(self, factor: float) -> None:
         cell, rows = self.moments.cell, self.walked.flatten(0, 1)
         if cell.weight_ih.requires_grad:
             add_to_gradient(cell.weight_ih, rows.t() @ self.x.flatten(0, 1), factor)
@@ -177,18 +163,15 @@ class ElmanMoment(Moment):
         self.slope = moments.activation.slope(z, feature)
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.__call__`."""
         moments = self.moments
         gradient = cotangent @ moments.stage.backward_weight(moments.cell.weight_hh)
         return whole(gradient, cotangent).mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        """See `Pullback.push`."""
         del gated
         return whole((tangent * self.slope) @ self.moments.cell.weight_hh.t(), tangent)
 
     def at(self, z: Tensor) -> ElmanMoment:
-        """See `Pullback.at`."""
         feature = self.moments.activation.value(z)
         change = whole((feature - self.feature) @ self.moments.cell.weight_hh.t(), z)
         return ElmanMoment(self.moments, z, self.output + change, feature)
@@ -202,16 +185,15 @@ class CellMoments(BlockStage):
         self.layer = stage.layer
 
     def forward(self, z: Tensor) -> Tensor:
-        """See `Stage.forward`."""
         state, x = z.split([self.layer.state_size, self.layer.cell.input_size], 1)
         return self.layer.advance(x, state)
 
     def unroll(self, x: Tensor, push: bool, first: CellRun | None = None) -> CellRun:
-        """Run the layer on a sequence `(N, T, input_size)`; like `first`, a run of the same step, where there was one."""
+        """LayerRun the layer on a sequence `(N, T, input_size)`; like `first`, a run of the same step, where there was one."""
         return CellRun(self, x, push, first)
 
 
-class CellRun(Run):
+class CellRun(LayerRun):
     """Any cell at one sequence."""
 
     def __init__(self, moments: CellMoments, x: Tensor, push: bool, first: CellRun | None) -> None:
@@ -229,15 +211,12 @@ class CellRun(Run):
         self.walked: tuple[list[Tensor | None], list[Tensor]] = ([], [])  # gradients of the weights, and at the inputs
 
     def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
-        """See `Run.advance`."""
         return self.pullbacks[step - 1].at(torch.cat([state, x], 1)).output
 
     def moment(self, step: int) -> CellMoment:
-        """See `Run.moment`."""
         return CellMoment(self.pullbacks[step - 1], self.size)
 
     def pull(self, step: int, delta: Tensor) -> Tensor:
-        """See `Run.pull`."""
         if step == len(self.pullbacks):
             self.walked = ([None] * len(self.parameters), [])
         gradients, inputs = self.walked
@@ -252,16 +231,12 @@ class CellRun(Run):
         return gradient[:, : self.size].clone()
 
     def finish(self, deltas: list[Tensor]) -> None:
-        """See `Run.finish`."""
         self.pull(1, deltas[0])
 
-    def pull_inputs(self, deltas: list[Tensor]) -> Tensor:
-        """See `Run.pull_inputs`."""
-        del deltas
+    def pull_inputs(self) -> Tensor:
         return torch.stack(self.walked[1][::-1], 1)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
-        """See `Run.push_inputs`."""
         state = self.states[0].new_zeros(self.states[0].shape)
         found = []
         for pullback, moment in zip(self.pullbacks, tangent.unbind(1), strict=True):
@@ -269,9 +244,7 @@ class CellRun(Run):
             found.append(state)
         return found
 
-    def add_gradients(self, deltas: list[Tensor], factor: float) -> None:
-        """See `Run.add_gradients`."""
-        del deltas
+    def add_gradients(self, factor: float) -> None:
         for p, g in zip(self.parameters, self.walked[0], strict=True):
             if g is not None:
                 add_to_gradient(p, g, factor)
@@ -285,14 +258,11 @@ class CellMoment(Moment):
         self.input, self.output = pullback.input[:, :size], pullback.output
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """See `Pullback.__call__`."""
         return self.pullback(cotangent)[:, : self.size].clone()
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        """See `Pullback.push`."""
         del gated
         return self.pullback.push(F.pad(tangent, (0, self.pullback.input.shape[1] - self.size)))
 
     def at(self, z: Tensor) -> CellMoment:
-        """See `Pullback.at`."""
         return CellMoment(self.pullback.at(torch.cat([z, self.pullback.input[:, self.size :]], 1)), self.size)

@@ -14,32 +14,13 @@ Feedback = Mapping[nn.Parameter, Tensor]
 """What a backward pass uses in place of each weight: tensors of the weights' shapes."""
 
 # What autograd puts between a weight and the form in which an operation saves it.
-_VIEWS = frozenset(
-    f"{name}Backward0"
-    for name in (
-        *("Alias", "AsStrided", "Detach", "Expand", "Narrow", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice"),
-        *(
-            "Split",
-            "SplitWithSizes",
-            "Squeeze",
-            "T",
-            "ToCopy",
-            "Transpose",
-            "Unbind",
-            "UnsafeView",
-            "Unsqueeze",
-            "View",
-        ),
-    )
-)
-_CARRIERS = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-)
+# fmt: off
+_VIEWS = {f"{name}Backward0" for name in (
+    "Alias", "AsStrided", "Detach", "Expand", "Narrow", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice", "Split",
+    "SplitWithSizes", "Squeeze", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View",
+)}
+# fmt: on
+_CARRIERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def counterpart(weight: nn.Parameter, feedback: Tensor) -> Tensor:
@@ -89,12 +70,8 @@ class Transport:
         if weight is None:
             return saved.detach()  # an output that is held together with its history would hold itself
         self.met.add(weight)
-        return (
-            self
-            .feedback[weight]
-            .to(saved.dtype)
-            .as_strided(saved.shape, saved.stride(), saved.storage_offset() - start)
-        )
+        feedback = self.feedback[weight].to(saved.dtype)
+        return feedback.as_strided(saved.shape, saved.stride(), saved.storage_offset() - start)
 
     def _origin(self, saved: Tensor) -> tuple[nn.Parameter | None, int]:
         """Return the weight that `saved` shows, and where its memory starts; None for anything else."""

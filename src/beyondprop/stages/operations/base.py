@@ -11,6 +11,7 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from beyondprop.stages.stage import Memo, Stage
@@ -28,7 +29,7 @@ class Recorded(abc.ABC):
         """Return `J tangent`."""
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
-        """Add `factor` times the gradient of the operation's weights to their `.grad`."""
+        """Add `factor` times the gradient of the operation's weights to their `.grad`; default: it has none."""
         del cotangent, factor
 
 
@@ -41,18 +42,18 @@ class Operation(abc.ABC):
         self.module = module
 
     def share(self, stage: Stage) -> None:
-        """Know the stage that the operation belongs to: its name and its feedback."""
+        """Take from the stage that the operation belongs to what is needed of it, its name or feedback; default: nothing."""
         del stage
 
     @staticmethod
     def fits(module: Any) -> bool:
-        """Whether closed forms serve this module as it is set."""
+        """Whether closed forms serve this module as it is set; default: always."""
         del module
         return True
 
     @property
     def couples_batch(self) -> bool:
-        """Whether one sample's output depends on the others."""
+        """Whether one sample's output depends on the others; default: no."""
         return False
 
     @abc.abstractmethod
@@ -76,12 +77,23 @@ class RecordedRun(Recorded):
     def __init__(self, operations: Sequence[Operation], recorded: list[Recorded], shapes: list[Any]) -> None:
         self.operations, self.recorded, self.shapes = operations, recorded, shapes
         self._lowest = next((i for i, each in enumerate(operations) if each.has_weights), None)
-        self._wishes: Memo[list[tuple[Recorded, Tensor]]] = Memo()
+        self._arrived: Memo[list[tuple[Recorded, Tensor]]] = Memo()
 
     @property
     def has_weights(self) -> bool:
         """Whether any of them has weights."""
         return self._lowest is not None
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """Shape of what the first one with weights is given; without any, of the last output."""
+        return self.shapes[len(self.recorded) if self._lowest is None else self._lowest]
+
+    def pull_head(self, cotangent: Tensor) -> Tensor:
+        """Return the input's cotangent for one of what the first one with weights is given."""
+        for each in reversed(self.recorded[: self._lowest]):
+            cotangent = each.pull(cotangent)
+        return cotangent
 
     @classmethod
     def of(
@@ -96,35 +108,33 @@ class RecordedRun(Recorded):
         return z, cls(operations, recorded, shapes)
 
     def pull(self, cotangent: Tensor) -> Tensor:
-        """See `Recorded.pull`."""
-        gradient, wishes = self._down(cotangent)
-        if wishes:
-            self._wishes.keep(cotangent, wishes)
+        gradient, found = self._down(cotangent)
+        if found:
+            self._arrived.keep(cotangent, found)
         return gradient
 
     def _down(self, cotangent: Tensor, stop: int | None = None) -> tuple[Tensor, list[tuple[Recorded, Tensor]]]:
         """Pull down to the output of operation `stop`; return each one with weights, too, with the cotangent at its output."""
-        wishes = []
+        found = []
         for index in reversed(range(len(self.recorded))):
             if self.operations[index].has_weights:
-                wishes.append((self.recorded[index], cotangent))
+                found.append((self.recorded[index], cotangent))
             if index == stop:
                 break
             cotangent = self.recorded[index].pull(cotangent)
-        return cotangent, wishes
+        return cotangent, found
 
     def push(self, tangent: Tensor) -> Tensor:
-        """See `Recorded.push`."""
         for each in self.recorded:
             tangent = each.push(tangent)
         return tangent
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
-        """See `Recorded.add_gradients`; what an earlier `pull` of the same cotangent found is used."""
+        # What an earlier `pull` of the same cotangent found is used.
         if self._lowest is None:
             return
-        wishes = self._wishes.find(cotangent)
-        if wishes is None:
-            wishes = self._down(cotangent, self._lowest)[1]
-        for each, wish in wishes:
-            each.add_gradients(wish, factor)
+        found = self._arrived.find(cotangent)
+        if found is None:
+            found = self._down(cotangent, self._lowest)[1]
+        for each, arrived in found:
+            each.add_gradients(arrived, factor)

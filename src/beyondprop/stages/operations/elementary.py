@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ def operation(module: nn.Module) -> Operation | None:
         return ResidualBlock.of(module, operation)
     kind = _KINDS.get(type(module))
     return kind(module) if kind is not None and kind.fits(module) else None
+
+
+def operations(modules: Iterable[nn.Module]) -> list[Operation]:
+    """Return the closed forms of all modules that have any."""
+    return [found for m in modules if (found := operation(m)) is not None]
 
 
 class _Elementwise(Operation):
@@ -74,11 +80,9 @@ class AffineMap(Operation):
         self.stage = AffineStage("", [("", module)])
 
     def share(self, stage: Stage) -> None:
-        """See `Operation.share`."""
         self.stage.feedback = stage.feedback
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         del first
         pullback = self.stage.record(z)
         output = pullback.output
@@ -93,15 +97,12 @@ class AffineRecorded(Recorded):
         self.pullback = pullback
 
     def pull(self, cotangent: Tensor) -> Tensor:
-        """See `Recorded.pull`."""
         return self.pullback(cotangent)
 
     def push(self, tangent: Tensor) -> Tensor:
-        """See `Recorded.push`."""
         return self.pullback.push(tangent)
 
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
-        """See `Recorded.add_gradients`."""
         self.pullback.add_gradients(cotangent, factor)
 
 

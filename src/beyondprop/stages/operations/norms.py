@@ -55,16 +55,13 @@ class BatchNorm(Operation):
     name = ""
 
     def share(self, stage: Stage) -> None:
-        """See `Operation.share`."""
         self.name = stage.name
 
     @property
     def couples_batch(self) -> bool:
-        """See `Operation.couples_batch`."""
         return self.module.training or not self.module.track_running_stats
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         m = self.module
         m._check_input_dim(z)
         if self.couples_batch and z.numel() == z.shape[1]:
@@ -102,7 +99,6 @@ class LayerNorm(Operation):
     has_weights = True
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         del first
         m = self.module
         shape = list(m.normalized_shape)

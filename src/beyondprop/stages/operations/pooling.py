@@ -17,11 +17,9 @@ class MaxPool(Operation):
 
     @staticmethod
     def fits(module: Any) -> bool:
-        """See `Operation.fits`."""
         return not module.return_indices
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         del first
         m = self.module
         settings = (*(_pair(s) for s in (m.kernel_size, m.stride, m.padding, m.dilation)), m.ceil_mode)
@@ -44,7 +42,6 @@ class AveragePool(Operation):
     """`nn.AvgPool2d`."""
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         del first
         m = self.module
         pairs = (_pair(s) for s in (m.kernel_size, m.stride, m.padding))
@@ -67,7 +64,6 @@ class AdaptiveAveragePool(Operation):
     """`nn.AdaptiveAvgPool2d`."""
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         del first
         return self.module(z), _AdaptiveAveragePoolAt(self.module, z)
 

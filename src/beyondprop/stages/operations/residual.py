@@ -21,7 +21,6 @@ class ShortcutSkip(Operation):
     """`nn.Shortcut`."""
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         del first
         return self.module(z), _ShortcutAt(self.module, z.shape)
 
@@ -59,17 +58,14 @@ class ResidualBlock(Operation):
         return cls(module, [found[:-2], found[-2:-1], found[-1:]]) if len(found) == len(parts) else None
 
     def share(self, stage: Stage) -> None:
-        """See `Operation.share`."""
         for each in (*self.branch, *self.skip, *self.after):
             each.share(stage)
 
     @property
     def couples_batch(self) -> bool:
-        """See `Operation.couples_batch`."""
         return any(each.couples_batch for each in (*self.branch, *self.skip, *self.after))
 
     def record(self, z: Tensor, first: Any = None) -> tuple[Tensor, Recorded]:
-        """See `Operation.record`."""
         parts = (None, None, None) if first is None else (first.branch, first.skip, first.after)
         branch, recorded = RecordedRun.of(self.branch, z, parts[0])
         skip, past = RecordedRun.of(self.skip, z, parts[1])
