@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from beyondprop.data import Dataset, batches, describe, load, names
+from beyondprop.data import Dataset, PermutedStream, SplitStream, StreamTask, batches, describe, load, names
 
 
 def _toy(rows: int = 10) -> Dataset:
@@ -20,6 +21,68 @@ def test_properties_and_repr() -> None:
     toy = _toy()
     assert (toy.input_shape, toy.num_classes) == ((1,), 2)
     assert repr(toy) == "Dataset('toy', train=10, test=3, input_shape=(1,), num_classes=2)"
+
+
+def _prices(rows: int = 10) -> Dataset:
+    x = torch.arange(rows, dtype=torch.float32)[:, None]
+    return Dataset("prices", x, torch.cat([x, -x], 1), targets=("up", "down"), features=("a",))
+
+
+def test_regression_without_test_rows() -> None:
+    prices = _prices()
+    assert (prices.x_test, prices.y_test, prices.num_classes) == (None, None, 0)
+    assert (prices.kind, prices.outputs, _toy().kind, _toy().outputs) == ("regression", 2, "classification", 2)
+    assert repr(prices) == "Dataset('prices', train=10, test=0, input_shape=(1,), targets=('up', 'down'))"
+    assert Dataset("p", prices.x_train, prices.y_train).targets == ("target0", "target1")
+    assert Dataset("p", prices.x_train, prices.x_train).targets == ("target",)
+    wide = prices.to(dtype=torch.float64)
+    assert (wide.x_train.dtype, wide.y_train.dtype, wide.x_test) == (torch.float64, torch.float64, None)
+    split = prices.split_validation(4, generator=torch.Generator().manual_seed(0))
+    assert split.y_test.shape == (4, 2)
+    assert torch.equal(split.y_test[:, :1], split.x_test)
+    assert (split.targets, split.features) == (("up", "down"), ("a",))
+
+
+def test_streams_need_classes_and_test_rows() -> None:
+    toy = _toy()
+    for data in (_prices(), Dataset("toy", toy.x_train, toy.y_train, classes=toy.classes)):
+        for stream in (SplitStream, PermutedStream):
+            with pytest.raises(ValueError, match="A stream needs a data set with classes and test rows, got Dataset"):
+                stream(data, 2)
+    task = next(iter(PermutedStream(toy, 2)))
+    assert isinstance(task, StreamTask)
+    assert repr(task) == "StreamTask('as it is', train_size=10, num_classes=2)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"y_train": torch.zeros(10)},
+            TypeError,
+            r"y_train must be floating point of shape \(N, k\), got torch.float32",
+        ),
+        (
+            {"y_train": torch.zeros(10, 1).long()},
+            TypeError,
+            r"got torch.int64 of shape \(10, 1\); labels need the names",
+        ),
+        ({"x_test": torch.zeros(2, 1)}, ValueError, "x_test and y_test must be given both or not at all"),
+        (
+            {"x_test": torch.ones(2, 1), "y_test": torch.ones(2, 3)},
+            ValueError,
+            r"y_train has .*\(2,\) and y_test of .*\(3,\)",
+        ),
+        ({"targets": ("up",)}, ValueError, r"targets must name 2 columns of y_train, got \('up',\)"),
+        ({"y_train": torch.arange(10) % 2, "classes": ("a", "b")}, ValueError, "targets must name 0 columns"),
+        ({"features": ("a", "b")}, ValueError, r"features has 2 names for inputs of shape \(1,\)"),
+    ],
+)
+def test_regression_parts_that_do_not_fit_are_refused(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        replace(_prices(), **changes)
 
 
 def test_to_converts_inputs_only() -> None:
@@ -129,25 +192,25 @@ def test_digits_learn() -> None:
 
 
 def test_catalog() -> None:
-    assert names() == ["digits", "higgs", "mnist", "fashion-mnist", "cifar10"]
+    assert names() == ["diabetes", "digits", "higgs", "mnist", "fashion-mnist", "cifar10"]
     for name in names():
         info = describe(name)
         assert info.name == name
-        assert len(info.classes) == (2 if name == "higgs" else 10)
+        assert info.outputs == {"diabetes": 1, "higgs": 2}.get(name, 10)
         assert info.home_page.startswith("http")
         assert info.description
         assert info.license
-    info = describe("digits")
-    digits = load("digits")
-    assert (info.train_size, info.test_size) == (len(digits.y_train), len(digits.y_test))
-    assert (info.input_shape, info.classes) == (digits.input_shape, digits.classes)
+    for name in ("diabetes", "digits"):
+        info, data = describe(name), load(name)
+        assert (info.train_size, info.test_size) == (len(data.y_train), len(data.y_test))
+        assert (info.input_shape, info.classes, info.targets) == (data.input_shape, data.classes, data.targets)
 
 
 @pytest.mark.parametrize("function", [load, describe])
 def test_an_unknown_name_lists_the_known_ones(function: object) -> None:
     assert callable(function)
     with pytest.raises(
-        ValueError, match="name must be one of 'digits', 'higgs', 'mnist', 'fashion-mnist', 'cifar10', got"
+        ValueError, match="name must be one of 'diabetes', 'digits', 'higgs', 'mnist', 'fashion-mnist', 'cifar10', got"
     ):
         function("MNIST")
 

@@ -1,22 +1,34 @@
-"""Real data sets by name, as tensors: `load("digits")`, `load("mnist")`, ….
+"""Real data sets and one's own, as tensors: `load("mnist")`, `read_file("wine.csv:target=quality")`, `from_arrays(x, y)`.
 
-Files are looked for in the `root` argument, in `$BEYONDPROP_DATA` and in the user's cache, and are downloaded
-from the set's public home otherwise. Every byte that is used is checked against a known SHA-256.
+Files of named sets are looked for in the `root` argument, in `$BEYONDPROP_DATA` and in the user's cache, and are
+downloaded from the set's public home otherwise. Every byte that is used is checked against a known SHA-256.
 """
 
 from __future__ import annotations
 
+from beyondprop.data._arrays import from_arrays
 from beyondprop.data._catalog import DatasetInfo, at_hand, describe, load, names
 from beyondprop.data._dataset import Dataset, batches
 from beyondprop.data._files import Progress
+from beyondprop.data._tables import is_file_form, read_file
+from beyondprop.data.sequences import adding
+from beyondprop.data.streams import PermutedStream, SplitStream, Stream, StreamTask
 
 __all__ = [
     "Dataset",
     "DatasetInfo",
+    "PermutedStream",
     "Progress",
+    "SplitStream",
+    "Stream",
+    "StreamTask",
+    "adding",
     "at_hand",
     "batches",
     "describe",
+    "from_arrays",
+    "is_file_form",
     "load",
     "names",
+    "read_file",
 ]

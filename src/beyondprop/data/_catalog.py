@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from beyondprop import _checks
 from beyondprop.data import _cifar
+from beyondprop.data._arrays import Rows, assemble
 from beyondprop.data._dataset import Dataset
 from beyondprop.data._files import DataFile, Progress, Source, user_cache
 from beyondprop.data._idx import read_idx
@@ -28,12 +30,13 @@ class DatasetInfo:
         description: One line.
         train_size: Rows in the training part.
         test_size: Rows in the test part.
-        input_shape: The shape of one input, `(channels, height, width)`.
-        classes: The label names.
+        input_shape: The shape of one input: `(channels, height, width)`, or `(features,)` for rows.
+        classes: The label names; empty for regression.
         home_page: Where it comes from.
         license: Its license as far as its authors state one.
         download_bytes: The size of its files; 0 for one that is embedded.
         has_download: Whether `load` can fetch it; False for a sample that is nowhere public.
+        targets: For regression, the names of the numbers to predict.
     """
 
     name: str
@@ -46,6 +49,12 @@ class DatasetInfo:
     license: str
     download_bytes: int
     has_download: bool = True
+    targets: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a network answers a row with."""
+        return len(self.classes or self.targets)
 
 
 _Loader = Callable[[DatasetInfo, Source, bool], Dataset]
@@ -73,10 +82,11 @@ def load(
     progress: Progress | None = None,
     standardize: bool = True,
 ) -> Dataset:
-    """Load a data set: images `(N, channels, height, width)`, or rows, in float32, labels `(N,)` in int64, on the CPU.
+    """Load a data set: images `(N, channels, height, width)`, or rows, in float32, on the CPU.
 
-    Pixels are divided by their largest value; all sets but `digits` are then standardized by the mean and
-    standard deviation of their training pixels, CIFAR-10 channel by channel, HIGGS feature by feature.
+    Labels are `(N,)` in int64, the numbers of a regression `(N, k)` in float32. Pixels are divided by their largest
+    value; all sets but `digits` are then standardized by the mean and standard deviation of their training rows,
+    CIFAR-10 channel by channel, HIGGS and diabetes feature by feature, the targets of diabetes too.
 
     Args:
         name: One of `names()`.
@@ -103,6 +113,15 @@ def at_hand(name: str) -> bool:
         return True
     folders = [place / info.name for place in Source().places()]
     return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+
+
+def _diabetes(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
+    del source  # embedded in scikit-learn
+    from sklearn.datasets import load_diabetes
+
+    found: Any = load_diabetes(scaled=False)
+    rows = Rows(found["data"], found["target"], tuple(found["feature_names"]), info.targets)
+    return assemble(rows, info.test_size, name=info.name, standardize=standardize, kind="regression")
 
 
 def _digits(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
@@ -217,6 +236,21 @@ _TEN_DIGITS = tuple("0123456789")
 _CATALOG: dict[str, tuple[DatasetInfo, _Loader]] = {
     info.name: (info, loader)
     for info, loader in (
+        (
+            DatasetInfo(
+                name="diabetes",
+                description="Progression of diabetes from 10 measurements, regression; embedded in scikit-learn",
+                train_size=353,
+                test_size=89,
+                input_shape=(10,),
+                classes=(),
+                home_page="https://www4.stat.ncsu.edu/~boos/var.select/diabetes.html",
+                license="none stated; cite Efron et al. 2004",
+                download_bytes=0,
+                targets=("progression",),
+            ),
+            _diabetes,
+        ),
         (
             DatasetInfo(
                 name="digits",

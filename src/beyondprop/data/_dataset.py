@@ -4,60 +4,92 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from beyondprop import _checks
 
+KINDS = ("classification", "regression")
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Dataset:
-    """A classification data set in memory.
+    """A data set in memory: for classification with `classes`, for regression without.
 
     Attributes:
-        name: The name that `load` knows it by, for example `"mnist"`.
+        name: The name that `load` knows it by, for example `"mnist"`, or its file's.
         x_train: Inputs `(N, *input_shape)`, floating point, scaled and ready for a network.
-        y_train: Labels `(N,)`, int64, `0 … num_classes - 1`.
-        x_test: Inputs `(M, *input_shape)` that training and tuning never see.
-        y_test: Labels `(M,)`, int64.
-        classes: The label names, in the order of the labels.
+        y_train: Labels `(N,)`, int64, `0 … num_classes - 1`; for regression numbers `(N, k)`, floating point.
+        x_test: Inputs `(M, *input_shape)` that training and tuning never see; None where there are no test rows.
+        y_test: Their labels `(M,)` or numbers `(M, k)`; None where there are no test rows.
+        classes: The label names, in the order of the labels; empty for regression.
+        targets: The names of the k numbers; by default `("target",)`, or `("target0", "target1", …)`.
+        features: The names of the inputs' columns, where there are any.
 
     Raises:
-        TypeError: Inputs are not floating point or labels are not int64.
-        ValueError: Rows, shapes or labels do not fit together.
+        TypeError: Inputs are not floating point, or targets not of their kind's type and shape.
+        ValueError: Rows, shapes, labels or names do not fit together.
     """
 
     name: str
     x_train: Tensor
     y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-    classes: tuple[str, ...]
+    # Any stands for None: nearly every set has test rows, and whoever takes one of those need not ask.
+    x_test: Tensor | Any = None
+    y_test: Tensor | Any = None
+    classes: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for part, x, y in (("train", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
-            _checks.batch(x, y)
-            if not x.is_floating_point():
-                raise TypeError(f"x_{part} must be floating point, got {x.dtype}.")
-            if y.dtype != torch.int64 or y.ndim != 1:
-                raise TypeError(f"y_{part} must be int64 of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.")
-            low, high = int(y.min()), int(y.max())
-            if low < 0 or high >= len(self.classes):
-                raise ValueError(
-                    f"y_{part} has labels {low} … {high}; {len(self.classes)} classes accept 0 … "
-                    f"{len(self.classes) - 1}."
+        self._check_part("train", self.x_train, self.y_train)
+        if self.x_test is not None and self.y_test is not None:
+            self._check_part("test", self.x_test, self.y_test)
+            for key, train, test in (("x", self.x_train, self.x_test), ("y", self.y_train, self.y_test)):
+                if train.shape[1:] != test.shape[1:]:
+                    raise ValueError(
+                        f"{key}_train has rows of shape {tuple(train.shape[1:])} and {key}_test of shape "
+                        f"{tuple(test.shape[1:])}; they must be equal."
+                    )
+        elif self.x_test is not None or self.y_test is not None:
+            raise ValueError("x_test and y_test must be given both or not at all.")
+        count = 0 if self.classes else self.y_train.shape[1]
+        if not self.targets and count:
+            names = ("target",) if count == 1 else tuple(f"target{index}" for index in range(count))
+            object.__setattr__(self, "targets", names)
+        if len(self.targets) != count:
+            raise ValueError(f"targets must name {count} columns of y_train, got {self.targets!r}.")
+        if self.features and self.input_shape != (len(self.features),):
+            raise ValueError(f"features has {len(self.features)} names for inputs of shape {self.input_shape}.")
+
+    def _check_part(self, part: str, x: Tensor, y: Tensor) -> None:
+        _checks.batch(x, y)
+        if not x.is_floating_point():
+            raise TypeError(f"x_{part} must be floating point, got {x.dtype}.")
+        if not self.classes:
+            if not y.is_floating_point() or y.ndim != 2:
+                raise TypeError(
+                    f"y_{part} must be floating point of shape (N, k), got {y.dtype} of shape {tuple(y.shape)}; labels "
+                    "need the names of their classes."
                 )
-        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            return
+        if y.dtype != torch.int64 or y.ndim != 1:
+            raise TypeError(f"y_{part} must be int64 of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.")
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= len(self.classes):
             raise ValueError(
-                f"x_train has rows of shape {tuple(self.x_train.shape[1:])} and x_test of shape "
-                f"{tuple(self.x_test.shape[1:])}; they must be equal."
+                f"y_{part} has labels {low} … {high}; {len(self.classes)} classes accept 0 … {len(self.classes) - 1}."
             )
 
     def __repr__(self) -> str:
+        tested = 0 if self.y_test is None else len(self.y_test)
+        found = f"num_classes={self.num_classes}"
+        if self.targets:
+            found = f"targets={self.targets if self.outputs < 5 else self.outputs}"
         return (
-            f"Dataset({self.name!r}, train={len(self.y_train)}, test={len(self.y_test)}, "
-            f"input_shape={self.input_shape}, num_classes={self.num_classes})"
+            f"Dataset({self.name!r}, train={len(self.y_train)}, test={tested}, input_shape={self.input_shape}, {found})"
         )
 
     @property
@@ -67,21 +99,32 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """How many classes there are; 0 for regression."""
         return len(self.classes)
 
+    @property
+    def kind(self) -> str:
+        """`"classification"` or `"regression"`."""
+        return KINDS[not self.classes]
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a network answers a row with: one for each class, or for each target."""
+        return len(self.classes or self.targets)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dataset:
-        """Return this set with all tensors on `device` and the inputs in `dtype`; labels stay int64.
+        """Return this set with all tensors on `device`, inputs and targets in `dtype`; labels stay int64.
 
         Raises:
             TypeError: `dtype` is not floating point.
         """
+        parts = {key: getattr(self, key) for key in ("x_train", "y_train", "x_test", "y_test")}
         return replace(
             self,
-            x_train=self.x_train.to(device=device, dtype=dtype),
-            y_train=self.y_train.to(device=device),
-            x_test=self.x_test.to(device=device, dtype=dtype),
-            y_test=self.y_test.to(device=device),
+            **{
+                key: value if value is None else value.to(device, dtype if value.is_floating_point() else None)
+                for key, value in parts.items()
+            },
         )
 
     def split_validation(self, fraction_or_count: float, *, generator: torch.Generator) -> Dataset:

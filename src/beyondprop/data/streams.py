@@ -21,7 +21,7 @@ SETTINGS = ("class-incremental", "domain-incremental")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Task:
+class StreamTask:
     """One task of a stream.
 
     Attributes:
@@ -62,7 +62,7 @@ class Task:
         return x, self._labels.to(y.device)[y.index_select(0, rows)]
 
     def __repr__(self) -> str:
-        return f"Task({self.name!r}, train_size={self.train_size}, num_classes={self.num_classes})"
+        return f"StreamTask({self.name!r}, train_size={self.train_size}, num_classes={self.num_classes})"
 
 
 class Stream(Protocol):
@@ -75,7 +75,7 @@ class Stream(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Task]: ...
+    def __iter__(self) -> Iterator[StreamTask]: ...
 
 
 class SplitStream:
@@ -103,6 +103,7 @@ class SplitStream:
     def __init__(
         self, dataset: Dataset, tasks: int = 5, setting: str = "class-incremental", *, seed: int | None = None
     ) -> None:
+        _check_rows(dataset)
         _checks.at_least("tasks", tasks, 1)
         self.setting: str = _checks.one_of("setting", setting, SETTINGS)
         if dataset.num_classes % tasks:
@@ -134,10 +135,10 @@ class SplitStream:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[StreamTask]:
         return iter(self._tasks)
 
-    def _task(self, own: Sequence[int]) -> Task:
+    def _task(self, own: Sequence[int]) -> StreamTask:
         data = self.dataset
         wanted = torch.tensor(own)
         train, test = (torch.isin(y.cpu(), wanted).nonzero().squeeze(1) for y in (data.y_train, data.y_test))
@@ -148,7 +149,7 @@ class SplitStream:
         if self.setting == "domain-incremental":
             labels = torch.full_like(labels, -1)
             labels[wanted] = torch.arange(len(own))
-        return Task(name, len(train), len(own), data, train, test, labels, None)
+        return StreamTask(name, len(train), len(own), data, train, test, labels, None)
 
 
 class PermutedStream:
@@ -167,6 +168,7 @@ class PermutedStream:
     """
 
     def __init__(self, dataset: Dataset, tasks: int = 10, *, seed: int = 0, train_size: int | None = None) -> None:
+        _check_rows(dataset)
         _checks.at_least("tasks", tasks, 1)
         rows = len(dataset.y_train)
         if train_size is not None and not 1 <= _checks.at_least("train_size", train_size, 1) <= rows:
@@ -182,7 +184,8 @@ class PermutedStream:
             if train_size is not None:
                 train = torch.randperm(rows, generator=generator)[:train_size]
             name = "as it is" if order is None else f"permutation {index}"
-            self._tasks.append(Task(name, len(train), dataset.num_classes, dataset, train, test, labels, order))
+            task = StreamTask(name, len(train), dataset.num_classes, dataset, train, test, labels, order)
+            self._tasks.append(task)
 
     @property
     def num_classes(self) -> int:
@@ -197,8 +200,13 @@ class PermutedStream:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[StreamTask]:
         return iter(self._tasks)
+
+
+def _check_rows(dataset: Dataset) -> None:
+    if not dataset.classes or dataset.y_test is None:
+        raise ValueError(f"A stream needs a data set with classes and test rows, got {dataset!r}.")
 
 
 def _generator(seed: int) -> torch.Generator:
