@@ -43,7 +43,7 @@ def build(net: str, make: Make, lr: float, seed: int) -> LearningRule:
     name, _, initialisation = net.partition("@")
     model = nets.build(name, (1, 28, 28), 10)
     if initialisation:
-        for module in model:
+        for module in model.children():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
     return make(model, lr)
@@ -68,7 +68,7 @@ def tuned(dataset: data.Dataset, net: str, epochs: float, names: list[str]) -> d
             except NonFiniteError:
                 scores[lr] = 0.0  # diverged
             else:
-                scores[lr] = rows[-1]["test_accuracy"]
+                scores[lr] = rows[-1]["accuracy"]
         best[name] = max(scores, key=lambda lr: scores[lr])
         print(f"  tuned {name}: " + ", ".join(f"{lr:g}: {100 * v:.2f}" for lr, v in scores.items()), flush=True)
     return best
@@ -83,8 +83,8 @@ def accuracy(dataset: data.Dataset, net: str, epochs: float, names: list[str], e
         finals, curves = [], []
         for seed in SEEDS:
             rows = train(dataset, build(net, CONTENDERS[name][0], rates[name], seed), epochs, seed, every or 10**9)
-            finals.append(100 * rows[-1]["test_accuracy"])
-            curves.append({row["step"]: round(100 * row["test_accuracy"], 2) for row in rows})
+            finals.append(100 * rows[-1]["accuracy"])
+            curves.append({row["step"]: round(100 * row["accuracy"], 2) for row in rows})
         mean = sum(finals) / len(finals)
         print(f"  {name:14} lr {rates[name]:<6g} {mean:.2f} %  ({min(finals):.2f} to {max(finals):.2f})", flush=True)
         results[name] = {"lr": rates[name], "finals": finals, "mean": mean, "curves": curves if every else None}

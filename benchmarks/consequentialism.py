@@ -61,8 +61,8 @@ def run(dataset: data.Dataset, task: str, name: str, projected: bool, lr: float,
     rows = history.evaluations
     return record | {
         "loss": rows[-1]["train_loss"],
-        "accuracy": 100 * rows[-1]["test_accuracy"],
-        "curve": [[row["step"], row["train_loss"], 100 * row["test_accuracy"]] for row in rows if row["step"]],
+        "accuracy": 100 * rows[-1]["accuracy"],
+        "curve": [[row["step"], row["train_loss"], 100 * row["accuracy"]] for row in rows if row["step"]],
         "seconds": time.process_time() - start,
     }
 

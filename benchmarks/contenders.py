@@ -60,7 +60,7 @@ class Together(Optimizer):
         self.param_groups = [group for o in optimizers for group in o.param_groups]
         self.optimizers = optimizers
 
-    def step(self, closure: Any = None) -> Any:  # noqa: D102
+    def step(self, closure: Any = None) -> Any:
         for optimizer in self.optimizers:
             optimizer.step(closure)
 
@@ -84,7 +84,7 @@ class Flattened(torch.optim.Muon):
         self.sources = params
         super().__init__([nn.Parameter(p.detach().flatten(1)) for p in params], **settings)
 
-    def step(self, closure: Any = None) -> Any:  # noqa: D102
+    def step(self, closure: Any = None) -> Any:
         for source, flat in zip(self.sources, self.param_groups[0]["params"], strict=True):
             flat.grad = None if source.grad is None else source.grad.flatten(1)
         return super().step(closure)

@@ -32,9 +32,9 @@ TRAIN = [
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: the file may be being written."""
-    file = path / "metrics.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    """Whole lines only: the files may be being written."""
+    files = sorted((path / "metrics").glob("*.jsonl"))
+    lines = [line for file in files for line in file.read_bytes().split(b"\n")[:-1]]
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def _batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("spec", list(NETS))
 def test_the_gradient_limit_is_backpropagation(spec: str) -> None:
     torch.manual_seed(0)
-    model = nets.build(spec, (1, 16, 16), 4).double()
+    model: Any = nets.build(spec, (1, 16, 16), 4).double()
     twin = copy.deepcopy(model)
     rule = AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="gradient")
     kinds = [kind if isinstance(kind, str) else kind.__name__ for kind in NETS[spec]]
@@ -51,7 +52,7 @@ def test_the_gradient_limit_is_backpropagation(spec: str) -> None:
 @pytest.mark.parametrize("spec", list(NETS))
 def test_every_stage_moves_under_line_search(spec: str) -> None:
     torch.manual_seed(0)
-    model = nets.build(spec, (1, 16, 16), 4).double()
+    model: Any = nets.build(spec, (1, 16, 16), 4).double()
     before = copy.deepcopy(model.state_dict())
     rule = AltMin(model, nn.CrossEntropyLoss(), SGD)
     losses = [float(rule.step(*_batch()).loss) for _ in range(12)]
@@ -68,7 +69,7 @@ def test_an_output_for_every_pixel_starts_alive_and_rises_with_ink(spec: str) ->
     x = torch.where(ink, 2.8, -0.42)  # as MNIST standardized
     for seed in range(30):
         torch.manual_seed(seed)
-        model = nets.build(spec, (1, 12, 12), 10)
+        model: Any = nets.build(spec, (1, 12, 12), 10)
         with torch.no_grad():
             seen = model[:-1](x)
         assert float((seen > 0).float().mean()) > 0.1
@@ -76,7 +77,7 @@ def test_an_output_for_every_pixel_starts_alive_and_rises_with_ink(spec: str) ->
 
 
 def test_a_resnets_blocks_are_those_of_the_paper() -> None:
-    model = nets.build("resnet20", (3, 32, 32), 10)
+    model: Any = nets.build("resnet20", (3, 32, 32), 10)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 19
     assert sum(p.numel() for p in model.parameters()) == 269_722  # He et al.: 0.27 million
@@ -117,10 +118,10 @@ def test_layers_without_size_are_refused() -> None:
 
 
 def test_binary_nets_send_signs_in_all_hidden_layers_or_in_the_first() -> None:
-    model = nets.build("binary:20x3:rule=tanh:dropout=0.2", (1, 4, 4), 10)
+    model: Any = nets.build("binary:20x3:rule=tanh:dropout=0.2", (1, 4, 4), 10)
     assert [type(m).__name__ for m in model][1:5] == ["Linear", "BatchNorm1d", "Dropout", "Sign"]
     assert sum(isinstance(m, Sign) and m.target_rule == "tanh" for m in model) == 3
-    model = nets.build("binary:20x3:first", (1, 4, 4), 10)
+    model: Any = nets.build("binary:20x3:first", (1, 4, 4), 10)
     assert [type(m).__name__ for m in model if isinstance(m, Sign | nn.Tanh)] == ["Sign", "Tanh", "Tanh"]
     with pytest.raises(ValueError, match="unknown option 'tanh'; accepted: first, dropout=P, rule=hardtanh"):
         nets.build("binary:20x3:tanh", (1, 4, 4), 10)

@@ -97,7 +97,10 @@ register(RuleSpec("perturb", "Weight perturbation", "toy", "-", Perturbation, lr
 
 @pytest.fixture(autouse=True)
 def _restored_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    registry.rules.names()  # what is built in, too
+    monkeypatch.setattr(registry.rules, "rows", dict(registry.rules.rows))
+    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
+    monkeypatch.setattr(registry, "_files", dict(registry._files))
     modules = dict(sys.modules)
     yield
     for name in set(sys.modules) - set(modules):
@@ -115,10 +118,10 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_credit_rule_from_outside_learns_digits(tmp_path: Path) -> None:
     path = tmp_path / "sign_symmetry.py"
     path.write_text(PLUGIN, encoding="utf-8")
-    registry.load_plugin(str(path))
-    assert "sign-symmetry" in registry.names()
+    registry.load_plugins([str(path)])
+    assert "sign-symmetry" in registry.rules.names()
     model = mlp(64, 64, 32, 10)
-    rule = registry.get("sign-symmetry").build(model, nn.CrossEntropyLoss(), 3e-3)
+    rule = registry.rules.get("sign-symmetry").build(model, nn.CrossEntropyLoss(), 3e-3)
     x, y = _digits()
     for _ in range(12):
         for rows in torch.randperm(1400).split(100):
@@ -130,8 +133,8 @@ def test_a_credit_rule_from_outside_learns_digits(tmp_path: Path) -> None:
 def test_a_rule_of_its_own_kind_from_outside_steps(tmp_path: Path) -> None:
     path = tmp_path / "perturb.py"
     path.write_text(TOY_RULE, encoding="utf-8")
-    registry.load_plugin(str(path))
-    rule = registry.get("perturb").build(mlp(64, 10), nn.CrossEntropyLoss(), 1e-2)
+    registry.load_plugins([str(path)])
+    rule = registry.rules.get("perturb").build(mlp(64, 10), nn.CrossEntropyLoss(), 1e-2)
     x, y = _digits()
     losses = [float(rule.step(x, y).loss) for _ in range(60)]
     assert losses[-1] < losses[0]
@@ -141,8 +144,8 @@ def test_a_rule_of_its_own_kind_from_outside_steps(tmp_path: Path) -> None:
 def test_a_plugin_by_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a_plugin_package.py").write_text(TOY_RULE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry.load_plugin("a_plugin_package")
-    assert "perturb" in registry.names()
+    registry.load_plugins(["a_plugin_package"])
+    assert "perturb" in registry.rules.names()
 
 
 def test_a_plugin_does_not_take_another_modules_place(tmp_path: Path) -> None:
@@ -151,53 +154,55 @@ def test_a_plugin_does_not_take_another_modules_place(tmp_path: Path) -> None:
     path = tmp_path / "colorsys.py"
     path.write_text(TOY_RULE, encoding="utf-8")
     try:
-        registry.load_plugin(str(path))
+        registry.load_plugins([str(path)])
         assert sys.modules["colorsys"] is colorsys
     finally:
         sys.modules["colorsys"] = colorsys
 
 
 def test_plugins_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match=r"No plugin at .*missing.py: a .py file or the dotted name"):
-        registry.load_plugin(str(tmp_path / "missing.py"))
+    with pytest.raises(ImportError, match=r"no file .*missing.py: a .py file or the dotted name"):
+        registry.load_plugins([str(tmp_path / "missing.py")])
     with pytest.raises(ImportError, match="no_such_module_anywhere"):
-        registry.load_plugin("no_such_module_anywhere")
+        registry.load_plugins(["no_such_module_anywhere"])
 
 
 def test_names_are_unique_and_known() -> None:
-    spec = registry.get("adam")
+    spec = registry.rules.get("adam")
     with pytest.raises(ValueError, match=r"A rule named 'adam' is registered already.*replace=True"):
         register(spec)
     other = replace(spec, title="Mine")
     assert register(other, replace=True) is other
-    assert registry.get("adam").title == "Mine"
+    assert registry.rules.get("adam").title == "Mine"
     with pytest.raises(ValueError, match=r"rule must be one of 'am-adam', .*got 'adma'"):
-        registry.get("adma")
+        registry.rules.get("adma")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "a=b", "a:b", "a,b"])
 def test_names_that_cannot_be_typed(name: str) -> None:
     with pytest.raises(ValueError, match="name must be a word without spaces"):
-        replace(registry.get("adam"), name=name)
+        replace(registry.rules.get("adam"), name=name)
 
 
 def test_specs_have_sane_rates() -> None:
     with pytest.raises(ValueError, match="lr must be a finite number > 0"):
-        replace(registry.get("adam"), lr=0.0)
-    for name in registry.names():
-        spec: RuleSpec = registry.get(name)
+        replace(registry.rules.get("adam"), lr=0.0)
+    for name in registry.rules.names():
+        spec: RuleSpec = registry.rules.get(name)
         assert spec.lr in spec.grid
         assert spec.title
         assert spec.summary
         assert spec.source
-    sizes = {len(registry.get(name).grid) for name in registry.names()}
+    sizes = {len(registry.rules.get(name).grid) for name in registry.rules.names()}
     assert sizes == {4}  # the same budget for every rule
 
 
 def test_the_named_rules_are_what_their_names_say() -> None:
-    built = {n: registry.get(n).build(mlp(6, 5, 4, 3), nn.CrossEntropyLoss(), 0.25) for n in registry.names()}
+    built = {
+        n: registry.rules.get(n).build(mlp(6, 5, 4, 3), nn.CrossEntropyLoss(), 0.25) for n in registry.rules.names()
+    }
     for name, rule in built.items():
-        assert rule.whole_set == registry.get(name).whole_set
+        assert rule.whole_set == registry.rules.get(name).whole_set
         if rule.whole_set:
             continue
         kinds = {"fa": LocalRule, "dfa": LocalRule, "dtp": DifferenceTargetProp}
@@ -218,4 +223,4 @@ def test_the_named_rules_are_what_their_names_say() -> None:
     assert isinstance(fc, AltMin)
     assert isinstance(lenet, AltMin)
     assert (fc.credit.mu, fc.credit.normalize, fc.weight_inputs) == (0.003, False, "new")
-    assert (lenet.credit.mu, lenet.mu_growth, lenet.mu_limit) == (0.01, 1.1, 1.5)
+    assert (lenet.credit.mu, lenet.credit.mu_growth, lenet.credit.mu_limit) == (0.01, 1.1, 1.5)

@@ -6,11 +6,11 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes
 
-from beyondprop.cli.options import Amount, Count, Flag, Folder
+from beyondprop.cli.options import Flag, Folder
 from beyondprop.cli.report import show
 from beyondprop.cli.usage import usage, warnings_to
 from beyondprop.lab.comparing.settings import Settings
@@ -21,49 +21,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
-    """Train a network by several rules on the same batches, and report how they do."""
+class Options(Settings):
+    """Of contenders, nets x rules, on a task."""
 
-    data: Annotated[str, arg(metavar="NAME")] = Settings.data
-    """Data set; `beyondprop list` shows them."""
-    net: Annotated[str, arg(metavar="NET")] = Settings.net
-    """Network, such as mlp:100x2 or mlp:256x3:tanh:bn; `beyondprop list` shows the forms."""
-    rule: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help_behavior_hint="(repeatable)")] = ()
-    """Learning rule. Default: am-adam, am-mem, sgd and adam."""
-    epochs: Annotated[float, arg(metavar="N")] = Settings.epochs
-    """Passes over the training rows; 0.5 is half a pass."""
-    seeds: Annotated[int, arg(metavar="N")] = len(Settings.seeds)
-    """How many seeds, counted from 0."""
-    batch_size: Annotated[int, arg(metavar="N")] = Settings.batch_size
-    """Rows in a batch."""
-    schedule: Annotated[str, arg(metavar="NAME")] = Settings.schedule
-    """Of the learning rates: constant, linear, cosine or halve:N (epochs). A rule may bring its own."""
-    warm_start: Annotated[str | None, arg(metavar="RULE:EPOCHS", help_behavior_hint="")] = Settings.warm_start
-    """Train by RULE first: every rule starts from the weights it has after so many of the epochs."""
-    lr: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="RULE=LR", help_behavior_hint="(repeatable)")] = ()
-    """Learning rate of a rule, such as adam=0.001."""
-    tune: Flag = Settings.tune
-    """Choose each rule's learning rate from its grid, on rows held out of the training rows."""
-    tune_epochs: Amount = Settings.tune_epochs
-    """Epochs of a training in tuning. Default: those of the run."""
-    validation: Flag = Settings.validation
-    """Evaluate on rows held out of the training rows; the test rows stay unseen."""
-    evaluate_every: Count = Settings.evaluate_every
-    """Steps between two evaluations. Default: an epoch."""
-    early_stop: Count = Settings.early_stop
-    """Stop a training after so many evaluations without improvement."""
-    alignment: bool = Settings.alignment
-    """Record how every stage's update agrees with the gradient."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes cuda where there is one."""
-    threads: Annotated[int, arg(metavar="N")] = Settings.threads
-    """CPU threads; more pay for wide nets on an idle machine."""
+    def __post_init__(self) -> None:
+        """Take them as they are: `settings` checks them, and says what is wrong in one line."""
+
+    def settings(self) -> Settings:
+        """Return the settings, or raise `ValueError`."""
+        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train networks by several rules on the same batches, and report how they do."""
+
+    options: OmitArgPrefixes[Options] = dataclasses.field(default_factory=Options)
     out: Folder = None
-    """Run directory, new or empty. Default: one in runs/, named by time, data and net."""
+    """Run directory, new or empty. Default: one in runs/, named by time, task and net."""
     resume: Folder = None
     """Go on with a run that was stopped, with the settings recorded there."""
-    plugin: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="(repeatable)")] = ()
-    """Python file or module that registers rules of your own."""
     json: Flag = False
     """Print the results as JSON; progress goes to the error stream."""
     quiet: Flag = False
@@ -73,7 +50,8 @@ class Compare:
 
     def run(self) -> int:
         """Do it; return the exit code."""
-        settings = self._settings()
+        with usage():
+            settings = self.options.settings() if self.resume is None else self._recorded(self.resume)
         from rich.console import Console
 
         from beyondprop.cli.progress import Bars, Lines
@@ -104,15 +82,14 @@ class Compare:
         from beyondprop.lab.runs.directory import check_free
 
         if self.resume is not None:
-            plan = self._plan(settings, observer)
-            return comparison.go_on(plan, self.resume, observer)
+            return comparison.go_on(self._plan(settings, observer), self.resume, observer)
         with usage():
             if self.out is not None:
                 check_free(self.out)
         return comparison.run(self._plan(settings, observer), self.out, observer)
 
     def _plan(self, settings: Settings, observer: Lines) -> Plan:
-        from beyondprop.lab.comparing import comparison
+        from beyondprop.lab.comparing.plan import prepare
 
         said: set[str] = set()
 
@@ -122,44 +99,21 @@ class Compare:
                 observer.note(f"Downloading {name}" + (f" ({total / 1e6:.0f} MB)" if total else ""), style="dim")
 
         with usage():
-            return comparison.prepare(settings, progress=progress)
-
-    def _settings(self) -> Settings:
-        with usage():
-            if self.resume is not None:
-                return self._recorded(self.resume)
-            if self.seeds < 1:
-                raise ValueError(f"seeds must be >= 1, got {self.seeds}.")
-            given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if hasattr(self, f.name)}
-            given["seeds"] = tuple(range(self.seeds))
-            if self.tune_epochs is not None and not self.tune:
-                raise ValueError("--tune-epochs is for the trainings of --tune; give both, or neither.")
-            rates = [_rule_and_rate(text) for text in self.lr]
-            given["lr"] = dict(rates)
-            if len(given["lr"]) < len(rates):
-                raise ValueError(f"--lr must name each rule once, got {', '.join(self.lr)}.")
-            return Settings(**given, rules=self.rule or Settings.rules, plugins=self.plugin)
+            return prepare(settings, progress=progress)
 
     def _recorded(self, path: Path) -> Settings:
-        from beyondprop.lab.runs.directory import read_config
+        from beyondprop.lab.runs.recorded import read_config
 
-        free = ("resume", "plugin", "json", "quiet", "debug")
+        default, free = Options(), ("plugins",)
+        names = {"nets": "net", "rules": "rule"}
         changed = [
-            f.name for f in dataclasses.fields(self) if f.name not in free and getattr(self, f.name) != f.default
-        ]
+            names.get(f.name, f.name)
+            for f in dataclasses.fields(Settings)
+            if f.name not in free and getattr(self.options, f.name) != getattr(default, f.name)
+        ] + ["out"] * (self.out is not None)
         if changed:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise ValueError(f"--resume goes on with the recorded settings; leave out {flags}.")
         settings = Settings.from_config(read_config(path))
-        return dataclasses.replace(settings, plugins=self.plugin) if self.plugin else settings
-
-
-def _rule_and_rate(text: str) -> tuple[str, float]:
-    name, equals, number = text.partition("=")
-    try:
-        rate = float(number)
-    except ValueError:
-        rate = None
-    if not name or not equals or rate is None:
-        raise ValueError(f"--lr takes RULE=LR, such as adam=0.001, got {text!r}.")
-    return name, rate
+        plugins = self.options.plugins
+        return dataclasses.replace(settings, plugins=plugins) if plugins else settings

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from beyondprop import data
-from beyondprop.lab import nets, registry
-from beyondprop.lab.comparing.comparison import load_plugins
+from beyondprop.lab import registry
+from beyondprop.lab.registry import load_plugins
 from beyondprop.lab.training import schedules
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ def inventory(plugins: Sequence[str] = ()) -> dict[str, Any]:
     rules = [
         {
             key: getattr(spec, key)
-            for key in ("name", "title", "summary", "source", "lr", "grid", "schedule", "whole_set")
+            for key in ("name", "title", "summary", "source", "lr", "grid", "schedule", "whole_set", "home", "page")
         }
-        for spec in map(registry.get, registry.names())
+        for spec in registry.rules
     ]
     sets = [_about(data.describe(name)) for name in data.names()]
-    return {"rules": rules, "nets": nets.FORMS, "schedules": schedules.FORMS, "data": sets}
+    forms = {name: {spec.form: spec.summary for spec in registry.TABLES[name]} for name in ("net", "task")}
+    return {"rules": rules, "nets": forms["net"], "tasks": forms["task"], "schedules": schedules.FORMS, "data": sets}
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -39,7 +40,11 @@ def show(found: dict[str, Any], console: Console) -> None:
         whole = " (whole set a step)" if rule["whole_set"] else ""
         rules.add_row(rule["name"], rule["summary"] + whole, rule["source"])
     forms = []
-    for title, key in (("Networks (--net)", "nets"), ("Schedules (--schedule)", "schedules")):
+    for title, key in (
+        ("Networks (--net)", "nets"),
+        ("Tasks (--task)", "tasks"),
+        ("Schedules (--schedule)", "schedules"),
+    ):
         forms.append(_table(title, "form", "what it is"))
         for form, text in found[key].items():
             forms[-1].add_row(_plain(form), _plain(text))

@@ -13,8 +13,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from beyondprop.lab.comparing.comparison import Member
-    from beyondprop.lab.runs.directory import Row
+    from beyondprop.lab.comparing.member import Member
+    from beyondprop.lab.runs.recorded import Row
 
 _PAUSE = 10.0  # seconds between two lines of a training that goes on, where there is no live display
 
@@ -139,12 +139,13 @@ class Bars(Lines):
 def name_of(member: Member) -> str:
     """Return what a training is called on the terminal."""
     what = f"tune {member.lr:g}" if member.tuning else f"seed {member.seed}"
-    return f"{member.spec.name} " + (f"warm start, {what}" if member.warm_start else what)
+    return f"{member.contender.name} " + (f"warm start, {what}" if member.warm_start else what)
 
 
 def result_of(row: Row) -> str:
-    """Return an evaluation in words."""
-    accuracy = row.get("test_accuracy", row.get("validation_accuracy"))
-    loss = row.get("test_loss", row.get("validation_loss"))
-    parts = [] if accuracy is None else [f"acc. {accuracy:7.2%}"]
-    return "  ".join([*parts, "loss " + ("not finite" if loss is None else f"{loss:#6.4g}")])
+    """Return an evaluation in words: accuracy, loss, or whatever came first."""
+    skipped = {"lr", "seed", "epochs", "step", "epoch", "samples", "work", "seconds", "train_loss"}
+    found = {key: v for key, v in row.items() if isinstance(v, int | float) and key not in skipped}
+    parts = [f"acc. {found.pop('accuracy'):7.2%}"] if "accuracy" in found else []
+    parts += [f"{key.replace('_', ' ')} {value:#6.4g}" for key, value in list(found.items())[: 2 - len(parts)]]
+    return "  ".join(parts) if parts else "not finite"

@@ -58,8 +58,8 @@ def show(paths: Sequence[Path], output: Path | None, *, as_json: bool, console: 
         for run in runs:
             console.print(report.table(run))
         figures = page.parent / "figures"
-        curves = [figures / f"{run.metric.removeprefix('test_')}.png" for run in runs if output is None]
+        curves = [figures / f"{run.metric.key}.png" for run in runs if output is None]
         for file in [*(curve for curve in curves[:1] if curve.is_file()), page]:
             console.print(str(file), soft_wrap=True, markup=False, highlight=False)
-    seeds = [run.seeds(rule.name) for run in runs for rule in run.rules]
+    seeds = [run.seeds(rule.name) for run in runs for rule in run.contenders]
     return int(all(not s["done"] and not s["unfinished"] for s in seeds))

@@ -7,29 +7,51 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from beyondprop.lab.comparing.comparison import compare, resume
+    from beyondprop.lab.comparing.member import Contender
     from beyondprop.lab.comparing.settings import Settings
-    from beyondprop.lab.registry import RuleSpec, register
-    from beyondprop.lab.tasks import Evaluation, evaluate
-    from beyondprop.lab.training import Alignment, History, StreamResult, alignment, fit, run_stream
+    from beyondprop.lab.registry import NetSpec, RuleSpec, TaskSpec, register
+    from beyondprop.lab.tasks import (
+        AddingTask,
+        Classification,
+        ContinualTask,
+        Metric,
+        Reconstruction,
+        Regression,
+        RowsTask,
+        Task,
+        evaluate,
+    )
+    from beyondprop.lab.training import Alignment, History, StreamResult, Training, alignment, fit, run_stream
 
 _HOMES = {
     "beyondprop.lab.comparing.comparison": (
         "compare",
         "resume",
     ),
+    "beyondprop.lab.comparing.member": ("Contender",),
     "beyondprop.lab.comparing.settings": ("Settings",),
     "beyondprop.lab.registry": (
+        "NetSpec",
         "RuleSpec",
+        "TaskSpec",
         "register",
     ),
     "beyondprop.lab.tasks": (
-        "Evaluation",
+        "AddingTask",
+        "Classification",
+        "ContinualTask",
+        "Metric",
+        "Reconstruction",
+        "Regression",
+        "RowsTask",
+        "Task",
         "evaluate",
     ),
     "beyondprop.lab.training": (
         "Alignment",
         "History",
         "StreamResult",
+        "Training",
         "alignment",
         "fit",
         "run_stream",
@@ -38,12 +60,23 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AddingTask",
     "Alignment",
-    "Evaluation",
+    "Classification",
+    "Contender",
+    "ContinualTask",
     "History",
+    "Metric",
+    "NetSpec",
+    "Reconstruction",
+    "Regression",
+    "RowsTask",
     "RuleSpec",
     "Settings",
     "StreamResult",
+    "Task",
+    "TaskSpec",
+    "Training",
     "alignment",
     "compare",
     "evaluate",

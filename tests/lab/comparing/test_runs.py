@@ -17,12 +17,16 @@ from beyondprop.data import Dataset
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.lab import registry, report
 from beyondprop.lab.comparing import comparison, tuning
-from beyondprop.lab.comparing.comparison import Member, Silent, compare, resume
+from beyondprop.lab.comparing.comparison import compare, resume
+from beyondprop.lab.comparing.member import Member, Silent
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
+from beyondprop.lab.runs.recorded import read_rows
 from beyondprop.rules.backprop import Backprop
 
-QUICK: dict[str, Any] = {"net": "mlp:12x2", "epochs": 3, "batch_size": 32, "seeds": (0, 1), "threads": 1}
+QUICK: dict[str, Any] = {"nets": ("mlp:12x2",), "epochs": 3, "batch_size": 32, "seeds": (0, 1), "threads": 1}
+
+EMPTY: dict[str, Any] = {"data": "digits", "nets": [], "contenders": []}
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +37,11 @@ def _small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def extra_rules() -> Iterator[None]:
-    before = dict(registry._RULES)
+    registry.rules.names()  # what is built in is loaded when somebody looks
+    before = dict(registry.rules.rows)
     yield
-    registry._RULES.clear()
-    registry._RULES.update(before)
+    registry.rules.rows.clear()
+    registry.rules.rows.update(before)
 
 
 def make_digits() -> Dataset:
@@ -47,7 +52,9 @@ def make_digits() -> Dataset:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows, notes = read_rows(path)
+    assert notes == ()
+    return rows
 
 
 def comparable(path: Path) -> list[dict[str, Any]]:
@@ -74,10 +81,10 @@ def test_a_run_directory_is_complete_and_readable(tmp_path: Path) -> None:
     path = compare(Settings(**QUICK, rules=("am-adam", "adam")), out=tmp_path / "run")
     config = config_of(path)
     assert {
-        k: config[k] for k in ("data", "net", "epochs", "batch_size", "seeds", "schedule", "validation", "threads")
+        k: config[k] for k in ("data", "nets", "epochs", "batch_size", "seeds", "schedule", "validation", "threads")
     } == {
         "data": "digits",
-        "net": "mlp:12x2",
+        "nets": ["mlp:12x2"],
         "epochs": 3.0,
         "batch_size": 32,
         "seeds": [0, 1],
@@ -86,8 +93,8 @@ def test_a_run_directory_is_complete_and_readable(tmp_path: Path) -> None:
         "threads": 1,
     }
     assert isinstance(config["epochs"], float)
-    assert config["rules"][0]["name"] == "am-adam"
-    assert config["rules"][0]["settings"] == {"lr": 3e-3, "schedule": "linear"}
+    assert config["contenders"][0]["name"] == "am-adam"
+    assert config["contenders"][0]["settings"] == {"lr": 3e-3, "schedule": "linear"}
     env = json.loads((path / "env.json").read_text())
     assert {"python", "torch", "beyondprop", "platform", "cpu", "threads", "device", "started"} <= set(env)
     assert str(Path.cwd()) not in json.dumps(env)
@@ -103,7 +110,7 @@ def test_a_run_directory_is_complete_and_readable(tmp_path: Path) -> None:
 
 def test_rules_share_weights_and_seeds_differ(tmp_path: Path) -> None:
     path = compare(Settings(**QUICK, rules=("am-adam", "sgd", "am-mem")), out=tmp_path / "run")
-    first = {(r["rule"], r["seed"]): r["test_loss"] for r in rows_of(path) if r["kind"] == "eval" and r["step"] == 0}
+    first = {(r["contender"], r["seed"]): r["loss"] for r in rows_of(path) if r["kind"] == "eval" and r["step"] == 0}
     assert len(first) == 6
     assert len({loss for (_, seed), loss in first.items() if seed == 0}) == 1
     assert first["sgd", 0] != first["sgd", 1]
@@ -119,7 +126,7 @@ def test_the_global_state_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [1, 5, 13, 20])
 def test_interrupted_anywhere_and_resumed_equals_undisturbed(at: int, tmp_path: Path) -> None:
-    settings = Settings(**{**QUICK, "net": "mlp:12x2:dropout=0.2"}, rules=("am-sgd", "adam"), evaluate_every=5)
+    settings = Settings(**{**QUICK, "nets": ("mlp:12x2:dropout=0.2",)}, rules=("am-sgd", "adam"), evaluate_every=5)
     whole = compare(settings, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         compare(settings, out=tmp_path / "part", observer=InterruptAt(at))
@@ -137,9 +144,9 @@ def test_rows_after_the_checkpoint_are_dropped_and_written_again(tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         compare(settings, out=part, observer=InterruptAt(12))
     # As if the process had been killed after rows that no checkpoint knows of, in the middle of one more.
-    with (part / "metrics.jsonl").open("a") as file:
-        unknown = {"kind": "eval", "rule": "sgd", "seed": 0, "step": 10**6, "epoch": 99.0, "test_loss": 0.0}
-        file.write(json.dumps(unknown) + "\n" + '{"kind": "eval", "rule": "sg')
+    with (part / "metrics" / "sgd.seed0.jsonl").open("a") as file:
+        unknown = {"kind": "eval", "contender": "sgd", "seed": 0, "step": 10**6, "epoch": 99.0, "loss": 0.0}
+        file.write(json.dumps(unknown) + "\n" + '{"kind": "eval", "contender": "sg')
     resume(part)
     assert comparable(part) == comparable(whole)
 
@@ -176,13 +183,13 @@ def test_a_failure_stops_that_rule_and_seed_alone(tmp_path: Path, extra_rules: N
     from beyondprop.lab import nets
 
     first_weight = float(next(nets.build("mlp:12x2", (1, 8, 8), 10).parameters())[0, 0].detach())
-    registry.register(dataclasses.replace(registry.get("sgd"), name="failing", build=build))
+    registry.register(dataclasses.replace(registry.rules.get("sgd"), name="failing", build=build))
     path = compare(Settings(**QUICK, rules=("failing", "adam")), out=tmp_path / "run")
     failed = [r for r in rows_of(path) if r["kind"] == "failed"]
     assert len(failed) == 1
     assert failed[0] | {"epoch": 0} == {
         "kind": "failed",
-        "rule": "failing",
+        "contender": "failing",
         "seed": 0,
         "step": 7,
         "epoch": 0,
@@ -198,7 +205,7 @@ def test_a_failure_stops_that_rule_and_seed_alone(tmp_path: Path, extra_rules: N
 
 def test_schedule_of_a_rule_goes_before_the_runs(tmp_path: Path) -> None:
     path = compare(Settings(**QUICK, rules=("am-paper-fc", "adam"), schedule="cosine"), out=tmp_path / "run")
-    found = {r["name"]: r["settings"]["schedule"] for r in config_of(path)["rules"]}
+    found = {r["name"]: r["settings"]["schedule"] for r in config_of(path)["contenders"]}
     assert found == {"am-paper-fc": "halve:8", "adam": "cosine"}
 
 
@@ -213,14 +220,20 @@ def test_tuning_never_sees_the_test_rows(tmp_path: Path, monkeypatch: pytest.Mon
         path = compare(settings, out=tmp_path / "run")
     rows = rows_of(path)
     tuning = [r for r in rows if r["kind"] == "tuning"]
-    assert [(r["rule"], r["lr"], r["epochs"]) for r in tuning] == [("adam", lr, 1) for lr in registry.get("adam").grid]
-    assert all(math.isfinite(r["validation_loss"]) for r in tuning)
-    assert all(r["test_loss"] is None for r in rows if r["kind"] == "eval")
-    best = max(tuning, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
-    found = {r["name"]: r["settings"] for r in config_of(path)["rules"]}
-    assert found["adam"] == {"lr": best["lr"], "schedule": "linear", "lr_tuned_over": list(registry.get("adam").grid)}
+    assert [(r["contender"], r["lr"], r["epochs"]) for r in tuning] == [
+        ("adam", lr, 1) for lr in registry.rules.get("adam").grid
+    ]
+    assert all(math.isfinite(r["loss"]) for r in tuning)
+    assert all(r["loss"] is None for r in rows if r["kind"] == "eval")
+    best = max(tuning, key=lambda r: (r["accuracy"], -r["loss"]))
+    found = {r["name"]: r["settings"] for r in config_of(path)["contenders"]}
+    assert found["adam"] == {
+        "lr": best["lr"],
+        "schedule": "linear",
+        "lr_tuned_over": list(registry.rules.get("adam").grid),
+    }
     assert found["sgd"] == {"lr": 0.04, "schedule": "linear"}
-    assert [r["rule"] for r in rows if r["kind"] == "warning"] == ["adam"]
+    assert [r["contender"] for r in rows if r["kind"] == "warning"] == ["adam"]
 
 
 def test_validation_never_sees_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +242,7 @@ def test_validation_never_sees_the_test_rows(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(data, "load", lambda name, progress=None: poisoned)
     path = compare(Settings(**QUICK, rules=("adam",), validation=True), out=tmp_path / "run")
     found = [r for r in rows_of(path) if r["kind"] == "eval"]
-    assert all(r["test_loss"] is not None for r in found)
+    assert all(r["loss"] is not None for r in found)
     assert found[-1]["samples"] == 3 * 150
 
 
@@ -246,7 +259,7 @@ def test_interrupted_tuning_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_rule_that_cannot_train_the_net_is_named_before_anything_is_written(tmp_path: Path) -> None:
-    settings = Settings(**{**QUICK, "net": "mlp:12x2:bn:dropout=0.1"}, rules=("adam", "am-mem-bcd"))
+    settings = Settings(**{**QUICK, "nets": ("mlp:12x2:bn:dropout=0.1",)}, rules=("adam", "am-mem-bcd"))
     with pytest.raises(UnsupportedModelError, match=r"am-mem-bcd cannot train mlp:12x2:bn:dropout=0.1: Memory needs"):
         compare(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -255,12 +268,12 @@ def test_a_rule_that_cannot_train_the_net_is_named_before_anything_is_written(tm
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"rules": ("amadam",)}, r"rule must be one of am-adam, .* got 'amadam'; perhaps you meant 'am-adam'"),
+        ({"rules": ("amadam",)}, r"rule must be one of 'am-adam', .* got 'amadam'; perhaps you meant 'am-adam'"),
         ({"rules": ("adam", "adam")}, r"rules must be one or more, each once, got adam, adam"),
-        ({"rules": ()}, r"rules must be one or more, each once, got none"),
-        ({"data": "minst"}, r"data must be one of digits, .* perhaps you meant 'mnist'"),
-        ({"net": "mpl:3x3"}, r"net must be one of mlp:WIDTHxDEPTH.* got 'mpl:3x3'; perhaps you meant 'mlp'"),
-        ({"net": "mlp:3"}, r"must be WIDTHxDEPTH"),
+        ({"seeds": ()}, r"seeds must be one or more, each once, got none"),
+        ({"data": "minst"}, r"data must be one of diabetes, digits, .* perhaps you meant 'mnist'"),
+        ({"nets": ("mpl:3x3",)}, r"net must be one of mlp:WIDTHxDEPTH.* got 'mpl:3x3'; perhaps you meant 'mlp'"),
+        ({"nets": ("mlp:3",)}, r"must be WIDTHxDEPTH"),
         ({"tune": True, "validation": True}, r"tune chooses learning rates on the rows that validation reports"),
         ({"schedule": "linar"}, r"schedule must be one of"),
         ({"lr": {"adm": 0.1}}, r"lr is given for 'adm', which is none of the rules"),
@@ -280,7 +293,7 @@ def test_plugins_register_once_and_are_recorded(tmp_path: Path, extra_rules: Non
     plugin = tmp_path / "my_rules.py"
     plugin.write_text(
         "import dataclasses\nfrom beyondprop.lab import registry\n"
-        "registry.register(dataclasses.replace(registry.get('sgd'), name='mine', title='Mine'))\n"
+        "registry.register(dataclasses.replace(registry.rules.get('sgd'), name='mine', title='Mine'))\n"
     )
     settings = Settings(**{**QUICK, "epochs": 1}, rules=("mine",), plugins=(str(plugin),))
     path = compare(settings, out=tmp_path / "run")
@@ -300,27 +313,25 @@ def test_foreign_directories_are_refused_by_name(tmp_path: Path) -> None:
     begun = tmp_path / "begun"  # killed before its config was written
     (begun / "checkpoints").mkdir(parents=True)
     (begun / "env.json").write_text("{}")
-    (begun / "metrics.jsonl").touch()
+    (begun / "metrics").mkdir()
     check_free(begun)
-    (begun / "metrics.jsonl").write_text('{"kind": "eval"}')
+    (begun / "metrics" / "adam.seed0.jsonl").write_text('{"kind": "eval"}')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     for taken in ("full", "full/thesis.txt", "begun"):
         with pytest.raises(FileExistsError, match=rf"{taken}' is there already and no empty directory"):
             compare(Settings(**QUICK), out=tmp_path / taken)
-    RunDirectory.create(tmp_path / "run", {"rules": []}, {}).close()
+    RunDirectory.create(tmp_path / "run", EMPTY, {}).close()
     with pytest.raises(FileExistsError, match=r"run' holds a run already; go on with it by --resume"):
         check_free(tmp_path / "run")
-    with pytest.raises(
-        FileNotFoundError, match=r"full' is no run directory: config.toml, env.json, metrics.jsonl missing"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"full' is no run directory: config.toml, env.json, metrics missing"):
         resume(tmp_path / "full")
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with (
-        RunDirectory.create(tmp_path / "run", {"rules": []}, {}),
+        RunDirectory.create(tmp_path / "run", EMPTY, {}),
         pytest.raises(RuntimeError, match=r"run' is being written by another process"),
     ):
         RunDirectory.open(tmp_path / "run")
@@ -328,9 +339,9 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    RunDirectory.create(tmp_path / "run", {"rules": []}, {}).close()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "tuning"}\nnonsense\n{"kind": "tuning"}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl', line 2, is no JSON"):
+    RunDirectory.create(tmp_path / "run", EMPTY, {}).close()
+    (tmp_path / "run" / "metrics" / "run.jsonl").write_text('{"kind": "note"}\nnonsense\n{"kind": "note"}\n')
+    with pytest.raises(ValueError, match=r"run.jsonl', line 2, is no JSON"):
         RunDirectory.open(tmp_path / "run")
     (tmp_path / "run" / "config.toml").write_text("data = \n")
     with pytest.raises(ValueError, match=r"config.toml' is damaged"):
@@ -351,7 +362,9 @@ def test_warnings_of_building_a_rule_are_recorded_once(tmp_path: Path, extra_rul
 
     registry.register(
         dataclasses.replace(
-            registry.get("am-mem"), name="small", build=lambda m, loss, lr: AltMin(m, loss, Memory(lr=lr, limit=30))
+            registry.rules.get("am-mem"),
+            name="small",
+            build=lambda m, loss, lr: AltMin(m, loss, Memory(lr=lr, limit=30)),
         )
     )
     settings = Settings(**{**QUICK, "seeds": (0,)}, rules=("small",))
@@ -360,4 +373,4 @@ def test_warnings_of_building_a_rule_are_recorded_once(tmp_path: Path, extra_rul
     with pytest.warns(UserWarning, match="its memory takes"):
         resume(tmp_path / "run")
     found = [r for r in rows_of(tmp_path / "run") if r["kind"] == "warning"]
-    assert [(r["rule"], r["seed"], r["step"]) for r in found] == [("small", 0, 0)]
+    assert [(r["contender"], r["seed"], r["step"]) for r in found] == [("small", 0, 0)]

@@ -21,14 +21,16 @@ from beyondprop.cli import main
 from beyondprop.data import Dataset, batches
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.lab import nets, registry, report
-from beyondprop.lab.comparing.comparison import Member, Silent, compare, resume
+from beyondprop.lab.comparing.comparison import compare, resume
+from beyondprop.lab.comparing.member import Member, Silent
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.checkpoint import load_checkpoint
-from beyondprop.lab.training import History, fit
+from beyondprop.lab.runs.recorded import read_rows
+from beyondprop.lab.training import History, Training, fit
 from beyondprop.lab.training.work import work_per_step
 
 NET = "mlp:12x2:dropout=0.2"
-QUICK: dict[str, Any] = {"net": NET, "epochs": 3, "batch_size": 32, "seeds": (0, 1), "threads": 1}
+QUICK: dict[str, Any] = {"nets": (NET,), "epochs": 3, "batch_size": 32, "seeds": (0, 1), "threads": 1}
 START = "warm-start=am-adam"
 
 
@@ -48,7 +50,8 @@ def _small_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    rows = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    rows, notes = read_rows(path)
+    assert notes == ()
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
@@ -58,15 +61,15 @@ def by_hand(seed: int, first: str, second: str, stop: int, steps: int) -> dict[s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nets.build(NET, digits.input_shape, digits.num_classes)
-        rule = registry.get(first).build(model, nn.CrossEntropyLoss(), registry.get(first).lr)
+        rule = registry.rules.get(first).build(model, nn.CrossEntropyLoss(), registry.rules.get(first).lr)
         step = 0
         for epoch in range(3):
             order = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
             for x, y in batches(digits.x_train, digits.y_train, 32, generator=order):
                 if step == stop:
-                    rule = registry.get(second).build(model, nn.CrossEntropyLoss(), registry.get(second).lr)
+                    rule = registry.rules.get(second).build(model, nn.CrossEntropyLoss(), registry.rules.get(second).lr)
                 for group in rule.optimizers[0].param_groups:
-                    group["lr"] = registry.get(first if step < stop else second).lr * (1 - step / steps)
+                    group["lr"] = registry.rules.get(first if step < stop else second).lr * (1 - step / steps)
                 rule.step(x, y)
                 step += 1
     assert step == steps
@@ -90,7 +93,7 @@ def test_a_rule_without_state_that_goes_on_from_itself_was_never_interrupted(tmp
         "SGD",
         "",
         "",
-        lambda m, loss, lr: registry.Backprop(m, loss, lambda p: torch.optim.SGD(p, lr)),
+        lambda m, loss, lr: Backprop(m, loss, lambda p: torch.optim.SGD(p, lr)),
         0.1,
         (),
     )
@@ -99,9 +102,9 @@ def test_a_rule_without_state_that_goes_on_from_itself_was_never_interrupted(tmp
         whole = compare(Settings(**QUICK, rules=("plain-sgd",)), out=tmp_path / "whole")
         warm = compare(Settings(**QUICK, rules=("plain-sgd",), warm_start="plain-sgd:1"), out=tmp_path / "warm")
     finally:
-        del registry._RULES["plain-sgd"]
+        del registry.rules.rows["plain-sgd"]
     expected = [r for r in rows_of(whole) if r["kind"] == "eval" and r["epoch"] >= 1]
-    found = [r for r in rows_of(warm) if r["kind"] == "eval" and r["rule"] == "plain-sgd"]
+    found = [r for r in rows_of(warm) if r["kind"] == "eval" and r["contender"] == "plain-sgd"]
     for row in expected:  # what was handed over has no training loss yet
         row["train_loss"] = None if row["epoch"] == 1 else row["train_loss"]
     assert found == expected
@@ -109,16 +112,16 @@ def test_a_rule_without_state_that_goes_on_from_itself_was_never_interrupted(tmp
 
 def test_counts_go_on_where_the_warm_start_left_off(tmp_path: Path) -> None:
     path = compare(Settings(**QUICK, rules=("adam",), warm_start="am-adam:0.5", evaluate_every=4), out=tmp_path / "run")
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    start = [r for r in rows if r["kind"] == "eval" and (r["rule"], r["seed"]) == (START, 0)]
-    own = [r for r in rows if r["kind"] == "eval" and (r["rule"], r["seed"]) == ("adam", 0)]
+    rows, _ = read_rows(path)
+    start = [r for r in rows if r["kind"] == "eval" and (r["contender"], r["seed"]) == (START, 0)]
+    own = [r for r in rows if r["kind"] == "eval" and (r["contender"], r["seed"]) == ("adam", 0)]
     assert [r["step"] for r in start] == [0, 3]
     assert [r["step"] for r in own] == [3, 4, 8, 12, 16, 18]
-    for key in ("step", "epoch", "samples", "work", "seconds", "test_loss", "test_accuracy"):
+    for key in ("step", "epoch", "samples", "work", "seconds", "loss", "accuracy"):
         assert own[0][key] == start[-1][key]
     digits = make_digits()
     model = nets.build(NET, digits.input_shape, 10)
-    rule = registry.get("am-adam").build(model, nn.CrossEntropyLoss(), 1e-3)
+    rule = registry.rules.get("am-adam").build(model, nn.CrossEntropyLoss(), 1e-3)
     each = work_per_step(rule, digits.x_train[:32], digits.y_train[:32])
     assert each > 1.02
     assert start[-1]["work"] == pytest.approx(3 * each)
@@ -162,7 +165,7 @@ def test_config_records_it_and_gives_it_back(tmp_path: Path) -> None:
     config = tomllib.loads((compare(settings, out=tmp_path / "run") / "config.toml").read_text())
     assert config["warm_start"] == "am-adam:0.5"
     assert config["warm_start_rule"]["settings"] == {"lr": 0.01, "schedule": "linear"}
-    assert [rule["name"] for rule in config["rules"]] == ["adam"]
+    assert [rule["name"] for rule in config["contenders"]] == ["adam"]
     assert Settings.from_config(config) == settings
 
 
@@ -171,7 +174,7 @@ def test_the_report_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*argv, "--warm-start", "am-adam:0.5", "--out", "run"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "am-adam warm start, seed 0" in out
-    assert "2 rules" in out
+    assert "2 contenders" in out
     assert "All rules start from the weights of AM-Adam after 0.5 epochs, accuracy" in out
     page = (tmp_path / "run" / "report.html").read_text()
     assert "All rules start from the weights of AM-Adam after 0.5 epochs" in page
@@ -179,11 +182,11 @@ def test_the_report_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "<td>warm start</td><td>am-adam:0.5</td>" in page
     assert main(["report", "run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [rule["name"] for rule in found["rules"]] == ["adam", "sgd"]
-    assert found["warm_start"]["name"] == START
-    assert found["warm_start"]["epochs"] == 0.5
+    assert [rule["name"] for rule in found["contenders"]] == ["adam", "sgd"]
+    assert found["warm_starts"][0]["name"] == START
+    assert found["warm_starts"][0]["epochs"] == 0.5
     # The first evaluation of a rule is one after steps of its own, not what was handed over.
-    assert found["rules"][0]["first_epoch"] == 1.0
+    assert found["contenders"][0]["first_epoch"] == 1.0
     run = report.read_run(tmp_path / "run")
     assert run.seeds(START)["done"] == (0, 1)
 
@@ -191,9 +194,10 @@ def test_the_report_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_warm_start_that_fails_fails_its_seed(tmp_path: Path) -> None:
     settings = Settings(**QUICK, rules=("adam", "am-mem"), warm_start="sgd:1", lr={"sgd": 1e30})
     path = compare(settings, out=tmp_path / "run")
-    failed = [(r["rule"], r["seed"], r["message"]) for r in rows_of(path) if r["kind"] == "failed"]
-    assert [f[:2] for f in failed] == [(name, seed) for seed in (0, 1) for name in ("warm-start=sgd", "adam", "am-mem")]
-    assert failed[1][2].startswith("The warm start failed: ")
+    failed = [(r["contender"], r["seed"], r["message"]) for r in rows_of(path) if r["kind"] == "failed"]
+    names = ("warm-start=sgd", "adam", "am-mem")
+    assert sorted(f[:2] for f in failed) == sorted((name, seed) for seed in (0, 1) for name in names)
+    assert all(m.startswith("The warm start failed: ") == (name != "warm-start=sgd") for name, _, m in failed)
     before = rows_of(path)
     resume(path)
     assert rows_of(path) == before
@@ -204,20 +208,20 @@ def test_a_warm_start_that_fails_fails_its_seed(tmp_path: Path) -> None:
 def test_tuning_starts_warm_and_never_sees_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
-    def spy(rule: Any, dataset: Dataset, **arguments: Any) -> History:
-        calls.append({"rows": (len(dataset.x_train), len(dataset.x_test)), **arguments})
-        return fit(rule, dataset, **arguments)
+    def spy(rule: Any, dataset: Any, training: Training, **arguments: Any) -> History:
+        calls.append({"rows": (len(dataset.x_train), len(dataset.x_test)), "training": training, **arguments})
+        return fit(rule, dataset, training, **arguments)
 
     monkeypatch.setattr("beyondprop.lab.comparing.tuning.fit", spy)
     settings = Settings(**QUICK, rules=("adam",), warm_start="am-adam:0.5", tune=True, tune_epochs=2)
     path = compare(settings, out=tmp_path / "run")
     assert [call["rows"] for call in calls] == [(150, 30)] * 5
-    assert calls[0]["stop"] == 0.5
-    assert all(call["after"].evaluations[-1]["step"] == 2 and call["epochs"] == 2 for call in calls[1:])
+    assert calls[0]["training"].stop == 0.5
+    assert all(call["after"].evaluations[-1]["step"] == 2 and call["training"].epochs == 2 for call in calls[1:])
     tuned = [r for r in rows_of(path) if r["kind"] == "tuning"]
-    assert {r["rule"] for r in tuned} == {"adam"}
+    assert {r["contender"] for r in tuned} == {"adam"}
     # Each starts from the weights that its warm start left, so none can be as bad as new weights.
-    assert len({r["validation_loss"] for r in tuned}) == 4
+    assert len({r["loss"] for r in tuned}) == 4
 
 
 def test_tuning_after_a_warm_start_that_fails_says_so(tmp_path: Path) -> None:
@@ -240,7 +244,7 @@ def test_tuning_after_a_warm_start_that_fails_says_so(tmp_path: Path) -> None:
         ({"warm_start": "am-adam:nan"}, r"got 'am-adam:nan'"),
         ({"warm_start": "am-adam:some"}, r"got 'am-adam:some'"),
         ({"warm_start": "am-adam:3"}, r"warm_start takes 3 of epochs=3; it must leave some to the rules"),
-        ({"warm_start": "am-adam:1", "tune_epochs": 0.5}, r"warm_start takes 1 of tune_epochs=0.5"),
+        ({"warm_start": "am-adam:1", "tune": True, "tune_epochs": 0.5}, r"warm_start takes 1 of tune_epochs=0.5"),
         ({"warm_start": "am-adm:1"}, r"the rule of warm_start must be one of .* perhaps you meant 'am-adam'"),
         (
             {"warm_start": "am-adam:1", "lr": {"sgd": 1.0}},
@@ -262,7 +266,7 @@ def test_bad_settings_are_refused(changed: dict[str, Any], message: str, tmp_pat
 def test_a_rule_that_cannot_train_the_net_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="am-mem-bcd cannot train"):
         compare(
-            Settings(**{**QUICK, "net": "mlp:8x2:bn:dropout=0.1"}, rules=("adam",), warm_start="am-mem-bcd:1"),
+            Settings(**{**QUICK, "nets": ("mlp:8x2:bn:dropout=0.1",)}, rules=("adam",), warm_start="am-mem-bcd:1"),
             out=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
@@ -278,7 +282,7 @@ def test_fit_refuses_what_does_not_fit_together() -> None:
 
     def rule() -> Any:
         torch.manual_seed(0)
-        return registry.get("adam").build(nets.build(NET, (1, 8, 8), 10), nn.CrossEntropyLoss(), 1e-3)
+        return registry.rules.get("adam").build(nets.build(NET, (1, 8, 8), 10), nn.CrossEntropyLoss(), 1e-3)
 
     call: dict[str, Any] = {"epochs": 2, "batch_size": 32}
     first = fit(rule(), digits, stop=0.5, **call)
@@ -334,7 +338,7 @@ def test_an_epoch_that_begins_in_its_middle_is_begun(tmp_path: Path) -> None:
 
 def test_a_warm_start_that_leaves_nothing_is_found_before_anything_is_written(tmp_path: Path) -> None:
     # 180 rows in batches of 179: BatchNorm could not normalise the last row, so that an epoch is one step.
-    settings = Settings(net="mlp:8x1:bn", rules=("adam",), epochs=1, batch_size=179, warm_start="sgd:0.4")
+    settings = Settings(nets=("mlp:8x1:bn",), rules=("adam",), epochs=1, batch_size=179, warm_start="sgd:0.4")
     with pytest.raises(ValueError, match=r"'sgd:0.4' takes all of 1 step\(s\)"):
         compare(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

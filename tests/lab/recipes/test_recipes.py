@@ -30,7 +30,7 @@ from beyondprop.lab.recipes import (
 from beyondprop.lab.recipes._base import Context
 from beyondprop.lab.recipes._compared import at_epoch, compared, summary
 from beyondprop.lab.recipes._kept import Kept, accuracy_at, trained
-from beyondprop.lab.report._run import read_run
+from beyondprop.lab.runs.recorded import read_run
 from beyondprop.optim.factories import adam
 
 NAN = math.nan
@@ -61,7 +61,7 @@ def test_a_comparison_of_a_recipe_goes_on_and_takes_no_other_settings(
 ) -> None:
     monkeypatch.setattr(data, "load", lambda name, progress=None: small)
     settings = Settings(
-        net="mlp:4x1", rules=("adam", "sgd"), epochs=2, batch_size=20, seeds=(0, 1), lr={"sgd": 1e38}, alignment=False,
+        nets=("mlp:4x1",), rules=("adam", "sgd"), epochs=2, batch_size=20, seeds=(0, 1), lr={"sgd": 1e38}, alignment=False,
         schedule="constant", device="cpu",
     )  # fmt: skip
     said: list[str] = []
@@ -115,7 +115,7 @@ def test_sweeps_go_on_where_they_were_stopped(tmp_path: Path, small: Dataset) ->
     assert not list(tmp_path.rglob("*.safetensors"))
     assert bcd_3x1500.train(_context(tmp_path / "parts", said), small, widths, 7, 3) == parts
     assert len(said) == 4
-    assert accuracy_at(parts, 7) == 100 * parts[-1]["test_accuracy"]
+    assert accuracy_at(parts, 7) == 100 * parts[-1]["accuracy"]
     assert math.isnan(accuracy_at(parts, 8))
 
 
@@ -234,9 +234,7 @@ def test_nets_of_signs_are_tuned_on_rows_that_are_not_reported(tmp_path: Path, m
     ) -> list[dict[str, Any]]:
         seen.append((seed, rows))
         good = "-0.004-" in name  # the rate that is to be chosen
-        return [
-            {"step": e, "epoch": e, "test_accuracy": 0.5 + 0.2 * good, "train_error": 5.0} for e in range(epochs + 1)
-        ]
+        return [{"step": e, "epoch": e, "accuracy": 0.5 + 0.2 * good, "train_error": 5.0} for e in range(epochs + 1)]
 
     monkeypatch.setattr(binary_mnist, "trained", trained)
     monkeypatch.setattr(data, "load", lambda name: toy)
@@ -328,7 +326,7 @@ def test_damaged_notes_on_parts_are_named(tmp_path: Path) -> None:
 
 def test_a_seed_that_failed_in_its_last_sweep_has_no_last_number(tmp_path: Path) -> None:
     rows = [
-        {"kind": "eval", "rule": "admm", "seed": seed, "step": step, "epoch": float(step), "test_accuracy": step / 100}
+        {"kind": "eval", "rule": "admm", "seed": seed, "step": step, "epoch": float(step), "accuracy": step / 100}
         for seed in (0, 1)
         for step in range(15 + (seed == 0))
     ]
@@ -366,12 +364,12 @@ def test_first_epoch_reads_the_batch_that_it_names(
 ) -> None:
     monkeypatch.setattr(data, "load", lambda name, progress=None: small)
     settings = Settings(
-        net="mlp:4x1", rules=("adam",), epochs=2, batch_size=10, seeds=(0, 1), evaluate_every=5, alignment=False,
+        nets=("mlp:4x1",), rules=("adam",), epochs=2, batch_size=10, seeds=(0, 1), evaluate_every=5, alignment=False,
         device="cpu",
     )  # fmt: skip
     run = compared(_context(tmp_path), "part", settings)
     rows = [row for row in run.of("eval", "adam", 1) if row["step"] == 15]
-    assert first_epoch.after(run, "adam", 15)[1] == 100 * rows[0]["test_accuracy"]
+    assert first_epoch.after(run, "adam", 15)[1] == 100 * rows[0]["accuracy"]
     assert all(map(math.isnan, first_epoch.after(run, "adam", 7)))
 
 
@@ -407,4 +405,4 @@ def test_an_interrupted_training_goes_on_with_the_next_step(tmp_path: Path, smal
     said: list[str] = []
     parts = go(tmp_path / "parts", said.append)
     assert [line.split(",")[0][-1] for line in said] == ["2", "3"]
-    assert [row["test_loss"] for row in parts] == [row["test_loss"] for row in whole]
+    assert [row["loss"] for row in parts] == [row["loss"] for row in whole]

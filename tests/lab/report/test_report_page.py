@@ -15,8 +15,9 @@ from recorded_cases import TITLES, config, curves, write_run
 
 from beyondprop.lab.report import figures, read_run, write_report
 from beyondprop.lab.report._curves import Band, Curve, band, end_limits
-from beyondprop.lab.report._figures import _accuracy, _bands, draw
+from beyondprop.lab.report._figures import _bands, _course, draw
 from beyondprop.lab.report._style import entries
+from beyondprop.lab.tasks.base import ACCURACY, R2
 
 ONE = {"adam": "Adam"}
 
@@ -106,7 +107,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
         assert not re.search(r'href="(?!#)', svg)
     said = " ".join(page.texts)
     for part in (
-        "digits · mlp:100x2 · 4 rules × 3 seeds",  # noqa: RUF001
+        "digits · mlp:100x2 · 4 contenders × 3 seeds",  # noqa: RUF001
         "mean and range over 3 seeds",
         "lr = 0.003, steps = 2",
         "What AM-mem does.",
@@ -118,17 +119,17 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert "Failures" not in said
     assert str(tmp_path) not in text
     assert sorted(file.name for file in path.iterdir()) == [
-        "config.toml", "env.json", "figures", "metrics.jsonl", "report.html",
+        "config.toml", "env.json", "figures", "metrics", "report.html",
     ]  # fmt: skip
 
 
 def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert(1)</script>"&$\\frac$'
     titles = {"adam": evil, "_hidden": "_hidden"}
-    settings = config(titles) | {"data": evil, "net": evil, "schedule": evil}
+    settings = config(titles) | {"name": evil, "data": evil, "nets": [evil], "schedule": evil}
     rows = curves(titles)
-    rows.append({"kind": "warning", "rule": "adam", "seed": 0, "step": 1, "message": evil})
-    rows.append({"kind": "failed", "rule": evil, "seed": 0, "step": 1, "message": evil})
+    rows.append({"kind": "warning", "contender": "adam", "seed": 0, "step": 1, "message": evil})
+    rows.append({"kind": "failed", "contender": evil, "seed": 0, "step": 1, "message": evil})
     text, page = written(write_run(tmp_path / "<b>run", settings, rows))
     assert "script" not in page.tags
     assert "<b>run" not in text
@@ -136,46 +137,46 @@ def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
 
 
 def test_failures_warnings_and_half_written_lines_are_told(tmp_path: Path) -> None:
-    rows = [r for r in curves(TITLES) if r["rule"] != "sgd" or r["seed"] != 1 or r["step"] < 100]
+    rows = [r for r in curves(TITLES) if r["contender"] != "sgd" or r["seed"] != 1 or r["step"] < 100]
     rows += [
-        {"kind": "failed", "rule": "sgd", "seed": 1, "step": 101, "message": "the loss is not finite"},
-        {"kind": "warning", "rule": "am-mem", "seed": 0, "step": 3, "message": "stage 0 does not move"},
+        {"kind": "failed", "contender": "sgd", "seed": 1, "step": 101, "message": "the loss is not finite"},
+        {"kind": "warning", "contender": "am-mem", "seed": 0, "step": 3, "message": "stage 0 does not move"},
     ]
     path = write_run(tmp_path / "run", config(TITLES), rows)
-    with (path / "metrics.jsonl").open("a") as file:
+    with (path / "metrics" / "03.jsonl").open("a") as file:
         file.write('{"kind": "ev')
     said = " ".join(written(path)[1].texts)
     assert "Backpropagation, SGD, seed 1, step 101 : the loss is not finite" in said
     assert "AM-mem, seed 0, step 3 : stage 0 does not move" in said
     assert "half-written" in said
     assert "2 of 3, 1 failed" in said
-    assert "seeds that finished (2 to 3 per rule)" in said
+    assert "seeds that finished (2 to 3 per contender)" in said
     assert "Thin lines are single seeds that did not reach the end: Backpropagation, SGD." in said
 
 
 def test_a_rule_whose_seeds_all_failed(tmp_path: Path) -> None:
-    rows = [r for r in curves(TITLES) if r["rule"] != "sgd" or r["step"] < 60]
-    rows += [{"kind": "failed", "rule": "sgd", "seed": s, "step": 61, "message": f"bang {s}"} for s in range(3)]
+    rows = [r for r in curves(TITLES) if r["contender"] != "sgd" or r["step"] < 60]
+    rows += [{"kind": "failed", "contender": "sgd", "seed": s, "step": 61, "message": f"bang {s}"} for s in range(3)]
     said = " ".join(written(write_run(tmp_path / "run", config(TITLES), rows))[1].texts)
     assert "0 of 3, 3 failed" in said
     assert all(f"bang {s}" in said for s in range(3))
     assert "Every seed of Backpropagation, SGD was stopped" in said
-    only = [r for r in rows if r["rule"] == "sgd"]
+    only = [r for r in rows if r["contender"] == "sgd"]
     text, page = written(write_run(tmp_path / "only", config({"sgd": "SGD"}), only))
-    assert "No rule has a seed with an evaluation to report." in text
+    assert "No contender has a seed with an evaluation to report." in text
     assert any(v.startswith("data:image") for v in page.values)  # the stopped seeds' own curves
 
 
 def test_single_seed_and_single_rule_say_so(tmp_path: Path) -> None:
     text = written(write_run(tmp_path / "run", config(ONE, seeds=1), curves(ONE, seeds=1)))[0]
-    assert "1 rule × 1 seed" in text  # noqa: RUF001
+    assert "1 contender × 1 seed" in text  # noqa: RUF001
     assert "One seed, so no spread is known" in text
     assert "mean and range" not in text.lower()
     assert "★" not in text
 
 
 def test_regression_shows_losses_only(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", config(TITLES), curves(TITLES, accuracy=False))
+    path = write_run(tmp_path / "run", config(TITLES, metrics=["loss"]), curves(TITLES, metrics=["loss"]))
     text = written(path)[0]
     assert "accuracy" not in text.lower()
     assert [file.name for file in sorted((path / "figures").iterdir())] == ["alignment.png", "loss.png"]
@@ -191,14 +192,14 @@ def test_validation_is_not_called_test(tmp_path: Path) -> None:
 def test_nothing_recorded_yet(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", config(ONE), [])
     assert figures(read_run(path), tmp_path / "figures") == []
-    assert "No rule has a seed with an evaluation" in written(path)[0]
+    assert "No contender has a seed with an evaluation" in written(path)[0]
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a" / "run", config(ONE), curves(ONE))
     rows = [
         *curves(ONE, seeds=1),
-        {"kind": "warning", "rule": "adam", "seed": 0, "step": 5, "message": "slow"},
+        {"kind": "warning", "contender": "adam", "seed": 0, "step": 5, "message": "slow"},
     ]
     b = write_run(tmp_path / "b" / "run", config(ONE, seeds=1) | {"batch_size": 8}, rows)
     out = tmp_path / "both.html"
@@ -259,8 +260,8 @@ def test_the_enlarged_row_has_the_range_that_the_epochs_ask_for(tmp_path: Path) 
         if row["seed"] == 1 and "seconds" in row:
             row["seconds"] *= 4
     shown = entries([read_run(write_run(tmp_path / "run", config(TITLES), rows))])
-    figure = _accuracy(shown, ["epoch", "work", "seconds"], [])[2]
-    wanted = end_limits(list(_bands(shown, "epoch", "test_accuracy", scale=100).values()), higher_is_better=True)
+    figure = _course(shown, ACCURACY, ["epoch", "work", "seconds"], [])[0]
+    wanted = end_limits(list(_bands(shown, "epoch", "accuracy", 100).values()), higher_is_better=True)
     assert wanted is not None
     for axes in figure.axes[3:6]:
         assert axes.get_ylim() == pytest.approx((wanted[0], min(wanted[1], 100.5)))
@@ -288,3 +289,75 @@ def test_end_limits_show_the_end_and_leave_out_the_lost() -> None:
     assert 0.94 < limits[0] < 0.95
     assert 0.97 < limits[1] < 0.98
     assert end_limits([], higher_is_better=True) is None
+
+
+def test_each_metric_has_a_figure_and_a_column(tmp_path: Path) -> None:
+    metrics = ["r2", "accuracy", "loss"]
+    path = write_run(tmp_path / "run", config(TITLES, metrics=metrics), curves(TITLES, metrics=metrics))
+    text, page = written(path)
+    files = sorted(file.name for file in (path / "figures").iterdir())
+    assert files == ["accuracy.png", "alignment.png", "loss.png", "r2.png"]
+    assert text.index("<h2>R²</h2>") < text.index("<h2>Accuracy</h2>") < text.index("<h2>Loss</h2>")
+    head = "".join(f"<th>{name}</th>" for name in ("test accuracy (%)", "test loss", "train loss"))
+    assert "<th>test R²</th>" in text
+    assert head in text
+    assert "Test R²: the whole course above" in " ".join(page.texts)
+    assert "★ Highest mean" in text
+
+
+def test_a_diverging_contender_does_not_squeeze_the_others(tmp_path: Path) -> None:
+    rows = curves(TITLES, metrics=["r2"])
+    for row in rows:
+        if row["contender"] == "sgd" and row.get("step"):
+            row["r2"] = -1e6
+    shown = entries([read_run(write_run(tmp_path / "run", config(TITLES, metrics=["r2"]), rows))])
+    figure, caption = _course(shown, R2, ["epoch"], [])
+    assert -2 < figure.axes[0].get_ylim()[0] < -0.2
+    assert "Below the enlarged range: Backpropagation, SGD, which ends at -1e+06" in caption
+
+
+def test_counters_that_count_up_are_axes_and_wrap(tmp_path: Path) -> None:
+    rows = curves(TITLES)
+    for row in rows:
+        if row["contender"] == "adam" and row["kind"] == "eval":
+            row["counters"] = {
+                "calls": row["step"],
+                "env_steps": 2 * row["step"],
+                "bytes": 512,
+                "spikes": 7 * row["step"] % 90,
+            }
+    path = write_run(tmp_path / "run", config(TITLES), rows)
+    shown = entries([read_run(path)])
+    svg = draw(shown, ["svg"])[0].files["svg"].decode()
+    names = [name for name in ("epochs", "calls", "env steps", "bytes", "spikes") if f"<!-- {name} -->" in svg]
+    assert names == ["epochs", "calls", "env steps"]
+    figure = _course(shown, ACCURACY, ["epoch", "work", "seconds", "calls", "env_steps"], [])[0]
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    found = sorted((place.rowspan.start, place.colspan.start) for place in places if place is not None)
+    assert found == [(r, c) for r in range(4) for c in range(3 if r < 2 else 2)]
+    assert len({axes.get_ylim() for axes in figure.axes}) == 2  # one for each row of panels
+    text = written(path)[0]
+    assert "<th>calls</th><th>env steps</th><th>bytes</th><th>spikes</th>" in text
+    assert "<td>300</td><td>600</td><td>512</td>" in text
+
+
+def test_rules_have_colours_and_nets_have_lines(tmp_path: Path) -> None:
+    rules = {"adam": "Adam", "sgd": "SGD"}
+    run = read_run(write_run(tmp_path / "two", config(rules, nets=["a", "b"]), []))
+    adam, sgd, other_adam, other_sgd = entries([run])
+    assert (adam.color, sgd.color) == ("#D55E00", "#E69F00") == (other_adam.color, other_sgd.color)
+    assert adam.line == sgd.line != other_adam.line == other_sgd.line
+    assert [e.label for e in (adam, other_sgd)] == ["Adam, a", "SGD, b"]
+    one_rule = read_run(write_run(tmp_path / "one", config(ONE, nets=["a", "b", "c"]), []))
+    many_nets = read_run(write_run(tmp_path / "many", config(rules, nets=list("abcde")), []))
+    for found in (entries([one_rule]), entries([many_nets])):
+        assert len({e.color for e in found}) == len(found)
+
+
+def test_warm_starts_of_several_nets_are_told_apart(tmp_path: Path) -> None:
+    settings = config(ONE, nets=["a", "b"]) | {"warm_start_rule": {"name": "sgd", "title": "SGD"}}
+    rows = curves(["a/adam", "b/adam"]) + curves(["warm-start=a/sgd", "warm-start=b/sgd"], epochs=1)
+    text = written(write_run(tmp_path / "run", settings, rows))[0]
+    assert "Contenders start from the weights of SGD (a/sgd) after 1 epochs, accuracy" in text
+    assert "SGD, warm start (b/sgd)" in text
+    assert "2 contenders × 3 seeds" in text  # noqa: RUF001

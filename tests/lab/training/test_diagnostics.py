@@ -25,7 +25,7 @@ from beyondprop import (
     NonFiniteError,
     alignment,
 )
-from beyondprop.lab.registry import get, names
+from beyondprop.lab.registry import rules
 from beyondprop.stages.chain import Trace
 from beyondprop.stages.losses import LossPoint
 
@@ -189,10 +189,10 @@ def test_alignment_measures_what_differs() -> None:
     assert still.norm_ratio == 0.0
 
 
-@pytest.mark.parametrize("name", [n for n in names() if not get(n).whole_set])
+@pytest.mark.parametrize("name", [n for n in rules.names() if not rules.get(n).whole_set])
 @pytest.mark.parametrize("of", ["gradient", "update"])
 def test_alignment_changes_nothing(name: str, of: str) -> None:
-    spec = get(name)
+    spec = rules.get(name)
     rule = spec.build(mixed(), nn.CrossEntropyLoss(), spec.lr)
     x, y = blobs(12)
     rule.step(x, y)

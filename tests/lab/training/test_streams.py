@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Memory, data
 from beyondprop.data import Dataset
-from beyondprop.data.streams import PermutedStream, SplitStream, Task
+from beyondprop.data.streams import PermutedStream, SplitStream, StreamTask
 from beyondprop.errors import DataUnavailableError
 from beyondprop.lab.recipes import streams as recipe
 from beyondprop.lab.recipes._base import Context
@@ -30,7 +30,7 @@ def digits() -> Dataset:
     return data.load("digits")
 
 
-def everything(task: Task, seed: int = 0, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def everything(task: StreamTask, seed: int = 0, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     pairs = list(task.batches(batch_size, generator=torch.Generator().manual_seed(seed)))
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 

@@ -96,23 +96,23 @@ def test_evaluation_by_hand_and_modes_restored() -> None:
     model[1].eval()
     x = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]))
     y = torch.tensor([0, 1, 1])
-    found = evaluate(model, nn.CrossEntropyLoss(), x, y)
-    assert found.loss == pytest.approx(-(math.log(0.5) + math.log(0.75) + math.log(0.1)) / 3, rel=1e-6)
-    assert found.accuracy == pytest.approx(2 / 3)
+    found = evaluate(model, (x, y), nn.CrossEntropyLoss())
+    assert found["loss"] == pytest.approx(-(math.log(0.5) + math.log(0.75) + math.log(0.1)) / 3, rel=1e-6)
+    assert found["accuracy"] == pytest.approx(2 / 3)
     assert model[0].training
     assert not model[1].training
-    summed = evaluate(model, nn.CrossEntropyLoss(reduction="sum"), x, y)
-    assert summed.loss == pytest.approx(found.loss)
+    summed = evaluate(model, (x, y), nn.CrossEntropyLoss(reduction="sum"))
+    assert summed["loss"] == pytest.approx(found["loss"])
 
 
 def test_evaluation_in_slices_counts_every_row_once() -> None:
     data = make_data(rows=10, test_rows=2500)
     model = make_net()
-    found = evaluate(model, nn.CrossEntropyLoss(), data.x_test, data.y_test)
+    found = evaluate(model, (data.x_test, data.y_test), nn.CrossEntropyLoss())
     with torch.no_grad():
         output = model(data.x_test)
-    assert found.loss == pytest.approx(float(nn.CrossEntropyLoss()(output, data.y_test)), rel=1e-5)
-    assert found.accuracy == int((output.argmax(1) == data.y_test).sum()) / 2500
+    assert found["loss"] == pytest.approx(float(nn.CrossEntropyLoss()(output, data.y_test)), rel=1e-5)
+    assert found["accuracy"] == int((output.argmax(1) == data.y_test).sum()) / 2500
 
 
 def test_rows_of_a_run() -> None:
@@ -138,7 +138,7 @@ def test_train_loss_is_the_mean_over_rows_since_the_last_evaluation() -> None:
     data, model = make_data(rows=50), make_net()
     frozen = Backprop(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.0))
     history = fit(frozen, data, epochs=2, batch_size=20, schedule="constant")
-    expected = evaluate(model, nn.CrossEntropyLoss(), data.x_train, data.y_train).loss
+    expected = evaluate(model, (data.x_train, data.y_train), nn.CrossEntropyLoss())["loss"]
     assert [r["train_loss"] for r in history.evaluations[1:]] == pytest.approx([expected] * 2, rel=1e-5)
 
 
@@ -234,11 +234,11 @@ def test_regression_has_a_loss_and_no_accuracy() -> None:
     data.y_train, data.y_test = data.x_train[:, :2] * 2, data.x_test[:, :2] * 2
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     history = fit(Backprop(model, nn.MSELoss(), torch.optim.Adam), data, epochs=2, batch_size=20)
-    assert all("test_accuracy" not in r for r in history.evaluations)
-    assert history.evaluations[-1]["test_loss"] < history.evaluations[0]["test_loss"]
+    assert all("accuracy" not in r for r in history.evaluations)
+    assert history.evaluations[-1]["loss"] < history.evaluations[0]["loss"]
     with torch.no_grad():
         output = model(data.x_test)
-    assert history.evaluations[-1]["test_loss"] == pytest.approx(float(nn.MSELoss()(output, data.y_test)), rel=1e-5)
+    assert history.evaluations[-1]["loss"] == pytest.approx(float(nn.MSELoss()(output, data.y_test)), rel=1e-5)
 
 
 def test_early_stop_after_patience_without_improvement() -> None:
@@ -275,7 +275,7 @@ def test_nan_in_the_data_is_a_failed_row_and_an_error() -> None:
 def test_non_finite_test_loss_is_null() -> None:
     data = make_data()
     data.x_test[3, 0] = math.nan
-    assert fit(sgd(make_net()), data, epochs=1, batch_size=20).evaluations[-1]["test_loss"] is None
+    assert fit(sgd(make_net()), data, epochs=1, batch_size=20).evaluations[-1]["loss"] is None
 
 
 class Complaining(Spy):
@@ -340,4 +340,4 @@ def test_a_rule_of_ones_own_trains_too() -> None:
             return StepResult(loss.detach(), output.detach())
 
     evaluations = fit(SignDescent(make_net()), make_data(), epochs=10, batch_size=20).evaluations
-    assert evaluations[-1]["test_accuracy"] > evaluations[0]["test_accuracy"]
+    assert evaluations[-1]["accuracy"] > evaluations[0]["accuracy"]

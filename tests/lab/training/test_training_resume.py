@@ -43,7 +43,7 @@ def build(name: str) -> LearningRule:
         nn.ReLU(),
         nn.Linear(7, 3),
     )
-    spec = registry.get(name)
+    spec = registry.rules.get(name)
     return spec.build(net, nn.CrossEntropyLoss(), spec.lr)
 
 
@@ -72,7 +72,7 @@ def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names() if not registry.get(n).whole_set])
+@pytest.mark.parametrize("name", [n for n in registry.rules.names() if not registry.rules.get(n).whole_set])
 def test_resumed_in_mid_epoch_equals_undisturbed(name: str, tmp_path: Path) -> None:
     data, whole = make_data(), build(name)
     expected = fit(whole, data, **CALL).rows
@@ -136,11 +136,11 @@ def test_stopped_at_the_end_of_an_epoch_or_of_the_run(stop: int) -> None:
 def test_early_stop_is_remembered() -> None:
     data = make_data()
     model = nn.Linear(6, 3)
-    frozen = registry.get("sgd").build(model, nn.CrossEntropyLoss(), 1e-12)
+    frozen = registry.rules.get("sgd").build(model, nn.CrossEntropyLoss(), 1e-12)
     states: list[Any] = []
     history = fit(frozen, data, **CALL, early_stop=2, save=lambda s: states.append(copy.deepcopy(s)))
     assert history.stopped_early
-    again = registry.get("sgd").build(nn.Linear(6, 3), nn.CrossEntropyLoss(), 1e-12)
+    again = registry.rules.get("sgd").build(nn.Linear(6, 3), nn.CrossEntropyLoss(), 1e-12)
     rows = fit(again, data, **CALL, early_stop=2, resume=states[-1]).rows
     assert [r["kind"] for r in rows] == ["finished"]
     assert rows[0]["step"] == 14

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from beyondprop.lab.comparing.comparison import compare, resume
+    from beyondprop.lab.comparing.member import Contender, Member, Observer, Silent
+    from beyondprop.lab.comparing.plan import Plan, prepare
     from beyondprop.lab.comparing.settings import Settings
 
 _HOMES = {
@@ -14,13 +16,29 @@ _HOMES = {
         "compare",
         "resume",
     ),
+    "beyondprop.lab.comparing.member": (
+        "Contender",
+        "Member",
+        "Observer",
+        "Silent",
+    ),
+    "beyondprop.lab.comparing.plan": (
+        "Plan",
+        "prepare",
+    ),
     "beyondprop.lab.comparing.settings": ("Settings",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Contender",
+    "Member",
+    "Observer",
+    "Plan",
     "Settings",
+    "Silent",
     "compare",
+    "prepare",
     "resume",
 ]
 

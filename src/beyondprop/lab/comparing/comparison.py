@@ -1,4 +1,4 @@
-"""Every rule with every seed on the same work: the same initial weights, batches, schedule and clock, in one run directory."""
+"""Every contender with every seed on the same work: initial weights, batches, schedule and clock, in one run directory."""
 
 from __future__ import annotations
 
@@ -6,79 +6,88 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from beyondprop.data import Dataset
 from beyondprop.lab.comparing import tuning
-from beyondprop.lab.comparing.member import Member, Observer, Silent, build, seeded
-from beyondprop.lab.comparing.plan import Plan, load_plugins, prepare
-from beyondprop.lab.comparing.settings import WARM_START, Settings
-from beyondprop.lab.registry import RuleSpec
+from beyondprop.lab.comparing.member import Contender, Member, Observer, Silent, seeded
+from beyondprop.lab.comparing.plan import Nets, Plan, at_seed, prepare
+from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.context import deferred_interrupt, recorded_warnings
-from beyondprop.lab.runs.directory import Row, RunDirectory, check_free, default_path, read_config
+from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
 from beyondprop.lab.runs.environment import environment
-from beyondprop.lab.training.fit import fit
-from beyondprop.lab.training.loop import Failed, History, State
-
-__all__ = [
-    "Member",
-    "Observer",
-    "Plan",
-    "Settings",
-    "Silent",
-    "compare",
-    "go_on",
-    "load_plugins",
-    "prepare",
-    "resume",
-    "run",
-]
+from beyondprop.lab.runs.recorded import WARM_START, Row, read_config
+from beyondprop.lab.tasks import Task
+from beyondprop.lab.training import Failed, History, State, Training, fit
 
 
 def compare(
-    settings: Settings | None = None, *, out: str | Path | None = None, observer: Observer | None = None
+    settings: Settings | None = None,
+    *,
+    task: Task | None = None,
+    nets: Nets | None = None,
+    out: str | Path | None = None,
+    observer: Observer | None = None,
 ) -> Path:
     """Run a comparison and return its run directory.
 
-    A rule that meets a non-finite number fails with that seed alone, which is recorded; the others go on.
+    A contender that meets a non-finite number fails with that seed alone, which is recorded; the others go on.
 
     Args:
         settings: what to compare; default: `Settings()`.
-        out: the run directory, which must be free; default: one in `runs/` named by time, data and net.
+        task: a task of one's own, such as `Task.from_arrays(x, y)`, in place of `settings.data`.
+        nets: networks of one's own by name, modules or functions `build(input_shape, outputs)`; where `settings` names none of
+            them, they are the nets that are compared.
+        out: the run directory, which must be free; default: one in `runs/` named by time, task and net.
         observer: who is told how it goes.
 
     Raises:
         ValueError: if a setting is wrong; the message says what is accepted.
-        UnsupportedModelError: if one of the rules cannot train the net.
+        UnsupportedModelError: if one of the rules cannot train a net.
         FileExistsError: if there is something at `out` already.
         KeyboardInterrupt: after Ctrl-C, with the state saved.
     """
     path = None if out is None else Path(out)
     if path is not None:
         check_free(path)
-    return run(prepare(settings or Settings()), path, observer)
+    settings = settings or Settings()
+    if nets and not set(nets) & set(settings.nets):
+        settings = replace(settings, nets=tuple(nets))
+    return run(prepare(settings, task=task, nets=nets), path, observer)
 
 
-def resume(path: str | Path, *, observer: Observer | None = None) -> Path:
+def resume(
+    path: str | Path,
+    *,
+    task: Task | None = None,
+    nets: Nets | None = None,
+    observer: Observer | None = None,
+) -> Path:
     """Go on with a comparison that was stopped; what is done is not done again.
+
+    Args:
+        path: its run directory.
+        task: the task that it was begun with, where that was one of one's own.
+        nets: likewise the networks.
+        observer: who is told how it goes.
 
     Raises:
         FileNotFoundError: if there is no run directory at `path`.
         ValueError: if a file in it is damaged.
         RuntimeError: if another process is writing it.
     """
-    return go_on(prepare(Settings.from_config(read_config(Path(path)))), Path(path), observer)
+    settings = Settings.from_config(read_config(Path(path)))
+    return go_on(prepare(settings, task=task, nets=nets), Path(path), observer)
 
 
 def run(plan: Plan, path: Path | None = None, observer: Observer | None = None) -> Path:
     """Run a prepared comparison in a new run directory; see `compare`."""
     settings = plan.settings
     with _threads(settings.threads):
-        path = path or default_path(settings.data, settings.net)
+        path = path or default_path(plan.task.name, settings.nets[0] if len(settings.nets) == 1 else "nets")
         with RunDirectory.create(path, _config(plan), environment(settings.device)) as directory:
             _run(plan, directory, observer or Silent())
     return path
@@ -93,48 +102,45 @@ def go_on(plan: Plan, path: Path, observer: Observer | None = None) -> Path:
 
 
 def _run(plan: Plan, directory: RunDirectory, observer: Observer) -> None:
-    settings = plan.settings
     # Tuning done before is read from its rows, so the list of what is left is the same whoever asks.
-    done = {(r["rule"], r["lr"]) for r in directory.rows if r.get("kind") == "tuning"}
-    candidates = [m for m in tuning.candidates(plan) if (m.spec.name, m.lr) not in done]
+    done = {(r["contender"], r["lr"]) for r in directory.rows if r.get("kind") == "tuning"}
+    candidates = [m for m in tuning.candidates(plan) if (m.name, m.lr) not in done]
     left = list(_left(plan, directory))
     observer.start(directory.path, [*candidates, *left])
-    if candidates and plan.tuning_data is not None:
-        held = plan.tuning_data.to(settings.device)
-        start = tuning.warm_start(held, plan)
-        for member in candidates:
-            tuning.tune(member, held, plan, directory, observer, start)
+    starts: dict[str, tuning.WarmStart | None] = {}
+    for member in candidates:
+        net = member.contender.net
+        if net not in starts:
+            starts[net] = tuning.warm_start(member.contender, plan)
+        tuning.tune(member, plan, directory, observer, starts[net])
     chosen = tuning.chosen(plan, directory)
     directory.config = _config(plan, chosen)
     directory.write_config()
-    dataset = plan.data.to(settings.device)
     for member in left:
-        tuned = member if member.warm_start else replace(member, lr=chosen.get(member.spec.name, member.lr))
-        _train(tuned, dataset, plan, directory, observer)
+        tuned = member if member.warm_start else replace(member, lr=chosen.get(member.name, member.lr))
+        _train(tuned, plan, directory, observer)
 
 
 def _left(plan: Plan, directory: RunDirectory) -> Iterator[Member]:
-    """Yield the trainings that have not ended, each seed's warm start before the rules that go on from it."""
-    settings = plan.settings
-    for seed in settings.seeds:
-        own = [spec for spec in plan.specs if not directory.ended(spec.name, seed)]
-        if own and plan.warm_spec is not None:
-            warm = Member(plan.warm_spec, seed, _rate(plan, plan.warm_spec), settings.warm_epochs, warm_start=True)
-            if not directory.ended(warm.name, seed):
-                yield warm
-        for spec in own:
-            yield Member(spec, seed, _rate(plan, spec), settings.epochs - settings.warm_epochs)
+    """Yield the trainings that have not ended, each net's and seed's warm start before those that go on from it."""
+    for seed in plan.settings.seeds:
+        own = [contender for contender in plan.contenders if not directory.ended(contender.name, seed)]
+        begun: set[str] = set()
+        for contender in own:
+            if plan.warm_spec is not None and contender.net not in begun:
+                begun.add(contender.net)
+                rate, epochs = plan.rate(plan.warm_spec), plan.settings.warm_epochs
+                warm = Member(plan.warm(contender), seed, rate, epochs, warm_start=True)
+                if not directory.ended(warm.name, seed):
+                    yield warm
+            yield Member(contender, seed, plan.rate(contender.rule), plan.epochs - plan.settings.warm_epochs)
 
 
-def _rate(plan: Plan, spec: RuleSpec) -> float:
-    return plan.settings.lr.get(spec.name, spec.lr)
-
-
-def _train(member: Member, dataset: Dataset, plan: Plan, directory: RunDirectory, observer: Observer) -> None:
+def _train(member: Member, plan: Plan, directory: RunDirectory, observer: Observer) -> None:
     settings, name, seed = plan.settings, member.name, member.seed
 
     def log(row: Row) -> None:
-        row = {"kind": row["kind"], "rule": name, "seed": seed, **row}
+        row = {"kind": row["kind"], "contender": name, "seed": seed, **row}
         directory.append(row)
         observer.row(member, row)
 
@@ -142,11 +148,11 @@ def _train(member: Member, dataset: Dataset, plan: Plan, directory: RunDirectory
     start: State | None = None
     after: History | None = None
     if plan.warm_spec is not None and not member.warm_start:
-        before = WARM_START + plan.warm_spec.name
-        after = History([r for r in directory.rows if (r.get("rule"), r.get("seed")) == (before, seed)])
+        before = WARM_START + plan.warm(member.contender).name
+        after = History([r for r in directory.rows if (r.get("contender"), r.get("seed")) == (before, seed)])
         failure = next((r for r in after.rows if r["kind"] == "failed"), None)
         if failure is not None:
-            log({**failure, "rule": name, "message": f"The warm start failed: {failure['message']}"})
+            log({**failure, "contender": name, "message": f"The warm start failed: {failure['message']}"})
             observer.end(member)
             return
         start = directory.load(before, seed)
@@ -156,52 +162,64 @@ def _train(member: Member, dataset: Dataset, plan: Plan, directory: RunDirectory
             )
     state = directory.load(name, seed)
     seen: list[str] = []
+    task = at_seed(plan.task, seed, settings.device)
+    training = Training(
+        epochs=plan.epochs,
+        stop=settings.warm_epochs if member.warm_start else None,
+        batch_size=settings.batch_size,
+        seed=seed,
+        schedule=member.spec.schedule or settings.schedule,
+        evaluate_every=settings.evaluate_every,
+        alignment=settings.alignment,
+        early_stop=None if member.warm_start else settings.early_stop,
+        whole_set=member.spec.whole_set or None,
+    )
     with seeded(seed, settings.device), deferred_interrupt() as interrupted:
         with recorded_warnings(
             seen, lambda text: None if state else log({"kind": "warning", "step": 0, "epoch": 0.0, "message": text})
         ):
-            rule = build(member, dataset, settings, start)
+            rule = plan.build(member, task, start)
         with suppress(*Failed):  # recorded by then
             fit(
                 rule,
-                dataset,
-                epochs=settings.epochs,
-                stop=settings.warm_epochs if member.warm_start else None,
+                task,
+                training,
                 after=after,
-                batch_size=settings.batch_size,
-                seed=seed,
-                schedule=member.spec.schedule or settings.schedule,
-                evaluate_every=settings.evaluate_every,
-                alignment=settings.alignment,
-                early_stop=None if member.warm_start else settings.early_stop,
                 log=log,
                 progress=lambda step, steps: observer.progress(member, step, steps),
                 save=lambda tree: directory.save(name, seed, tree),
                 resume=state,
                 interrupted=interrupted,
-                whole_set=member.spec.whole_set or None,
             )
     observer.end(member)
 
 
 def _config(plan: Plan, chosen: dict[str, float] | None = None) -> dict[str, Any]:
-    settings, chosen = plan.settings, chosen or {}
-    rules: list[dict[str, Any]] = []
-    for spec in plan.specs:
-        described = _described(plan, spec, chosen.get(spec.name))
-        if spec.name in chosen:
-            described["settings"]["lr_tuned_over"] = list(spec.grid)
-        rules.append(described)
-    warm = {} if plan.warm_spec is None else {"warm_start_rule": _described(plan, plan.warm_spec)}
-    return {**settings.to_config(), **warm, "rules": rules}
-
-
-def _described(plan: Plan, spec: RuleSpec, lr: float | None = None) -> dict[str, Any]:
-    values = {
-        "lr": _rate(plan, spec) if lr is None else lr,
-        "schedule": spec.schedule or plan.settings.schedule,
+    chosen = chosen or {}
+    contenders: list[dict[str, Any]] = []
+    for contender in plan.contenders:
+        described = _described(plan, contender, chosen.get(contender.name))
+        if contender.name in chosen:
+            described["settings"]["lr_tuned_over"] = list(contender.rule.grid)
+        contenders.append(described)
+    warm = {}
+    if plan.warm_spec is not None:
+        warm = {"warm_start_rule": _described(plan, Contender("", plan.warm_spec))}
+    return {
+        **plan.settings.to_config(),
+        "name": plan.task.name,
+        "sample": plan.task.sample,
+        **warm,
+        "metrics": [asdict(metric) for metric in plan.task.metrics],
+        "contenders": contenders,
     }
-    return {"name": spec.name, "title": spec.title, "summary": spec.summary, "settings": values}
+
+
+def _described(plan: Plan, contender: Contender, lr: float | None = None) -> dict[str, Any]:
+    spec = contender.rule
+    values = {"lr": plan.rate(spec) if lr is None else lr, "schedule": spec.schedule or plan.settings.schedule}
+    named = {"name": contender.name, "title": contender.title, "summary": spec.summary}
+    return named | {"rule": spec.name, "net": contender.net, "settings": values}
 
 
 @contextmanager

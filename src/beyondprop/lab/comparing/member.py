@@ -1,4 +1,4 @@
-"""One training of a comparison, and who watches it."""
+"""Contenders, one training of a comparison, and who watches it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,34 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
 
-from beyondprop.data import Dataset
-from beyondprop.lab import nets
-from beyondprop.lab.comparing.settings import WARM_START, Settings
 from beyondprop.lab.registry import RuleSpec
-from beyondprop.lab.runs.directory import Row
-from beyondprop.lab.training.loop import State
-from beyondprop.rules.base import LearningRule
+from beyondprop.lab.runs.recorded import WARM_START, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """What is compared: a net with a rule.
+
+    Attributes:
+        net: the net's form.
+        rule: the rule.
+        several: whether there are several nets, so that the name has the net, too.
+    """
+
+    net: str
+    rule: RuleSpec
+    several: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its rows go by."""
+        return f"{self.rule.name} {self.net}" if self.several else self.rule.name
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"{self.rule.title}, {self.net}" if self.several else self.rule.title
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +44,15 @@ class Member:
     """One training of a comparison.
 
     Attributes:
-        spec: the rule.
+        contender: the net and the rule.
         seed: the seed.
         lr: the learning rate.
         epochs: how long it trains.
         tuning: whether it is one of the trainings that a learning rate is chosen by.
-        warm_start: whether it is what the other trainings with this seed start with.
+        warm_start: whether it is what the other trainings of its net with this seed start with.
     """
 
-    spec: RuleSpec
+    contender: Contender
     seed: int
     lr: float
     epochs: float
@@ -41,9 +60,14 @@ class Member:
     warm_start: bool = False
 
     @property
+    def spec(self) -> RuleSpec:
+        """The rule."""
+        return self.contender.rule
+
+    @property
     def name(self) -> str:
         """What its rows and its checkpoint go by; no rule's name has an equals sign."""
-        return f"{WARM_START}{self.spec.name}" if self.warm_start else self.spec.name
+        return f"{WARM_START}{self.contender.name}" if self.warm_start else self.contender.name
 
 
 class Observer(Protocol):
@@ -82,18 +106,6 @@ class Silent:
 
     def end(self, member: Member) -> None:
         """See `Observer`."""
-
-
-def build(member: Member, dataset: Dataset, settings: Settings, start: State | None = None) -> LearningRule:
-    """Build a training's network and rule, from the global random state or from the state that a warm start left."""
-    # The weights come first from the seed, on the CPU: the same for every rule and device.
-    model = nets.build(settings.net, dataset.input_shape, dataset.num_classes).to(settings.device)
-    if start is not None:
-        model.load_state_dict(start["model"])
-        torch.set_rng_state(start["random"])
-        if settings.device == "cuda" and "random_cuda" in start:
-            torch.cuda.set_rng_state(start["random_cuda"])
-    return member.spec.build(model, nn.CrossEntropyLoss(), member.lr)
 
 
 @contextmanager

@@ -2,68 +2,150 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
-from beyondprop import data
-from beyondprop.data import Dataset
+from beyondprop import _checks
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.lab import nets, registry
-from beyondprop.lab.comparing.settings import Settings
-from beyondprop.lab.registry import RuleSpec
-from beyondprop.lab.training import schedules
-from beyondprop.lab.training.loop import epoch_of, stop_step
+from beyondprop.lab import registry, tasks
+from beyondprop.lab.comparing.member import Contender, Member
+from beyondprop.lab.comparing.settings import EPOCHS, Settings
+from beyondprop.lab.nets import spec_of
+from beyondprop.lab.registry import Progress, RuleSpec, load_plugins
+from beyondprop.lab.tasks import Task, check_net
+from beyondprop.lab.training import State, schedules
+from beyondprop.lab.training.calendar import Calendar, stop_step
+from beyondprop.rules.base import LearningRule
+from beyondprop.stages.losses import LossFunction
 
 VALIDATION = 1 / 6
 """Share of the training rows that a validation split holds out: as many as MNIST has test rows."""
+DRAWN_SEED = 100
 
-_loaded_plugins: set[str] = set()
+Nets = Mapping[str, nn.Module | Callable[[tuple[int, ...], int], nn.Module]]
+"""Networks of one's own by name: a module, whose weights all seeds start from, or a function of input shape and outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A comparison whose settings were found good and whose data is loaded.
+    """A comparison whose settings were found good and whose task is loaded.
 
     Attributes:
-        settings: with the device and the threads that they come down to.
-        specs: the rules, in the settings' order.
-        data: the training rows, and those that are evaluated on.
-        tuning_data: the same without the test rows; None where nothing is tuned.
+        settings: with the device, the threads and the epochs that they come down to.
+        contenders: nets x rules, in the settings' order.
+        task: with the rows that are evaluated on.
+        tuning_task: the same without the test rows; None where nothing is tuned.
         warm_spec: the rule that every training starts with; None where there is no warm start.
+        nets: networks that were handed over.
     """
 
     settings: Settings
-    specs: tuple[RuleSpec, ...]
-    data: Dataset
-    tuning_data: Dataset | None
+    contenders: tuple[Contender, ...]
+    task: Any
+    tuning_task: Any
     warm_spec: RuleSpec | None = None
+    nets: Nets = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs of a training."""
+        assert self.settings.epochs is not None
+        return self.settings.epochs
+
+    @property
+    def tune_epochs(self) -> float:
+        """Epochs of a training in tuning."""
+        return self.settings.tune_epochs or self.epochs
+
+    @property
+    def tune_seed(self) -> int:
+        """Seed of the trainings in tuning."""
+        if self.settings.tune_seed is not None:
+            return self.settings.tune_seed
+        is_drawn = getattr(self.task, "is_fresh", False) or getattr(self.task, "draw", None) is not None
+        return DRAWN_SEED if is_drawn else self.settings.seeds[0]
+
+    def rate(self, spec: RuleSpec) -> float:
+        """Return the learning rate of a rule."""
+        return self.settings.rates.get(spec.name, spec.lr)
+
+    def warm(self, contender: Contender) -> Contender:
+        """Return what a contender's trainings start with."""
+        assert self.warm_spec is not None
+        return replace(contender, rule=self.warm_spec)
+
+    def build(self, member: Member, task: Task, start: State | None = None) -> LearningRule:
+        """Build a training's network and rule, from the global random state or from the state that a warm start left."""
+        # The weights come first from the seed, on the CPU: the same for every rule and device.
+        model = make_net(task, member.contender.net, self.nets).to(self.settings.device)
+        if start is not None:
+            model.load_state_dict(start["model"])
+            torch.set_rng_state(start["random"])
+            if self.settings.device == "cuda" and "random_cuda" in start:
+                torch.cuda.set_rng_state(start["random_cuda"])
+        return member.spec.build(model, loss_of(task, member.contender.net, self.nets), member.lr)
 
 
-def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Plan:
-    """Check the settings against what there is, and load the data.
+def make_net(task: Task, form: str, nets: Nets) -> nn.Module:
+    """Return a net that was handed over, or the task's of that form."""
+    if form not in nets:
+        return task.net(form)
+    given = nets[form]
+    if isinstance(given, nn.Module):
+        return copy.deepcopy(given)
+    model = given(tuple(task.x_train.shape[1:]), getattr(task, "outputs", 0))
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"net {form!r} must return a torch.nn.Module, got {type(model).__name__}.")
+    return model
+
+
+def loss_of(task: Task, form: str, nets: Nets) -> LossFunction:
+    """Return the loss that a net brings along, else the task's."""
+    own = None if form in nets or ".py:" in form else spec_of(form).loss
+    return task.loss if own is None else own
+
+
+def at_seed(task: Any, seed: int, device: str) -> Any:
+    """Return the task as a seed draws it, on the device."""
+    return (task.drawn(seed) if hasattr(task, "drawn") else task).to(device)
+
+
+def prepare(
+    settings: Settings,
+    *,
+    task: Task | None = None,
+    nets: Nets | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Check the settings against what there is, and load the task.
 
     Args:
         settings: what to compare.
+        task: a task of one's own, in place of the one that the settings name.
+        nets: networks of one's own by the names that the settings have for them.
         progress: called during downloads, see `data.load`.
 
     Raises:
         ValueError: if a setting is wrong; the message says what is accepted.
         ImportError: if a plugin cannot be loaded.
-        UnsupportedModelError: if one of the rules cannot train the net.
+        UnsupportedModelError: if one of the rules cannot train a net.
         DataUnavailableError: if the data is not at hand and cannot be downloaded.
     """
+    nets = dict(nets or {})
     load_plugins(settings.plugins)
-    specs = tuple(registry.get(_known("rule", name, registry.names())) for name in settings.rules)
+    specs = tuple(registry.rules.get(name) for name in settings.rules)
     warm_spec = None
     if settings.warm_rule is not None:
-        warm_spec = registry.get(_known("the rule of warm_start", settings.warm_rule, registry.names()))
-    info = data.describe(_known("data", settings.data, data.names()))
+        warm_spec = registry.rules.get(
+            _checks.one_of("the rule of warm_start", settings.warm_rule, registry.rules.names())
+        )
     trained = specs if warm_spec is None else tuple(dict.fromkeys((*specs, warm_spec)))
     whole = [spec.name for spec in trained if spec.whole_set]
     if warm_spec is not None and whole:
@@ -73,32 +155,54 @@ def prepare(settings: Settings, *, progress: data.Progress | None = None) -> Pla
         )
     for schedule in {settings.schedule, *(spec.schedule for spec in trained)} - {None}:
         schedules.factor(schedule, 1, 1)
+    for form in settings.nets:
+        if form not in nets and ".py:" not in form:
+            spec_of(form)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no CUDA device; use 'cpu' or 'auto'.")
-    settings = replace(settings, device=device)
-    for spec in trained:
+    found: Any = tasks.load(settings.form, progress) if task is None else task
+    fixed = getattr(found, "epochs", None)
+    if fixed is not None and settings.epochs is not None and settings.epochs > fixed:
+        raise ValueError(f"epochs must be at most {fixed}, the tasks of {found.name}, got {settings.epochs:g}.")
+    settings = replace(settings, device=device, epochs=float(settings.epochs or fixed or EPOCHS))
+    evaluated = found
+    if settings.validation:
+        if getattr(found, "is_fresh", False):
+            raise ValueError(
+                f"validation holds rows out; {found.name} draws fresh ones, and tunes with a seed of its own."
+            )
+        evaluated = found.held_out(VALIDATION)
+    if not evaluated.metrics:
+        raise ValueError(
+            f"{found.name!r} has no test rows to compare on; use validation, or hold some out with test=0.2."
+        )
+    tuning_task = found.held_out(VALIDATION) if settings.tune else None
+    several = len(settings.nets) > 1
+    contenders = tuple(Contender(net, spec, several) for net, spec in product(settings.nets, specs))
+    plan = Plan(settings, contenders, evaluated, tuning_task, warm_spec, nets)
+    _check_contenders(plan, trained)
+    return plan
+
+
+def _check_contenders(plan: Plan, trained: Sequence[RuleSpec]) -> None:
+    settings, task = plan.settings, plan.task
+    for form in settings.nets:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, and are recorded, when the rule trains
-            model = nets.build(settings.net, info.input_shape, len(info.classes))
-            try:
-                spec.build(model, nn.CrossEntropyLoss(), spec.lr)
-            except UnsupportedModelError as error:
-                raise UnsupportedModelError(f"{spec.name} cannot train {settings.net}: {error}") from error
-            if settings.batch_size == 1:
-                _check_single_row(settings.net, model, torch.zeros(1, *info.input_shape))
-    full = data.load(settings.data, progress=progress)
-    split = None
-    if settings.validation or settings.tune:
-        split = full.split_validation(VALIDATION, generator=torch.Generator().manual_seed(0))
-    evaluated = split if settings.validation and split is not None else full
-    plan = Plan(settings, specs, evaluated, split if settings.tune else None, warm_spec)
-    if warm_spec is not None:
-        with torch.random.fork_rng(devices=[]):
-            _check_warm_start(plan, nets.build(settings.net, info.input_shape, len(info.classes)))
-    return plan
+            model = make_net(task, form, plan.nets)
+            check_net(task, model, form)
+            for spec in trained:
+                try:
+                    spec.build(copy.deepcopy(model), loss_of(task, form, plan.nets), spec.lr)
+                except UnsupportedModelError as error:
+                    raise UnsupportedModelError(f"{spec.name} cannot train {form}: {error}") from error
+            if settings.batch_size == 1 and not getattr(model, "costly", False):
+                _check_single_row(form, model, task.x_train[:1])
+            if plan.warm_spec is not None:
+                _check_warm_start(plan, model)
 
 
 def _check_single_row(net: str, model: nn.Module, x: torch.Tensor) -> None:
@@ -113,41 +217,19 @@ def _check_single_row(net: str, model: nn.Module, x: torch.Tensor) -> None:
 
 def _check_warm_start(plan: Plan, model: nn.Module) -> None:
     settings = plan.settings
-    trainings = [(plan.data, settings.epochs)]
-    if plan.tuning_data is not None:
-        trainings.append((plan.tuning_data, settings.tune_epochs or settings.epochs))
-    for dataset, epochs in trainings:
-        per_epoch, _ = epoch_of(model, len(dataset.x_train), settings.batch_size)
-        steps = max(1, round(epochs * per_epoch))
+    trainings = [(plan.task, plan.epochs)]
+    if plan.tuning_task is not None:
+        trainings.append((plan.tuning_task, plan.tune_epochs))
+    for task, epochs in trainings:
+        calendar = Calendar.of(model, task, settings.batch_size)
+        steps = max(1, calendar.step_at(epochs))
+        if settings.warm_epochs >= epochs:
+            raise ValueError(
+                f"warm_start takes {settings.warm_epochs:g} of epochs={epochs:g}; it must leave some to the rules."
+            )
         try:
-            stop_step(settings.warm_epochs, steps, per_epoch)
+            stop_step(settings.warm_epochs, steps, calendar)
         except ValueError:
             raise ValueError(
                 f"warm_start {settings.warm_start!r} takes all of {steps} step(s); take a smaller batch_size or more epochs."
             ) from None
-
-
-def load_plugins(plugins: Sequence[str]) -> None:
-    """Load the modules or files that register rules of their own, each once.
-
-    Raises:
-        ImportError: if one cannot be loaded; the message names it and says why.
-    """
-    for where in plugins:
-        key = str(Path(where).resolve()) if where.endswith(".py") else where
-        if key in _loaded_plugins:
-            continue
-        try:
-            registry.load_plugin(where)
-        except Exception as error:
-            raise ImportError(f"The plugin {where!r} cannot be loaded: {type(error).__name__}: {error}") from error
-        _loaded_plugins.add(key)
-
-
-def _known(what: str, given: str, accepted: Sequence[str]) -> str:
-    """Return `given`, or raise naming what there is."""
-    if given not in accepted:
-        close = difflib.get_close_matches(given, accepted, n=1)
-        hint = f"; perhaps you meant {close[0]!r}" if close else ""
-        raise ValueError(f"{what} must be one of {', '.join(accepted)}, got {given!r}{hint}.")
-    return given

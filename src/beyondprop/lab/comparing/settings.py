@@ -1,84 +1,142 @@
-"""What a comparison is: everything that a run directory needs to be made again. Light to import: the command line reads it."""
+"""What a comparison is: all that a run directory needs to be made again. Light: the command line is made of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from beyondprop import _checks
 
 DEVICES = ("auto", "cpu", "cuda")
-WARM_START = "warm-start="
-"""What comes before the rule's name in the rows of a warm start."""
+EPOCHS = 20.0
+"""Where neither the settings nor the task say how many."""
+NETS, RULES = ("mlp:100x2",), ("am-adam", "am-mem", "sgd", "adam")
+"""What is compared where nothing is named."""
+
+
+def _rate(texts: list[str]) -> tuple[str, float]:
+    name, equals, number = texts[0].rpartition("=")
+    try:
+        return (name, float(number)) if name and equals else ("", float("x"))
+    except ValueError:
+        raise ValueError(f"--lr takes RULE=LR, such as adam=0.001, got {texts[0]!r}.") from None
+
+
+def _seeds(texts: list[str]) -> tuple[int, ...]:
+    count = int(texts[0])
+    if count < 1:
+        raise ValueError(f"seeds must be >= 1, got {count}.")
+    return tuple(range(count))
+
+
+Repeated = UseAppendAction[tuple[str, ...]]
+Rate = Annotated[
+    tuple[str, float],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="RULE=LR",
+        instance_from_str=_rate,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [f"{value[0]}={value[1]:g}"],
+    ),
+]
+Seeds = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N",
+        instance_from_str=_seeds,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(len(value))],
+    ),
+]
+if TYPE_CHECKING:
+    Rates = Mapping[str, float] | tuple[tuple[str, float], ...]
+else:
+    Rates = Annotated[UseAppendAction[tuple[Rate, ...]], arg(metavar="RULE=LR", help_behavior_hint="(repeatable)")]
+Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
+Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Amount = Annotated[float | None, arg(metavar="N", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A comparison's settings.
-
-    Attributes:
-        data: data set, see `data.names()`.
-        net: network, see `nets.FORMS`.
-        rules: learning rules, see `registry.names()`.
-        epochs: passes over the training rows.
-        batch_size: rows in a batch.
-        seeds: every rule is trained with each; a seed gives the initial weights and the order of the batches.
-        schedule: of the learning rates, see `schedules.FORMS`; a rule may bring its own.
-        lr: learning rates by rule; the others have their own default.
-        tune: choose the learning rates of the rules that are not in `lr` on a validation split.
-        tune_epochs: epochs of a training in tuning; default: `epochs`.
-        validation: evaluate on a validation split; the test rows are not looked at.
-        evaluate_every: steps between two evaluations; default: an epoch.
-        alignment: record how the stages' updates agree with the gradient.
-        early_stop: evaluations without improvement after which a training ends.
-        device: `"cpu"`, `"cuda"`, or `"auto"`: cuda where there is one.
-        threads: CPU threads. More than 1 pays for wide nets on an idle machine; steps of small nets are over sooner than
-            threads can be woken, and take many times longer where another program has the cores.
-        plugins: modules or files that register rules of their own.
-        warm_start: `"RULE:EPOCHS"`: every rule starts from the weights that RULE has reached after EPOCHS, with the same
-            seed. They are the first of all `epochs`: the batches, the schedule and the counts of samples, work and seconds
-            go on where RULE left off; a rule's own state (moments, memories) starts anew.
+    """A comparison's settings: contenders are nets x rules, each trained with every seed.
 
     Raises:
         ValueError: if a setting is out of its range; the message has the range.
     """
 
-    data: str = "digits"
-    net: str = "mlp:100x2"
-    rules: tuple[str, ...] = ("am-adam", "am-mem", "sgd", "adam")
-    epochs: float = 20.0
-    batch_size: int = 50
-    seeds: tuple[int, ...] = (0, 1, 2)
-    schedule: str = "linear"
-    lr: Mapping[str, float] = field(default_factory=dict)
-    tune: bool = False
-    tune_epochs: float | None = None
-    validation: bool = False
-    evaluate_every: int | None = None
+    data: Annotated[str, arg(metavar="NAME")] = "digits"
+    """Data set (`beyondprop list` shows them), or a file of your own: wine.csv:target=quality, rows.npz."""
+    task: Annotated[str | None, arg(metavar="TASK", help_behavior_hint="")] = None
+    """What is learned, such as autoencoder:mnist, adding:100 or split:mnist. Default: what the data's targets are for."""
+    nets: Annotated[Repeated, arg(name="net", metavar="NET", help_behavior_hint="(repeatable)")] = ()
+    """Network, such as mlp:100x2 (the default) or mlp:256x3:tanh:bn, or my_nets.py:build; `beyondprop list` shows the forms."""
+    rules: Annotated[Repeated, arg(name="rule", metavar="NAME", help_behavior_hint="(repeatable)")] = ()
+    """Learning rule. Default: am-adam, am-mem, sgd and adam."""
+    epochs: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 20, or the task's)")] = None
+    """Passes over the training rows; 0.5 is half a pass."""
+    seeds: Annotated[Seeds, arg(metavar="N")] = (0, 1, 2)
+    """How many seeds, counted from 0. A seed gives the initial weights and the order of the batches."""
+    batch_size: Annotated[int, arg(metavar="N")] = 50
+    """Rows in a batch."""
+    schedule: Annotated[str, arg(metavar="NAME")] = "linear"
+    """Of the learning rates: constant, linear, cosine or halve:N (epochs). A rule may bring its own."""
+    warm_start: Annotated[str | None, arg(metavar="RULE:EPOCHS", help_behavior_hint="")] = None
+    """Train by RULE first: every rule starts from the weights it has after so many of the epochs."""
+    lr: Rates = ()
+    """Learning rate of a rule, such as adam=0.001."""
+    tune: Flag = False
+    """Choose each contender's learning rate from its grid, on rows held out of the training rows."""
+    tune_epochs: Amount = None
+    """Epochs of a training in tuning. Default: those of the run."""
+    tune_seed: Count = None
+    """Seed of the trainings in tuning. Default: the first seed; 100 where a task's rows are drawn by the seed."""
+    validation: Flag = False
+    """Evaluate on rows held out of the training rows; the test rows stay unseen."""
+    evaluate_every: Count = None
+    """Steps between two evaluations. Default: an epoch."""
+    early_stop: Count = None
+    """Stop a training after so many evaluations without improvement."""
     alignment: bool = True
-    early_stop: int | None = None
-    device: str = "auto"
-    threads: int = 1
-    plugins: tuple[str, ...] = ()
-    warm_start: str | None = None
+    """Record how every stage's update agrees with the gradient; models that are dear to run do without."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes cuda where there is one."""
+    threads: Annotated[int, arg(metavar="N")] = 1
+    """CPU threads; more pay for wide nets on an idle machine."""
+    plugins: Annotated[Repeated, arg(name="plugin", metavar="FILE", help_behavior_hint="(repeatable)")] = ()
+    """Python file or module that registers rules, networks or tasks of your own."""
 
     def __post_init__(self) -> None:
-        from beyondprop import _checks
-
-        _checks.positive("epochs", self.epochs)
+        pairs = list(self.lr.items() if isinstance(self.lr, Mapping) else self.lr)
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"--lr must name each rule once, got {', '.join(f'{n}={lr:g}' for n, lr in pairs)}.")
+        object.__setattr__(self, "lr", tuple(pairs))
+        for name, default in (("nets", NETS), ("rules", RULES), ("seeds", ()), ("plugins", ())):
+            object.__setattr__(self, name, tuple(getattr(self, name)) or default)
+        if self.epochs is not None:
+            _checks.positive("epochs", self.epochs)
         _checks.at_least("batch_size", self.batch_size, 1)
         _checks.one_of("device", self.device, DEVICES)
         if self.tune_epochs is not None:
             _checks.positive("tune_epochs", self.tune_epochs)
+            if not self.tune:
+                raise ValueError("--tune-epochs is for the trainings of --tune; give both, or neither.")
         for name in ("evaluate_every", "early_stop", "threads"):
             if getattr(self, name) is not None:
                 _checks.at_least(name, getattr(self, name), 1)
-        for name in ("rules", "seeds"):
+        for name in ("nets", "rules", "seeds"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{name} must be one or more, each once, got {', '.join(map(str, given)) or 'none'}.")
-        for seed in self.seeds:
+        for seed in (*self.seeds, *(() if self.tune_seed is None else (self.tune_seed,))):
             _checks.at_least("seed", seed, 0)
         if self.tune and self.validation:
             raise ValueError(
@@ -87,10 +145,22 @@ class Settings:
             )
         self._check_warm_start()
         known = self.rules if self.warm_rule is None else (*self.rules, self.warm_rule)
-        for name, lr in self.lr.items():
+        for name, lr in self.rates.items():
             if name not in known:
                 raise ValueError(f"lr is given for {name!r}, which is none of the rules {', '.join(known)}.")
             _checks.positive(f"lr of {name}", lr)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates that are given, by rule."""
+        return dict(self.lr)
+
+    @property
+    def form(self) -> str:
+        """The task's form: `task`, where it lacks its data with `data`, else `data` alone."""
+        if self.task is None:
+            return self.data
+        return self.task if ":" in self.task or self.data == "digits" else f"{self.task}:{self.data}"
 
     @property
     def warm_rule(self) -> str | None:
@@ -119,8 +189,9 @@ class Settings:
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as `config.toml` has them, without the rules; what is None is left out."""
-        values = dataclasses.asdict(self) | {"epochs": float(self.epochs)}
+        values = dataclasses.asdict(self)
         del values["rules"]
+        values["lr"] = self.rates
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {
             key: value for key, value in values.items() if value is not None and (value or key not in ("lr", "plugins"))
@@ -128,7 +199,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
-        """Return the settings of a `config.toml`.
+        """Return the settings of a configuration as `read_config` returns it.
 
         Raises:
             ValueError: if there is something wrong with them.
@@ -138,6 +209,7 @@ class Settings:
             key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known
         }
         try:
-            return cls(**values, rules=tuple(rule["name"] for rule in config["rules"]))
+            rules = dict.fromkeys(entry["rule"] for entry in config["contenders"])
+            return cls(**values, rules=tuple(rules))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The recorded settings are incomplete or of a wrong type: {error}.") from error

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from beyondprop.lab.nets.forms import FORMS, build
+from beyondprop.lab.nets.forms import build, spec_of
 
-__all__ = [
-    "FORMS",
-    "build",
-]
+__all__ = ["build", "spec_of"]

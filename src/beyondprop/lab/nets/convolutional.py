@@ -10,9 +10,9 @@ from beyondprop.lab.nets.options import image_shape, initialise, parse_options
 from beyondprop.nn.residual import Residual, Shortcut
 
 
-def conv(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+def conv(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `conv:WIDTHxDEPTH[:ACTIVATION][:bn]`."""
-    width, depth, activation, norm, dropout = parse_options(spec, parts)
+    width, depth, activation, norm, dropout = parse_options(spec)
     channels, height, breadth = image_shape(spec, input_shape)
     layers: list[nn.Module] = []
     for i in range(depth):
@@ -27,12 +27,12 @@ def conv(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: i
     layers.append(nn.Flatten())
     if dropout:
         layers.append(nn.Dropout(dropout))
-    return initialise(nn.Sequential(*layers, nn.Linear(channels * height * breadth, num_classes)))
+    return initialise(nn.Sequential(*layers, nn.Linear(channels * height * breadth, outputs)))
 
 
-def lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+def lenet5(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `lenet5`."""
-    channels, height, breadth = image_shape("lenet5", input_shape)
+    channels, height, breadth = image_shape(spec, input_shape)
     if min(height, breadth) < 16:
         raise ValueError(
             f"lenet5 needs images of 16x16 or more, got {height}x{breadth}; use 'mlp:100x2' or 'conv:16x2'."
@@ -50,7 +50,7 @@ def lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(120, 84),
         nn.ReLU(),
-        nn.Linear(84, num_classes),
+        nn.Linear(84, outputs),
     )
     return initialise(model)
 
@@ -68,7 +68,7 @@ def basic_block(channels: int, width: int, stride: int) -> Residual:
     return Residual(branch, Shortcut(stride, (width - channels) // 2) if changes else None, nn.ReLU())
 
 
-def resnet(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+def resnet(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `resnetDEPTH`."""
     depth = spec.removeprefix("resnet")
     if not depth.isdecimal() or int(depth) < 8 or (int(depth) - 2) % 6:
@@ -80,7 +80,7 @@ def resnet(spec: str, input_shape: Sequence[int], num_classes: int) -> nn.Sequen
         for i in range((int(depth) - 2) // 6):
             layers.append(basic_block(channels, width, 2 if i == 0 and width > 16 else 1))
             channels = width
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

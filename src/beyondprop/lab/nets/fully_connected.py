@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from beyondprop.lab.nets.options import initialise, parse_options, parse_probability, parse_size
+from beyondprop.lab.nets.options import initialise, options_of, parse_options, parse_probability, parse_size
 from beyondprop.nn.binary import TARGET_RULES, Sign
 
 
-def mlp(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+def mlp(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]`."""
-    width, depth, activation, norm, dropout = parse_options(spec, parts)
+    width, depth, activation, norm, dropout = parse_options(spec)
     layers: list[nn.Module] = [nn.Flatten()]
     inputs = math.prod(input_shape)
     for _ in range(depth):
@@ -24,14 +24,14 @@ def mlp(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: in
         if dropout:
             layers.append(nn.Dropout(dropout))
         inputs = width
-    return initialise(nn.Sequential(*layers, nn.Linear(inputs, num_classes)))
+    return initialise(nn.Sequential(*layers, nn.Linear(inputs, outputs)))
 
 
-def binary(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+def binary(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `binary:WIDTHxDEPTH[:first][:rule=NAME][:dropout=P]`."""
-    width, depth = parse_size(spec, parts[0])
+    width, depth = parse_size(spec)
     first, rule, dropout = False, "hardtanh", 0.0
-    for option in parts[1:]:
+    for option in options_of(spec):
         if option == "first":
             first = True
         elif option.startswith("dropout="):
@@ -48,4 +48,4 @@ def binary(spec: str, parts: list[str], input_shape: Sequence[int], num_classes:
         layers += [nn.Dropout(dropout)] if dropout else []
         layers.append(nn.Tanh() if first and index else Sign(rule))
         inputs = width
-    return initialise(nn.Sequential(*layers, nn.Linear(inputs, num_classes)))
+    return initialise(nn.Sequential(*layers, nn.Linear(inputs, outputs)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -50,21 +50,32 @@ def image_shape(spec: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, breadth
 
 
-def parse_size(spec: str, size: str) -> tuple[int, int]:
-    """Return width and depth of `WIDTHxDEPTH`."""
+def parse_size(spec: str) -> tuple[int, int]:
+    """Return width and depth of `KIND:WIDTHxDEPTH...`."""
+    size = [*spec.split(":"), ""][1]
     width, _, depth = size.partition("x")
     if not (width.isdecimal() and depth.isdecimal() and int(width) > 0 and int(depth) > 0):
         raise ValueError(f"{spec!r}: {size!r} must be WIDTHxDEPTH with both >= 1, such as 100x2.")
     return int(width), int(depth)
 
 
-def parse_options(spec: str, parts: list[str]) -> tuple[int, int, Callable[[], nn.Module], bool, float]:
+def options_of(spec: str, *groups: Iterable[str]) -> list[str]:
+    """Return what follows a form's size; refuse two options of one group or name: the last would win, under the name of all."""
+    options = spec.split(":")[2:]
+    names = [option.partition("=")[0] for option in options]
+    for group in (tuple(ACTIVATIONS), *map(tuple, groups), *((name,) for name in names)):
+        given = [option for option, name in zip(options, names, strict=True) if name in group]
+        if len(given) > 1:
+            raise ValueError(f"{spec!r}: {' and '.join(map(repr, given))} are given; take one of them.")
+    return options
+
+
+def parse_options(spec: str) -> tuple[int, int, Callable[[], nn.Module], bool, float]:
     """Return width, depth, activation, whether to normalise, and the dropout probability."""
-    size, *options = parts
-    width, depth = parse_size(spec, size)
+    width, depth = parse_size(spec)
     activation: Callable[[], nn.Module] = nn.ReLU
     norm, dropout = False, 0.0
-    for option in options:
+    for option in options_of(spec):
         if option in ACTIVATIONS:
             activation = ACTIVATIONS[option]
         elif option == "bn":

@@ -1,4 +1,4 @@
-"""Recurrent nets over images."""
+"""Recurrent nets over sequences and images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from beyondprop.lab.nets.options import ACTIVATIONS, image_shape
+from beyondprop.lab.nets.options import ACTIVATIONS, image_shape, options_of
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 
 CELLS: dict[str, Callable[[int, int], Any]] = {"elman": ElmanCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -16,40 +16,47 @@ _GATES = {"gru": 3, "lstm": 4}
 """Parts of a cell's input weights; the third makes the new state."""
 
 
-def rnn(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
-    """Build `rnn:WIDTH[:ACTIVATION][:pixels|rows][:elman|gru|lstm]`."""
-    width, *options = parts
+def rnn(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
+    """Build `rnn:WIDTH[:ACTIVATION][:pixels|rows][:elman|gru|lstm][:identity]`."""
+    width = [*spec.split(":"), ""][1]
     if not (width.isdecimal() and int(width) > 0):
         raise ValueError(f"{spec!r}: {width!r} must be the number of units, >= 1, such as 15.")
-    channels, height, breadth = image_shape(spec, input_shape)
-    if channels != 1:
-        raise ValueError(f"{spec!r} reads grey images as sequences, got {channels} channels; use a conv or resnet.")
-    activation: Callable[[], nn.Module] = nn.Tanh
-    order, cell = "pixels", "elman"
+    is_image = len(input_shape) == 3
+    orders = ("pixels", "rows") if is_image else ()
+    options = options_of(spec, ("pixels", "rows"), CELLS)
     for option in options:
-        if option in ACTIVATIONS:
-            activation = ACTIVATIONS[option]
-        elif option in ("pixels", "rows"):
-            order = option
-        elif option in CELLS:
-            cell = option
-        else:
-            accepted = ", ".join([*ACTIVATIONS, "pixels", "rows", *CELLS])
+        if option not in (*ACTIVATIONS, *orders, *CELLS, "identity"):
+            accepted = ", ".join([*ACTIVATIONS, *orders, *CELLS, "identity"])
             raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {accepted}.")
-    if cell != "elman" and set(options) & set(ACTIVATIONS):
+    cell = next((option for option in options if option in CELLS), "elman")
+    chosen = next((option for option in options if option in ACTIVATIONS), None)
+    if cell != "elman" and chosen:
         raise ValueError(f"{spec!r}: a {cell} cell has activations of its own; leave the activation out, or the cell.")
-    steps, size = (height * breadth, 1) if order == "pixels" else (height, breadth)
-    units = int(width)
-    unit = ElmanCell(size, units, activation()) if cell == "elman" else CELLS[cell](size, units)
-    head = [activation()] if cell == "elman" else []  # an Elman cell's state is its pre-activation
-    layout: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (steps, size))]
-    if order == "rows":
-        return nn.Sequential(*layout, Recurrent(unit), *head, nn.Linear(units, num_classes))
+    if cell != "elman" and "identity" in options:
+        raise ValueError(f"{spec!r}: only an elman cell starts from the identity; leave out {cell}, or identity.")
+    layout: list[nn.Module] = []
+    by_pixels = is_image and "rows" not in options
+    if len(input_shape) == 2:
+        steps, size = input_shape
+    else:
+        channels, height, breadth = image_shape(spec, input_shape)
+        if channels != 1:
+            raise ValueError(f"{spec!r} reads grey images as sequences, got {channels} channels; use a conv or resnet.")
+        steps, size = (height * breadth, 1) if by_pixels else (height, breadth)
+        layout = [nn.Flatten(), nn.Unflatten(1, (steps, size))]
+    activation = ACTIVATIONS[chosen or "tanh"]
+    units, is_elman = int(width), cell == "elman"
+    unit = (
+        ElmanCell(size, units, activation(), identity="identity" in options) if is_elman else CELLS[cell](size, units)
+    )
+    head = [activation()] if is_elman else []  # an Elman cell's state is its pre-activation
+    if not by_pixels:
+        return nn.Sequential(*layout, Recurrent(unit), *head, nn.Linear(units, outputs))
     read = nn.Linear(units, 1)
     # One output unit, seen through a ReLU: with signs at random, every third net starts dead. It rises with its pixel instead.
-    reads_pixel = unit.weight_ih if cell == "elman" else unit.weight_ih.chunk(_GATES[cell])[2]
+    reads_pixel = unit.weight_ih if is_elman else unit.weight_ih.chunk(_GATES[cell])[2]
     with torch.no_grad():
         read.weight.copysign_(reads_pixel.t())
         read.bias.zero_()
-    top = [nn.Flatten(), nn.ReLU(), nn.Linear(steps, num_classes)]
+    top = [nn.Flatten(), nn.ReLU(), nn.Linear(steps, outputs)]
     return nn.Sequential(*layout, Recurrent(unit, "all"), *head, read, *top)

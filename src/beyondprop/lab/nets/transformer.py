@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import nn
 
-from beyondprop.lab.nets.options import image_shape, parse_size
+from beyondprop.lab.nets.options import image_shape, options_of, parse_size
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
 
-def transformer(spec: str, parts: list[str], input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+def transformer(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `transformer:WIDTHxDEPTH[:patch=SIZE]`."""
-    width, depth = parse_size(spec, parts[0])
+    width, depth = parse_size(spec)
     channels, height, breadth = image_shape(spec, input_shape)
     side = 4
-    for option in parts[1:]:
+    for option in options_of(spec):
         value = option.removeprefix("patch=")
         if value == option or not value.isdecimal() or not 1 <= int(value) <= min(height, breadth):
             raise ValueError(
@@ -37,5 +37,5 @@ def transformer(spec: str, parts: list[str], input_shape: Sequence[int], num_cla
         *blocks,
         nn.LayerNorm(width),
         MeanOverPositions(),
-        nn.Linear(width, num_classes),
+        nn.Linear(width, outputs),
     )

@@ -13,9 +13,9 @@ from beyondprop.lab.comparing.member import Member, Silent
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, is_at_edge
 from beyondprop.lab.report._figures import draw
-from beyondprop.lab.report._run import Run, number, read_run
 from beyondprop.lab.report._style import entries
 from beyondprop.lab.runs.files import write_atomically
+from beyondprop.lab.runs.recorded import Run, number, read_run
 
 
 class _Said(Silent):
@@ -45,7 +45,7 @@ def compared(context: Context, part: str, settings: Settings) -> Run:
     path = context.out / part
     observer = _Said(context, part)
     if (path / "config.toml").is_file():
-        recorded = comparison.Settings.from_config(read_run(path).config)
+        recorded = Settings.from_config(read_run(path).config)
         if recorded != replace(settings, device=recorded.device):
             raise ValueError(f"{str(path)!r} holds a run with other settings; choose another directory, or remove it.")
         comparison.resume(path, observer=observer)
@@ -54,7 +54,7 @@ def compared(context: Context, part: str, settings: Settings) -> Run:
     return read_run(path)
 
 
-def at_epoch(run: Run, rule: str, epoch: float, key: str = "test_accuracy", scale: float = 100.0) -> tuple[float, ...]:
+def at_epoch(run: Run, rule: str, epoch: float, key: str = "accuracy", scale: float = 100.0) -> tuple[float, ...]:
     """Return a metric of every seed at its evaluation nearest to an epoch; NaN for a seed that failed before.
 
     At the last epoch, or later, only seeds that were trained to the end count.
@@ -75,10 +75,10 @@ def at_epoch(run: Run, rule: str, epoch: float, key: str = "test_accuracy", scal
 
 def summary(run: Run) -> dict[str, Any]:
     """Return what the ledger says of a run's settings: everything but what is usual, and the learning rates."""
-    kept = ("data", "net", "epochs", "batch_size", "seeds", "schedule", "tune", "tune_epochs")
+    kept = ("data", "nets", "epochs", "batch_size", "seeds", "schedule", "tune", "tune_epochs")
     settings = {key: run.config[key] for key in kept if key in run.config}
-    tuned = {rule.name: rule.settings["lr_tuned_over"] for rule in run.rules if "lr_tuned_over" in rule.settings}
-    rates = {rule.name: rule.settings.get("lr") for rule in run.rules}
+    tuned = {rule.name: rule.settings["lr_tuned_over"] for rule in run.contenders if "lr_tuned_over" in rule.settings}
+    rates = {rule.name: rule.settings.get("lr") for rule in run.contenders}
     return settings | {"lr": rates, "at_edge": [name for name, grid in tuned.items() if is_at_edge(rates[name], grid)]}
 
 

@@ -15,7 +15,7 @@ from beyondprop.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from beyondprop.lab.runs.context import deferred_interrupt
 from beyondprop.lab.runs.files import write_atomically
 from beyondprop.lab.training.fit import fit
-from beyondprop.lab.training.loop import Data, Failed, Row, State
+from beyondprop.lab.training.loop import Failed, Row, State
 from beyondprop.rules.base import LearningRule
 
 
@@ -56,7 +56,7 @@ def trained(
     context: Context,
     name: str,
     build: Callable[[], LearningRule],
-    data: Data,
+    data: Any,
     *,
     seed: int,
     look: Callable[[LearningRule, Row], dict[str, Any]] | None = None,
@@ -90,7 +90,7 @@ def trained(
             def log(row: Row) -> None:
                 if row["kind"] == "eval":
                     rows.append(row | (look(rule, row) if look is not None else {}))
-                    context.say(f"{name}: epoch {row['epoch']:g}, accuracy {100 * row['test_accuracy']:.2f} %")
+                    context.say(f"{name}: epoch {row['epoch']:g}, accuracy {100 * row['accuracy']:.2f} %")
                 elif row["kind"] == "failed":
                     context.say(f"{name}: {row['message']}")
 
@@ -118,5 +118,5 @@ def trained(
 
 def accuracy_at(rows: list[Row], epoch: float) -> float:
     """Return the accuracy in percent of the evaluation at an epoch; NaN where the training failed before."""
-    found = [row["test_accuracy"] for row in rows if abs(row["epoch"] - epoch) < 1e-6]
+    found = [row["accuracy"] for row in rows if abs(row["epoch"] - epoch) < 1e-6]
     return 100.0 * found[0] if found else math.nan

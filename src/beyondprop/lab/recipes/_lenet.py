@@ -7,7 +7,7 @@ from typing import Any
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Row
 from beyondprop.lab.recipes._compared import at_epoch, compared
-from beyondprop.lab.report._run import Run
+from beyondprop.lab.runs.recorded import Run
 
 RULES = ("am-adam", "am-paper-lenet", "adam", "sgd")
 EPOCHS = (1, 2, 3, 5, 10)
@@ -26,7 +26,7 @@ Published = dict[str, dict[int, str]]
 def usual(data: str, quick: bool) -> dict[str, Any]:
     """Return the settings that all LeNet comparisons share."""
     seeds = (0,) if quick else (0, 1, 2)
-    return {"net": "lenet5", "data": data, "seeds": seeds, "alignment": False, "tune": not quick}
+    return {"nets": ("lenet5",), "data": data, "seeds": seeds, "alignment": False, "tune": not quick}
 
 
 def curves(context: Context, data: str, published: Published, asked: dict[str, float]) -> tuple[Run, list[Row]]:
@@ -39,10 +39,10 @@ def curves(context: Context, data: str, published: Published, asked: dict[str, f
         rules=RULES, epochs=0.1 if quick else 10.0, batch_size=128, tune_epochs=2.0, **usual(data, quick)
     )
     run = compared(context, "batch-128", settings)
-    titles = {rule.name: rule.title for rule in run.rules}
+    titles = {rule.name: rule.title for rule in run.contenders}
     rows = []
     for name in RULES:
-        for epoch in (settings.epochs,) if quick else EPOCHS:
+        for epoch in (run.config["epochs"],) if quick else EPOCHS:
             measured = at_epoch(run, name, epoch)
             bound = asked.get(name) if epoch == EPOCHS[-1] else None
             known = published.get(name, published["am-adam"]).get(int(epoch), "")

@@ -93,7 +93,7 @@ def _draw(context: Context, found: Sequence[dict[str, Any]], layers: int) -> Non
         figure = Figure(figsize=(9, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         seen = [row for row in found if row["step"]]
-        left.plot([row["step"] for row in seen], [100 * row["test_accuracy"] for row in seen], color="#0072B2")
+        left.plot([row["step"] for row in seen], [100 * row["accuracy"] for row in seen], color="#0072B2")
         if not context.quick:
             left.axhspan(94.39, 94.92, color="#999999", alpha=0.3, linewidth=0, label="published, 5 seeds, sweep 50")
             left.set_ylim(80, 96)

@@ -18,7 +18,7 @@ from beyondprop.lab.recipes._base import Context, Recipe, Row, is_at_edge
 from beyondprop.lab.recipes._kept import accuracy_at, trained
 from beyondprop.lab.report._curves import Curve, curve, draw_band
 from beyondprop.lab.report._style import drawing
-from beyondprop.lab.tasks.evaluation import evaluate
+from beyondprop.lab.tasks import evaluate
 from beyondprop.optim.factories import adam
 from beyondprop.rules.altmin import AltMin
 from beyondprop.rules.backprop import Backprop
@@ -104,8 +104,8 @@ def _train(
 
     def look(trained_rule: LearningRule, row: dict[str, Any]) -> dict[str, Any]:
         del row
-        found = evaluate(trained_rule.model, nn.CrossEntropyLoss(), rows.x_train, rows.y_train)
-        return {"train_error": 100.0 * (1.0 - (found.accuracy or 0.0))}
+        found = evaluate(trained_rule.model, (rows.x_train, rows.y_train), nn.CrossEntropyLoss())
+        return {"train_error": 100.0 * (1.0 - found["accuracy"])}
 
     name = f"{spec.partition(':')[2]}-{rule}-{lr:g}-{'tuning' if seed == TUNING_SEED else f'seed {seed}'}"
     return trained(
@@ -141,7 +141,7 @@ def _draw(context: Context, curves: dict[tuple[str, str], list[list[dict[str, An
                 evaluated = [[row for row in run if row["step"]] for run in runs]
                 errors = [curve(rows, "epoch", "train_error") for rows in evaluated]
                 if key == "test":
-                    found = [curve(rows, "epoch", "test_accuracy") for rows in evaluated]
+                    found = [curve(rows, "epoch", "accuracy") for rows in evaluated]
                     errors = [Curve(c.x, 100 * (1 - c.y)) for c in found]
                 for handle in draw_band(panel, errors, color=color, linestyle=line):
                     handles[rule] = handle

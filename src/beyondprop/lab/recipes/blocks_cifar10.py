@@ -10,8 +10,8 @@ from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Recipe, Row
 from beyondprop.lab.recipes._compared import at_epoch, compared, summary
 from beyondprop.lab.report._curves import Curve, curve, draw_band
-from beyondprop.lab.report._run import Run
 from beyondprop.lab.report._style import drawing
+from beyondprop.lab.runs.recorded import Run
 
 BASELINE = "adam"
 TUNE_EPOCHS = 0.5
@@ -52,7 +52,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
             name,
             Settings(
                 data="cifar10",
-                net=part.net,
+                nets=(part.net,),
                 rules=part.rules,
                 epochs=0.005 if quick else part.epochs,
                 tune_epochs=TUNE_EPOCHS,
@@ -63,10 +63,10 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
             ),
         )
         after = f"after epoch {run.config['epochs']:g}"
-        found = {rule.name: at_epoch(run, rule.name, run.config["epochs"]) for rule in run.rules}
+        found = {rule.name: at_epoch(run, rule.name, run.config["epochs"]) for rule in run.contenders}
         if BASELINE in found:
             baselines[part.net] = found[BASELINE]
-        for rule in run.rules:
+        for rule in run.contenders:
             rows.append(Row(f"{part.title}, {rule.title}, {after}", found[rule.name], "%"))
             if rule.name != BASELINE:
                 lead = tuple(a - b for a, b in zip(found[rule.name], baselines[part.net], strict=True))
@@ -89,11 +89,9 @@ def _draw(context: Context, runs: dict[str, Run]) -> None:
         handles: dict[str, Any] = {}
         for name, run in runs.items():
             panel = panels[PARTS[name].net]
-            for rule in run.rules:
+            for rule in run.contenders:
                 color, line = looks[rule.name]
-                found = [
-                    curve(run.of("eval", rule.name, seed), "epoch", "test_accuracy") for seed in run.config["seeds"]
-                ]
+                found = [curve(run.of("eval", rule.name, seed), "epoch", "accuracy") for seed in run.config["seeds"]]
                 found = [Curve(c.x, 100 * c.y) for c in found]
                 for handle in draw_band(panel, found, color=color, linestyle=line, marker="o"):
                     handles[rule.title] = handle

@@ -59,7 +59,7 @@ def _draw(context: Context, curves: Sequence[list[dict[str, Any]]]) -> None:
         figure = Figure(figsize=(6, 3.8), layout="constrained")
         axes = figure.subplots()
         for seed, rows in enumerate(curves):
-            points = [(row["epoch"], 100 * (1 - row["test_accuracy"])) for row in rows if row["step"]]
+            points = [(row["epoch"], 100 * (1 - row["accuracy"])) for row in rows if row["step"]]
             if points:
                 label = None if seed else "here, one line a seed"
                 axes.plot(*zip(*points, strict=True), color="#0072B2", marker="o", label=label)

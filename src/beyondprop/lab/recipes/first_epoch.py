@@ -9,8 +9,8 @@ from typing import Any
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Recipe, Row
 from beyondprop.lab.recipes._compared import compared, summary
-from beyondprop.lab.report._run import Run, number
 from beyondprop.lab.report._style import drawing, entries
+from beyondprop.lab.runs.recorded import Run, number
 
 BATCHES = (5, 10, 20, 50, 100)
 PUBLISHED = {  # LeNet-5, batch 128: accuracy in % after so many batches
@@ -31,7 +31,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
             net.replace(":", "-"),
             Settings(
                 data="mnist",
-                net=net,
+                nets=(net,),
                 rules=rules,
                 epochs=(20 if quick else 100) / 469,
                 tune_epochs=100 / 391,  # held-out rows make the epoch shorter
@@ -43,7 +43,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
                 tune=not quick,
             ),
         )
-        titles = {rule.name: rule.title for rule in run.rules}
+        titles = {rule.name: rule.title for rule in run.contenders}
         for name in rules:
             known = PUBLISHED.get(name, {}) if net == "lenet5" else {}
             rows += [
@@ -66,7 +66,7 @@ def after(run: Run, rule: str, batches: int) -> tuple[float, ...]:
     """Return the test accuracy of every seed after so many batches, in percent."""
     found = []
     for seed in run.config["seeds"]:
-        values = [number(row, "test_accuracy") for row in run.of("eval", rule, seed) if row["step"] == batches]
+        values = [number(row, "accuracy") for row in run.of("eval", rule, seed) if row["step"] == batches]
         found.append(100 * values[0] if values else float("nan"))
     return tuple(found)
 
@@ -81,13 +81,13 @@ def _draw(context: Context, runs: Sequence[Run]) -> None:
         handles: dict[str, Any] = {}
         for axes, run in zip(panels, runs, strict=True):
             for entry in entries([run]):
-                steps, curves = _curves(run, entry.rule.name)
-                line = LINES.get(entry.rule.name, "-")
+                steps, curves = _curves(run, entry.contender.name)
+                line = LINES.get(entry.contender.name, "-")
                 (handle,) = axes.plot(steps, [fmean(at) for at in curves], color=entry.color, linestyle=line)
                 low, high = [min(at) for at in curves], [max(at) for at in curves]
                 axes.fill_between(steps, low, high, color=entry.color, alpha=0.15, linewidth=0)
-                handles.setdefault(entry.rule.title, handle)
-            axes.set_title(run.config["net"])
+                handles.setdefault(entry.contender.title, handle)
+            axes.set_title(run.config["nets"][0])
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlabel(f"batches of {run.config['batch_size']} rows")
         panels[0].set_ylabel("test accuracy (%), mean and range of seeds")
@@ -102,7 +102,7 @@ def _curves(run: Run, rule: str) -> tuple[list[int], list[list[float]]]:
     found: dict[int, list[float]] = {}
     for seed in run.config["seeds"]:
         for row in run.of("eval", rule, seed):
-            found.setdefault(int(row["step"]), []).append(100 * number(row, "test_accuracy"))
+            found.setdefault(int(row["step"]), []).append(100 * number(row, "accuracy"))
     return sorted(found), [found[step] for step in sorted(found)]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Recipe, Row
 from beyondprop.lab.recipes._compared import at_epoch, compared, summary
-from beyondprop.lab.report._run import Run, number
 from beyondprop.lab.report._style import drawing, entries
+from beyondprop.lab.runs.recorded import Run, number
 
 ONLINE, OFFLINE = ("am-adam", "am-sgd", "adam", "sgd"), ("offline-am", "admm")
 
@@ -57,7 +57,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     for case in QUICK_CASES if context.quick else CASES:
         title = f"{case.data}, 2 x {case.width}"
         online, offline = _runs(context, case, penalties)
-        penalties = {rule.name: rule.settings["lr"] for rule in offline.rules}
+        penalties = {rule.name: rule.settings["lr"] for rule in offline.contenders}
         found = {run.path.name: _rows(title, run, unit) for run, unit in ((online, "epochs"), (offline, "sweeps"))}
         rows += [row for own in found.values() for row in own.values()]
         ours, adam = (found[online.path.name][name].measured for name in ("am-adam", "adam"))
@@ -88,7 +88,7 @@ def _runs(context: Context, case: Case, penalties: dict[str, float]) -> tuple[Ru
     quick, name = context.quick, f"{case.data}-{case.width}"
     usual: dict[str, Any] = {
         "data": case.data,
-        "net": f"mlp:{case.width}x2",
+        "nets": (f"mlp:{case.width}x2",),
         "batch_size": 200,
         "alignment": False,
     }
@@ -117,7 +117,7 @@ def _runs(context: Context, case: Case, penalties: dict[str, float]) -> tuple[Ru
 
 def _rows(title: str, run: Run, unit: str) -> dict[str, Row]:
     found = {}
-    for rule in run.rules:
+    for rule in run.contenders:
         last = run.config["epochs"]
         seconds = [s for s in at_epoch(run, rule.name, last, "seconds", 1.0) if s == s]
         note = f"{fmean(seconds):.0f} s of training" if seconds else ""
@@ -141,12 +141,12 @@ def _draw(context: Context, shown: Sequence[tuple[str, Run, Run]]) -> None:
                 line = (0, (1.2, 1.2)) if entry.run is offline else "-"
                 for seed in entry.run.config["seeds"]:
                     points = [
-                        (row["seconds"], 100 * number(row, "test_accuracy"))
-                        for row in entry.run.of("eval", entry.rule.name, seed)
+                        (row["seconds"], 100 * number(row, "accuracy"))
+                        for row in entry.run.of("eval", entry.contender.name, seed)
                         if row["step"]
                     ]
                     if points:
-                        (handles[entry.rule.title],) = axes.plot(
+                        (handles[entry.contender.title],) = axes.plot(
                             *zip(*points, strict=True),
                             color=entry.color,
                             linestyle=line,

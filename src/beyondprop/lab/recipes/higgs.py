@@ -47,15 +47,15 @@ class Contender:
 
 
 CONTENDERS = {
-    "AM-Adam": Contender(registry.get("am-adam").build, _ADAM, "#0072B2"),
-    "AM-SGD": Contender(registry.get("am-sgd").build, _SGD, "#56B4E9"),
+    "AM-Adam": Contender(registry.rules.get("am-adam").build, _ADAM, "#0072B2"),
+    "AM-SGD": Contender(registry.rules.get("am-sgd").build, _SGD, "#56B4E9"),
     # At the default damping of 0.5 a memory of few rows overflows at small batches.
     "AM-mem": Contender(
         lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr, damping=2.0)), (0.1, 0.3, 1.0, 2.0), "#009E73"
     ),
-    "Backprop, Adam": Contender(registry.get("adam").build, _ADAM, "#D55E00"),
-    "Backprop, SGD": Contender(registry.get("sgd").build, _SGD, "#E69F00"),
-    "ADMM, offline": Contender(registry.get("admm").build, (0.3, 1.0, 3.0, 10.0), "#222222", whole_set=True),
+    "Backprop, Adam": Contender(registry.rules.get("adam").build, _ADAM, "#D55E00"),
+    "Backprop, SGD": Contender(registry.rules.get("sgd").build, _SGD, "#E69F00"),
+    "ADMM, offline": Contender(registry.rules.get("admm").build, (0.3, 1.0, 3.0, 10.0), "#222222", whole_set=True),
 }
 
 
@@ -110,7 +110,7 @@ def train(
             )
         except Failed:
             return [None]
-    accuracies: list[float | None] = [100 * row["test_accuracy"] for row in history.evaluations[1:]]
+    accuracies: list[float | None] = [100 * row["accuracy"] for row in history.evaluations[1:]]
     return accuracies[-1:] if contender.whole_set else accuracies
 
 

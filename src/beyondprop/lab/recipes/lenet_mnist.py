@@ -32,7 +32,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     )
     short = compared(context, "batch-200", settings)
     figure([long], context.out / "figure.png")
-    ours, theirs = (at_epoch(short, rule, settings.epochs) for rule in settings.rules)
+    ours, theirs = (at_epoch(short, rule, short.config["epochs"]) for rule in settings.rules)
     after = f"batch 200, after epoch {settings.epochs:g}"
     lead = tuple(a - b for a, b in zip(ours, theirs, strict=True))
     rows += [

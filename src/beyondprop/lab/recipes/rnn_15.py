@@ -25,7 +25,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
         context,
         "pixels",
         Settings(
-            net="rnn:15",
+            nets=("rnn:15",),
             batch_size=1024,
             epochs=2 / 59 if quick else 2.0,
             tune_epochs=1.0,
@@ -36,10 +36,10 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     rows_ = compared(
         context,
         "rows",
-        Settings(net="rnn:100:rows", batch_size=100, epochs=0.02 if quick else 2.0, tune_epochs=2.0, **usual),
+        Settings(nets=("rnn:100:rows",), batch_size=100, epochs=0.02 if quick else 2.0, tune_epochs=2.0, **usual),
     )
     figure([pixels, rows_], context.out / "figure.png")
-    titles = {rule.name: rule.title for rule in pixels.rules}
+    titles = {rule.name: rule.title for rule in pixels.contenders}
     rows = [
         Row(
             f"RNN-15, pixel by pixel, {titles[name]}, after epoch {epoch:.2g}",

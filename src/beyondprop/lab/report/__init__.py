@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from beyondprop.lab.report._figures import figures
 from beyondprop.lab.report._html import write_report
-from beyondprop.lab.report._run import RuleInfo, Run, read_run
-from beyondprop.lab.report._summary import RuleSummary, Spread, summary, to_json
+from beyondprop.lab.report._summary import ContenderSummary, Spread, summary, to_json
 from beyondprop.lab.report._table import table
+from beyondprop.lab.runs.recorded import ContenderInfo, Run, read_run
 
 __all__ = [
-    "RuleInfo",
-    "RuleSummary",
+    "ContenderInfo",
+    "ContenderSummary",
     "Run",
     "Spread",
     "figures",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from beyondprop.lab.report import _words as words
 from beyondprop.lab.report._curves import Band, band, curve
-from beyondprop.lab.report._run import Row, number
 from beyondprop.lab.report._style import Entry, plain
 from beyondprop.lab.report._summary import Spread
+from beyondprop.lab.runs.recorded import Row, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,34 +19,20 @@ _MARKERS = "osD^vPXp"
 _MOST_IN_LEGEND = len(_MARKERS)
 
 
-@dataclass(frozen=True)
-class StageAlignment:
-    """The direction of one stage's update against the gradient's, at the last record, over the seeds."""
-
-    label: str
-    stage: str
-    epoch: float
-    cosine: Spread | None
-    angle: Spread | None
-    norm_ratio: Spread | None
-
-
-def final_alignment(shown: Sequence[Entry]) -> list[StageAlignment]:
-    """Return the last recorded alignment of every stage of every entry, in the network's order."""
-    found: list[StageAlignment] = []
+def final_alignment(shown: Sequence[Entry]) -> list[tuple[str, str, float, list[Spread | None]]]:
+    """Return label, stage, epoch, and the spreads of cosine, angle and norm ratio, at the last record of each stage."""
+    found = []
     for entry in shown:
         for stage in _stages(entry):
             rows = [r[-1] for seed in _seeds(entry) if (r := _rows(entry, seed, stage))]
-            spread = {key: Spread.over(number(row, key) for row in rows if key in row) for key in _KEYS}
-            found.append(StageAlignment(entry.label, stage, min(row["epoch"] for row in rows), **spread))
+            keys = ("cosine", "angle", "norm_ratio")
+            spreads = [Spread.over(number(row, key) for row in rows if key in row) for key in keys]
+            found.append((entry.label, stage, min(row["epoch"] for row in rows), spreads))
     return found
 
 
-_KEYS = ("cosine", "angle", "norm_ratio")
-
-
 def draw_alignment(shown: Sequence[Entry]) -> tuple[Figure, str] | None:
-    """Return a figure with one panel per rule, the cosine of every stage over epochs, and its caption."""
+    """Return a figure with one panel per contender, the cosine of every stage over epochs, and its caption."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -124,16 +109,16 @@ def _name(i: int, stage: str, count: int) -> str:
 def _seeds(entry: Entry) -> list[int]:
     """Return the seeds that count, or the stopped ones where none does: their alignment may say why."""
     seeds = entry.counted or entry.failed
-    return [seed for seed in seeds if entry.run.of("alignment", entry.rule.name, seed)]
+    return [seed for seed in seeds if entry.run.of("alignment", entry.contender.name, seed)]
 
 
 def _stages(entry: Entry) -> list[str]:
-    rows = [row for seed in _seeds(entry) for row in entry.run.of("alignment", entry.rule.name, seed)]
+    rows = [row for seed in _seeds(entry) for row in entry.run.of("alignment", entry.contender.name, seed)]
     return list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
 
 
 def _rows(entry: Entry, seed: int, stage: str) -> list[Row]:
-    rows = entry.run.of("alignment", entry.rule.name, seed)
+    rows = entry.run.of("alignment", entry.contender.name, seed)
     return [{"epoch": row["epoch"]} | row["stages"][stage] for row in rows if stage in row["stages"]]
 
 

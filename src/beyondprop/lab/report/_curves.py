@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from beyondprop.lab.report._run import Row, number
+from beyondprop.lab.runs.recorded import Row, number
 
 Array = np.ndarray
 _MOST_MARKS = 12
@@ -87,7 +87,7 @@ def draw_band(axes: Any, curves: Sequence[Curve], **look: Any) -> list[Any]:
 def end_limits(bands: Sequence[Band], *, higher_is_better: bool) -> tuple[float, float] | None:
     """Return y limits that show the differences at the end of training.
 
-    They hold the last third of every curve but those of rules that end far from the rest, by more than four
+    They hold the last third of every curve but those of contenders that end far from the rest, by more than four
     times the median distance to the best.
     """
     if not bands:

@@ -1,4 +1,4 @@
-"""Figures of accuracy and loss against epochs, work and seconds."""
+"""Figures of every metric against epochs, work, seconds and what the models counted."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from beyondprop.lab.report import _words as words
 from beyondprop.lab.report._alignment import draw_alignment
 from beyondprop.lab.report._curves import Band, band, curve, end_limits
-from beyondprop.lab.report._run import Run, number
 from beyondprop.lab.report._style import Entry, drawing, entries, plain, warm_entries
 from beyondprop.lab.runs.files import write_atomically
+from beyondprop.lab.runs.recorded import Row, Run, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_X = {
-    "epoch": "epochs",
-    "work": "work (gradient-equivalents)",
-    "seconds": "training time (s)",
-}
+    from beyondprop.lab.tasks.base import Metric
 
-
-# Name, heading, figure and caption.
-_Sheet: TypeAlias = "tuple[str, str, Figure, str]"
+_X = {"epoch": "epochs", "work": "work (gradient-equivalents)", "seconds": "training time (s)"}
+_MOST_COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -47,8 +42,8 @@ def figures(run: Run, folder: str | Path) -> list[Path]:
     """Draw the run's figures as PNG files into `folder`, which is made where it is missing.
 
     Returns:
-        The files: `accuracy.png` (classification only), `loss.png`, and `alignment.png` where alignment was
-        recorded; none where nothing was evaluated.
+        The files: one for each metric, named by its key, `loss.png` with the training loss, and `alignment.png` where
+        alignment was recorded; none where nothing was evaluated.
     """
     folder = Path(folder)
     return [
@@ -58,24 +53,37 @@ def figures(run: Run, folder: str | Path) -> list[Path]:
 
 
 def draw(
-    shown: Sequence[Entry], formats: Sequence[str], warm: Sequence[Entry] = (), xs: Sequence[str] = tuple(_X)
+    shown: Sequence[Entry], formats: Sequence[str], warm: Sequence[Entry] = (), xs: Sequence[str] | None = None
 ) -> list[Drawing]:
     """Draw every figure that the entries have numbers for, as files of the formats (`png`, `svg`).
 
-    What the rules started with (`warm`) is drawn beside them; it decides about no axis. `xs` are what curves are drawn
-    against, of `epoch`, `work` and `seconds`.
+    What the contenders started with (`warm`) is drawn beside them; it decides about no axis. `xs` are what curves are
+    drawn against, of `epoch`, `work`, `seconds` and the counters; by default all that are known.
     """
-    found: list[_Sheet] = []
+    from beyondprop.lab.tasks.base import LOSS
+
+    metrics = metrics_of(shown)
+    keys = [metric.key for metric in metrics]
+    found: list[Drawing] = []
     with drawing():
-        axes = [x for x in xs if _bands(shown, x, "test_loss") or _bands(shown, x, "test_accuracy")]
-        if axes and any(_bands(shown, axes[0], "test_accuracy")):
-            found.append(_accuracy(shown, axes, warm))
-        if axes and (_bands(shown, axes[0], "test_loss") or _bands(shown, axes[0], "train_loss")):
-            found.append(_loss(shown, axes, warm))
+        for metric in metrics if "loss" in keys else [*metrics, LOSS]:  # beside it is the training loss
+            rows = [key for key in (metric.key, "train_loss") if key == metric.key or metric.key == "loss"]
+            rows = [key for key in rows if _bands(shown, "step", key)]
+            axes = [x for x in (_axes(shown) if xs is None else xs) if any(_bands(shown, x, key) for key in rows)]
+            if axes:
+                bounded = metric.higher_is_better or metric.scale == 100
+                sheet = _course(shown, metric, axes, warm) if bounded else _log(shown, metric, rows, axes, warm)
+                heading = words.capital(words.name_and_unit(metric)[0])
+                found.append(Drawing(metric.key, heading, sheet[1], _files(sheet[0], formats)))
         aligned = draw_alignment(shown)
         if aligned is not None:
-            found.append(("alignment", "Alignment with the gradient", *aligned))
-        return [Drawing(n, h, caption, _files(figure, formats)) for n, h, figure, caption in found]
+            found.append(Drawing("alignment", "Alignment with the gradient", aligned[1], _files(aligned[0], formats)))
+    return found
+
+
+def metrics_of(shown: Sequence[Entry]) -> list[Metric]:
+    """Return the metrics of all runs, the deciding one of the first run first."""
+    return list({metric.key: metric for entry in shown for metric in entry.run.metrics}.values())
 
 
 def split_of(shown: Sequence[Entry]) -> str:
@@ -84,55 +92,78 @@ def split_of(shown: Sequence[Entry]) -> str:
     return splits.pop() if len(splits) == 1 else "held-out"
 
 
-def _accuracy(shown: Sequence[Entry], xs: Sequence[str], warm: Sequence[Entry]) -> _Sheet:
+def _axes(shown: Sequence[Entry]) -> list[str]:
+    """Return what curves can be drawn against: a counter where it counts up, as spikes a row and bytes kept do not."""
+    found = list(_X)
+    for name in dict.fromkeys(name for entry in shown for name in entry.run.counters):
+        steps = [step for rows in _rows(shown) for step in np.diff([number(row, name) for row in rows])]
+        found += [name] if any(step > 0 for step in steps) and not any(step < 0 for step in steps) else []
+    return found
+
+
+def _course(shown: Sequence[Entry], metric: Metric, xs: Sequence[str], warm: Sequence[Entry]) -> tuple[Figure, str]:
+    """Draw the whole course of a metric above, and its end enlarged below."""
+    key, scale, higher, percent = metric.key, metric.scale, metric.higher_is_better, metric.scale == 100
     figure, axes = _panels([*warm, *shown], 2, xs)
-    split = split_of(shown)
+    split, (name, unit) = split_of(shown), words.name_and_unit(metric)
     beyond: dict[str, str] = {}
     for column, x in enumerate(xs):
         for row in range(2):
-            _plot(axes[row, column], [*warm, *shown], x, "test_accuracy", scale=100)
-    bands = _bands(shown, xs[0], "test_accuracy", scale=100)  # one range for the row, which has one axis
-    limits = end_limits(list(bands.values()), higher_is_better=True)
+            _plot(axes[row, column], [*warm, *shown], x, key, scale)
+    bands = _bands(shown, xs[0], key, scale)  # one range for the row, which has one axis
+    limits = end_limits(list(bands.values()), higher_is_better=higher)
     if limits is not None:
-        axes[1, 0].set_ylim(limits[0], min(limits[1], 100.5))
+        low, high = limits
+        axes[1, 0].set_ylim(*((low, min(high, 100.5)) if higher else (max(low, -0.5), high)) if percent else limits)
         for label, b in bands.items():
-            if b.high[-1] < limits[0]:
-                beyond.setdefault(label, f"{label}, which ends at {b.mean[-1]:.1f} %")
-    for row, name in enumerate(("whole course", "the end, enlarged")):
-        axes[row, 0].set_ylabel(f"{split} accuracy (%)\n{name}")
-    caption = f"{split.capitalize()} accuracy: the whole course above, the end enlarged below. {_seeds(shown)}"
-    caption += _stops(shown)
-    return ("accuracy", "Accuracy", figure, caption + _sentence("Below the enlarged range: ", beyond))
+            if b.high[-1] < low if higher else b.low[-1] > high:
+                end = f"{b.mean[-1]:.1f} %" if percent else f"{b.mean[-1]:.3g} {unit}".rstrip()
+                beyond.setdefault(label, f"{label}, which ends at {end}")
+    if not percent:
+        # A diverging contender must not squeeze the others: half as far below the start as the best is above it.
+        values = [scale * curve(rows, xs[0], key).y for rows in _rows([*warm, *shown])]
+        start, top = min(v[0] for v in values if v.size), max(v.max() for v in values if v.size)
+        floor = start - (top - start) / 2
+        if min(v.min() for v in values if v.size) < floor < top:
+            axes[0, 0].set_ylim(floor, top + 0.05 * (top - floor))
+    _label(axes, xs, [f"{split} {metric.label}\n{part}" for part in ("whole course", "the end, enlarged")])
+    caption = f"{words.capital(split)} {name}: the whole course above, the end enlarged below. "
+    return figure, caption + _said(shown, f"{'Below' if higher else 'Above'} the enlarged range", beyond)
 
 
-def _loss(shown: Sequence[Entry], xs: Sequence[str], warm: Sequence[Entry]) -> _Sheet:
-    keys = [key for key in ("test_loss", "train_loss") if _bands(shown, xs[0], key)]
+def _log(
+    shown: Sequence[Entry], metric: Metric, keys: Sequence[str], xs: Sequence[str], warm: Sequence[Entry]
+) -> tuple[Figure, str]:
+    """Draw a metric whose lowest is best, and where `keys` has it the training loss, on logarithmic axes."""
     figure, axes = _panels([*warm, *shown], len(keys), xs)
-    split = split_of(shown)
+    split, name = split_of(shown), words.name_and_unit(metric)[0]
     beyond: dict[str, str] = {}
+    labels = []
     for row, key in enumerate(keys):
-        name = "training loss" if key == "train_loss" else f"{split} loss"
+        scale, label = (1.0, "training loss") if key == "train_loss" else (metric.scale, f"{split} {metric.label}")
         log = False
         for column, x in enumerate(xs):
-            _plot(axes[row, column], [*warm, *shown], x, key)
-            log = _loss_axis(axes[row, column], [*warm, *shown], x, key)
-            bands, top = _bands(shown, x, key), axes[row, column].get_ylim()[1]
-            for label, b in bands.items():
+            _plot(axes[row, column], [*warm, *shown], x, key, scale)
+            log = _log_axis(axes[row, column], [*warm, *shown], x, key, scale, metric)
+            bands, top = _bands(shown, x, key, scale), axes[row, column].get_ylim()[1]
+            for of, b in bands.items():
                 if b.mean[-1] > top:
-                    beyond.setdefault(label + key, f"{label}, whose {name} ends at {b.mean[-1]:.3g}")
-        axes[row, 0].set_ylabel(name + (" (log scale)" if log else ""))
-    caption = f"{split.capitalize()} and training loss. {_seeds(shown)}{_stops(shown)}"
-    return ("loss", "Loss", figure, caption + _sentence("Above the panel: ", beyond))
+                    beyond.setdefault(of + key, f"{of}, whose {label} ends at {b.mean[-1]:.3g}")
+        labels.append(label + (" (log scale)" if log else ""))
+    _label(axes, xs, labels)
+    what = " and ".join("training loss" if key == "train_loss" else f"{split} {name}" for key in keys)
+    what = what.replace(" loss and", " and")  # test and training loss
+    return figure, f"{words.capital(what)}. {_said(shown, 'Above the panel', beyond)}"
 
 
-def _loss_axis(axes: Axes, shown: Sequence[Entry], x: str, y: str) -> bool:
-    """Set the scale and limits of a loss panel; return whether it is logarithmic."""
+def _log_axis(axes: Axes, shown: Sequence[Entry], x: str, y: str, scale: float, metric: Metric) -> bool:
+    """Set the scale and limits of a panel; return whether it is logarithmic."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    rows = [e.run.of("eval", e.rule.name, seed) for e in shown for seed in _seeds_seen(e)]
-    values = np.concatenate([curve(r, x, y).y for r in rows])
-    # A diverging rule must not squeeze the others: three times the untrained loss is as high as it gets.
-    starts = [loss for r in rows if r[0]["step"] == 0 and math.isfinite(loss := number(r[0], "test_loss"))]
+    rows = _rows(shown)
+    values = scale * np.concatenate([curve(r, x, y).y for r in rows])
+    # A diverging contender must not squeeze the others: three times the untrained loss is as high as it gets.
+    starts = [scale * v for r in rows if r[0]["step"] == 0 and math.isfinite(v := number(r[0], metric.key))]
     low, high = float(values.min()), float(min(values.max(), 3 * max(starts, default=math.inf)))
     if not 0 < low < high:
         return False
@@ -148,14 +179,14 @@ def _loss_axis(axes: Axes, shown: Sequence[Entry], x: str, y: str) -> bool:
     return True
 
 
-def _plot(axes: Axes, shown: Sequence[Entry], x: str, y: str, scale: float = 1) -> None:
+def _plot(axes: Axes, shown: Sequence[Entry], x: str, y: str, scale: float) -> None:
     bands = _bands(shown, x, y, scale)
     for entry in shown:
         look: dict[str, Any] = {"color": entry.color, "linestyle": entry.line}
         for seed in _seeds_seen(entry):
             if seed in entry.counted:
                 continue
-            points = curve(entry.run.of("eval", entry.rule.name, seed), x, y)
+            points = curve(entry.run.of("eval", entry.contender.name, seed), x, y)
             axes.plot(points.x, scale * points.y, linewidth=0.9, alpha=0.8, **look)
             if seed in entry.failed:
                 axes.plot(points.x[-1:], scale * points.y[-1:], "x", color=entry.color, ms=8, mew=2, zorder=5)
@@ -167,17 +198,24 @@ def _plot(axes: Axes, shown: Sequence[Entry], x: str, y: str, scale: float = 1) 
 
 
 def _bands(shown: Sequence[Entry], x: str, y: str, scale: float = 1) -> dict[str, Band]:
-    found = {e.label: band([curve(e.run.of("eval", e.rule.name, seed), x, y) for seed in e.counted]) for e in shown}
-    return {label: b.scaled(scale) for label, b in found.items() if b is not None}
+    curves = {e.label: [curve(e.run.of("eval", e.contender.name, s), x, y) for s in e.counted] for e in shown}
+    return {label: b.scaled(scale) for label, found in curves.items() if (b := band(found)) is not None}
 
 
 def _seeds_seen(entry: Entry) -> list[int]:
-    seeds = entry.run.seeds(entry.rule.name)
-    return [seed for group in seeds.values() for seed in group if entry.run.of("eval", entry.rule.name, seed)]
+    seeds = entry.run.seeds(entry.contender.name)
+    return [seed for group in seeds.values() for seed in group if entry.run.of("eval", entry.contender.name, seed)]
+
+
+def _rows(shown: Sequence[Entry]) -> list[list[Row]]:
+    return [e.run.of("eval", e.contender.name, seed) for e in shown for seed in _seeds_seen(e)]
 
 
 def _panels(shown: Sequence[Entry], rows: int, xs: Sequence[str]) -> tuple[Figure, Any]:
-    """Return a figure of `(rows, len(xs))` panels with x shared by column, y by row and the legend on top."""
+    """Return a figure of `(rows, len(xs))` panels with x shared by column, y by row and the legend on top.
+
+    Where there are many columns they go on below, as a second block of rows.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
@@ -189,31 +227,44 @@ def _panels(shown: Sequence[Entry], rows: int, xs: Sequence[str]) -> tuple[Figur
         labels.append("a seed was stopped")
     # A line of legend holds about 140 characters and a handle takes the room of nine.
     lines = math.ceil(len(labels) / max(1, 140 // (max(map(len, labels)) + 9)))
-    figure = Figure(figsize=(11, 0.5 + 2.75 * rows + 0.22 * lines), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, len(xs), sharex="col", sharey="row", squeeze=False)
+    blocks = math.ceil(len(xs) / _MOST_COLUMNS)
+    columns = math.ceil(len(xs) / blocks)
+    figure = Figure(figsize=(11, 0.5 + 2.75 * rows * blocks + 0.22 * lines), dpi=150, layout="constrained")
+    grid = figure.subplots(rows * blocks, columns, squeeze=False)
+    grid = np.concatenate(np.split(grid, blocks), axis=1)  # blocks side by side
+    for axis in grid[:, len(xs) :].flat:
+        axis.remove()
+    axes = grid[:, : len(xs)]
     for column, x in enumerate(xs):
-        axes[-1, column].set_xlabel(_X[x])
+        for row in range(rows):
+            if row < rows - 1:
+                axes[row, column].sharex(axes[-1, column])
+                axes[row, column].tick_params(labelbottom=False)
+            if column:
+                axes[row, column].sharey(axes[row, 0])
+                axes[row, column].tick_params(labelleft=column % columns == 0)
+        axes[-1, column].set_xlabel(plain(_X.get(x, x.replace("_", " "))))
         axes[-1, column].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    columns = math.ceil(len(labels) / lines)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.6)
+    figure.legend(handles, labels, loc="outside upper center", ncols=math.ceil(len(labels) / lines), handlelength=3.6)
     return figure, axes
 
 
-def _seeds(shown: Sequence[Entry]) -> str:
+def _label(axes: Any, xs: Sequence[str], labels: Sequence[str]) -> None:
+    """Name the rows of panels, at the left of each block."""
+    columns = math.ceil(len(xs) / math.ceil(len(xs) / _MOST_COLUMNS))
+    for column in range(0, len(xs), columns):
+        for row, label in enumerate(labels):
+            axes[row, column].set_ylabel(plain(label))
+
+
+def _said(shown: Sequence[Entry], start: str, parts: Mapping[str, str]) -> str:
+    """Return what every caption ends with: what lines and bands are, and what lies beyond the panel."""
     said = words.over_seeds(len(entry.counted) for entry in shown)
     many = any(len(entry.counted) > 1 for entry in shown)
-    return ("Lines and bands: " if many else "") + (said if many else said.capitalize()) + "."
-
-
-def _stops(shown: Sequence[Entry]) -> str:
-    thin = [e for e in shown if set(_seeds_seen(e)) - set(e.counted)]
-    return (
-        f" Thin lines are single seeds that did not reach the end: {', '.join(e.label for e in thin)}." if thin else ""
-    )
-
-
-def _sentence(start: str, parts: Mapping[str, str]) -> str:
-    return f" {start}{'; '.join(parts.values())}." if parts else ""
+    said = f"Lines and bands: {said}." if many else f"{said.capitalize()}."
+    thin = ", ".join(e.label for e in shown if set(_seeds_seen(e)) - set(e.counted))
+    said += f" Thin lines are single seeds that did not reach the end: {thin}." if thin else ""
+    return said + (f" {start}: {'; '.join(parts.values())}." if parts else "")
 
 
 def _files(figure: Figure, formats: Sequence[str]) -> dict[str, bytes]:

@@ -6,29 +6,34 @@ import base64
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
 from beyondprop.lab.report import _words as words
 from beyondprop.lab.report._alignment import final_alignment
-from beyondprop.lab.report._css import CSS
-from beyondprop.lab.report._figures import Drawing, draw, split_of
-from beyondprop.lab.report._run import Row, Run, read_run
+from beyondprop.lab.report._figures import Drawing, draw, metrics_of, split_of
 from beyondprop.lab.report._style import Entry, entries, run_labels, warm_entries
-from beyondprop.lab.report._summary import RuleSummary, best_of, summary, warm_start
+from beyondprop.lab.report._summary import ContenderSummary, Spread, best_of, summary, warm_starts
 from beyondprop.lab.runs.files import write_atomically
+from beyondprop.lab.runs.recorded import Row, Run, read_run
 
-# Besides the escaping, the page itself forbids every script and every request.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_SHARED = ("data", "net", "epochs", "warm_start", "batch_size", "schedule", "validation", "seeds", "threads")
-
-
-class _Markup(str):
-    """Text that is HTML already; all other text is escaped where it enters the page."""
-
-    __slots__ = ()
+_SHARED = (
+    "task",
+    "data",
+    "nets",
+    "epochs",
+    "warm_start",
+    "batch_size",
+    "sample",
+    "schedule",
+    "validation",
+    "seeds",
+    "threads",
+)
 
 
 def write_report(*run_dirs: str | Path, output: str | Path | None = None) -> Path:
@@ -59,41 +64,37 @@ def write_report(*run_dirs: str | Path, output: str | Path | None = None) -> Pat
 
 
 def _page(runs: Sequence[Run], shown: Sequence[Entry], drawings: Sequence[Drawing], output: str | Path | None) -> str:
-    summaries = [s for run in runs for s in summary(run)]
-    title = words.title(
-        (run.config["data"] for run in runs),
-        (run.config["net"] for run in runs),
-        len(summaries),
-        (s.seeds for s in summaries),
-    )
+    metrics = metrics_of(shown)
+    summaries = [s for run in runs for s in summary(run, metrics[0])]
+    started = dict.fromkeys(str(run.env["started"]) for run in runs if run.env.get("started"))
     elsewhere = [] if output is None else ["--output", _from_here(Path(output))]
-    command = shlex.join(["beyondprop", "report", *(_from_here(run.path) for run in runs), *elsewhere])
-    body = [
-        _tag("h1", title),
-        _tag("p", " · ".join(run_labels(runs)) + _started(runs), cls="under"),
-        _problems(runs, shown, summaries),
-        _section("Results", _results(runs, shown, summaries)),
-        *(_section(d.heading, _figure(d)) for d in drawings),
-        _section("Alignment at the end", _alignment(shown)),
-        _section("Settings", _settings(runs, shown)),
-        _section("Environment", _environment(runs)),
-        _section("Make this report again", _tag("pre", command)),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
+    head, body, note = _results(runs, shown, summaries)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=words.title(runs, summaries),
+        under=" · ".join(run_labels(runs)) + (f" · started {', '.join(started)}" if started else ""),
+        problems=_problems(runs, shown, summaries),
+        results=(head, body),
+        results_note=note,
+        drawings=drawings,
+        alignment=_alignment(shown),
+        values=run_labels(runs) if len(runs) > 1 else ["value"],
+        settings=_side_by_side([_settings(run) for run in runs]),
+        contenders=_contenders([*warm_entries(runs), *shown]),
+        environment=_side_by_side([run.env for run in runs]),
+        command=shlex.join(["beyondprop", "report", *(_from_here(run.path) for run in runs), *elsewhere]),
     )
 
 
-def _problems(runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[RuleSummary]) -> _Markup:
-    """Return what went wrong or needs care, before any number; empty where nothing did."""
+def _problems(
+    runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[ContenderSummary]
+) -> list[tuple[str, str, list[str]]]:
+    """Return what went wrong or needs care, which comes before any number."""
     labels = run_labels(runs) if len(runs) > 1 else [""]
-    failures = [_message(run, row, labels[i]) for i, run in enumerate(runs) for row in run.failures]
-    notes = [_message(run, row, labels[i]) for i, run in enumerate(runs) for row in run.warnings]
+    failures = [_message(run, row, label) for run, label in zip(runs, labels, strict=True) for row in run.failures]
+    notes = [_message(run, row, label) for run, label in zip(runs, labels, strict=True) for row in run.warnings]
     notes += [f"{labels[i]}: {note}" if labels[i] else note for i, run in enumerate(runs) for note in run.notes]
     for entry, s in zip(shown, summaries, strict=True):
         if s.seeds_unfinished:
@@ -103,130 +104,83 @@ def _problems(runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[R
     differing = [key for key in _SHARED if len({json.dumps(r.config.get(key), default=str) for r in runs}) > 1]
     if differing:
         notes.append(f"The runs differ in {', '.join(differing)}: compare their numbers with that in mind.")
-    if not any(s.final for s in summaries):
-        notes.append("No rule has a seed with an evaluation to report.")
-    boxes = [("Failures", "failure", failures), ("Warnings and notes", "warning", notes)]
-    return _join(
-        _tag(
-            "section",
-            _join(_tag("h2", name), _tag("ul", _join(*(_tag("li", m) for m in said)))),
-            cls=f"box {cls}",
-        )
-        for name, cls, said in boxes
-        if said
-    )
+    if all(s.epochs is None for s in summaries):
+        notes.append("No contender has a seed with an evaluation to report.")
+    return [("Failures", "failure", failures), ("Warnings and notes", "warning", notes)]
 
 
-def _message(run: Run, row: Row, label: str) -> _Markup:
-    where = [run.title(row["rule"]), *(f"{key} {row[key]}" for key in ("seed", "step") if row.get(key) is not None)]
-    return _join(_tag("b", ", ".join(where)), f" ({label}): " if label else ": ", row["message"])
+def _message(run: Run, row: Row, label: str) -> str:
+    where = [
+        run.title(row["contender"]),
+        *(f"{key} {row[key]}" for key in ("seed", "step") if row.get(key) is not None),
+    ]
+    return Markup("<b>{}</b>{}{}").format(", ".join(where), f" ({label}): " if label else ": ", row["message"])
 
 
-def _results(runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[RuleSummary]) -> _Markup:
-    metric = "test_accuracy" if any(s.metric == "test_accuracy" for s in summaries) else "test_loss"
-    accuracy, split = metric == "test_accuracy", split_of(shown)
-    same_task = len({(run.config["data"], run.config["net"]) for run in runs}) == 1
-    best = best_of(summaries, lambda s: s.final and s.final.mean) if same_task else None
-    name = words.metric_name(metric, split)
-    first = {s.first_epoch for s in summaries if s.first_epoch is not None}
-    after = f"after {first.pop():.3g} epochs".replace("after 1 epochs", "after 1 epoch") if len(first) == 1 else "first"
-    head = ["Rule", name, "range", "std", "best seen", after]
-    head += [f"{split} loss"] if accuracy else []
-    head += ["train loss", "seconds", "work", "seeds"]
+def _results(
+    runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[ContenderSummary]
+) -> tuple[list[str], list[list[str]], str]:
+    """Return the head and the rows of the table of results, and what there is to say of it."""
+    metrics, split = metrics_of(shown), split_of(shown)
+    columns = words.columns(summaries, metrics, dict.fromkeys(name for run in runs for name in run.counters), split)
+    same_task = len({(run.task, *run.config["nets"]) for run in runs}) == 1
+    best = best_of(summaries, metrics[0], lambda s: s.final) if same_task else None
     body = []
-    for entry, s in zip(shown, summaries, strict=True):
-        final: str = words.mean(metric, s.final)
+    for entry, s, final, *cells in zip(shown, summaries, *columns.values(), strict=True):
         if s.final is None and s.seeds_failed:
-            final = _tag("span", "failed", cls="bad")
-        elif s.final and not s.seeds_done and s.epochs is not None:
+            final = Markup('<span class="bad">failed</span>')
+        elif s.final and not s.seeds_done:
             final += f" (epoch {s.epochs:.4g})"
         elif best is not None and s.comparable and s.final and s.final.mean == best:
-            final = _tag("b", f"★ {final}")
-        std = words.value(metric, s.final.std) if s.final and s.final.std is not None else words.DASH
-        cells = [_join(_swatch(entry), entry.label), final, words.interval(metric, s.final), std]
-        cells += [words.mean(metric, s.best), words.mean(metric, s.first)]
-        cells += [words.mean("test_loss", s.final_loss)] if accuracy else []
-        cells += [words.mean("train_loss", s.final_train_loss), words.amount(s.seconds), words.amount(s.work)]
-        body.append([*cells, words.seeds(s)])
-    lead = "Highest" if accuracy else "Lowest"
+            final = Markup("<b>★ {}</b>").format(final)
+        body.append([_name(entry), final, *cells])
+    lead = "Highest" if metrics[0].higher_is_better else "Lowest"
     spread = words.over_seeds(len(entry.counted) for entry in shown).capitalize()
     note = (
-        f"{spread}; seconds and work are medians. Std is the sample standard deviation. Best seen is each "
+        f"{spread}; seconds, work and counts are medians. Std is the sample standard deviation. Best seen is each "
         f"seed's best evaluation, chosen by looking at the {split} data. Work counts gradient-equivalents: "
-        "1 is what one backpropagation step on the same batch costs in multiply-adds. Seconds are training "
-        "time only. " + (f"★ {lead} mean among the rules whose seeds all reached the end." if best is not None else "")
+        "1 is what one backpropagation step on the same batch costs in multiply-adds. Seconds are training time only. "
     )
-    labels = run_labels(runs) if len(runs) > 1 else [""]
+    note += f"★ {lead} mean among the contenders whose seeds all reached the end. " if best is not None else ""
+    labels = [f"{label}: " for label in run_labels(runs)] if len(runs) > 1 else [""]
     for label, run in zip(labels, runs, strict=True):
-        if run.warm_start is not None:
-            note += (f"{label}: " if label else "") + words.warm_start(warm_start(run)) + " "
-    return _join(_table(head, body, numbers=True), _tag("p", note, cls="note"))
+        note += "".join(f"{label}{words.warm_start(s, run.metric)} " for s in warm_starts(run))
+    return ["Contender", *columns], body, note
 
 
-def _alignment(shown: Sequence[Entry]) -> _Markup:
-    found = final_alignment(shown)
-    if not found:
-        return _Markup()
-
-    def cell(metric: str, spread: Any) -> str:
+def _alignment(shown: Sequence[Entry]) -> list[list[str]]:
+    def cell(spread: Spread | None, form: str) -> str:
         if spread is None:
             return words.DASH
         if not math.isfinite(spread.mean):
             return "undefined"  # in a seed whose update or gradient is 0
-        form = {"angle": ".1f", "norm_ratio": "#.3g"}.get(metric, ".3f")
         text = f"{spread.mean:{form}}"
-        if spread.n < 2:
-            return text
         between = words.DASH if spread.low >= 0 else " to "
-        return f"{text} ({spread.low:{form}}{between}{spread.high:{form}})"
+        return text + (f" ({spread.low:{form}}{between}{spread.high:{form}})" if spread.n > 1 else "")
 
-    rows = [
-        [f.label, f.stage, f"{f.epoch:.3g}"] + [cell(k, getattr(f, k)) for k in ("cosine", "angle", "norm_ratio")]
-        for f in found
+    forms = (".3f", ".1f", "#.3g")  # of cosine, angle and norm ratio
+    return [
+        [label, stage, f"{epoch:.3g}", *map(cell, spreads, forms)]
+        for label, stage, epoch, spreads in final_alignment(shown)
     ]
-    head = ["Rule", "stage", "epoch", "cosine", "angle (°)", "norm ratio"]
-    note = (
-        "Mean (range) over the seeds, at the last record. The norm ratio is the length of the update's "
-        "direction over that of the gradient."
-    )
-    return _join(_table(head, rows, numbers=True), _tag("p", note, cls="note"))
 
 
-def _settings(runs: Sequence[Run], shown: Sequence[Entry]) -> _Markup:
-    labels = run_labels(runs)
-    known = [key for key in _SHARED if key != "validation" and any(key in run.config for run in runs)]
-    shared = _table(
-        ["Setting", *(labels if len(runs) > 1 else ["value"])],
-        [[key.replace("_", " "), *(_value(run.config.get(key)) for run in runs)] for key in known]
-        + [["evaluated on", *(f"{run.split} split" for run in runs)]],
-    )
-    rules = [
-        [
-            _join(_swatch(entry), entry.label),
-            entry.rule.summary or words.DASH,
-            ", ".join(f"{key} = {_value(value)}" for key, value in entry.rule.settings.items()) or words.DASH,
-        ]
-        for entry in [*warm_entries(runs), *shown]
-    ]
-    return _join(shared, _table(["Rule", "what it does", "settings"], rows=rules))
+def _side_by_side(tables: Sequence[dict[str, Any]]) -> list[list[str]]:
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [[key, *(_value(table.get(key)) for table in tables)] for key in keys]
 
 
-def _environment(runs: Sequence[Run]) -> _Markup:
-    keys = list(dict.fromkeys(key for run in runs for key in run.env))
-    head = ["Environment", *(run_labels(runs) if len(runs) > 1 else ["value"])]
-    return _table(head, [[key, *(_value(run.env.get(key)) for run in runs)] for key in keys])
+def _settings(run: Run) -> dict[str, Any]:
+    known = {key: run.config[key] for key in _SHARED if key != "validation" and key in run.config}
+    return {key.replace("_", " "): value for key, value in known.items()} | {"evaluated on": f"{run.split} split"}
 
 
-def _figure(d: Drawing) -> _Markup:
-    data = base64.b64encode(d.files["svg"]).decode()
-    # The alternative text is the caption: a reader who cannot see the curves has the table for their numbers.
-    image = _Markup(f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(d.heading + ". " + d.caption)}">')
-    return _tag("figure", _join(image, _tag("figcaption", d.caption)))
-
-
-def _started(runs: Sequence[Run]) -> str:
-    started = dict.fromkeys(str(run.env["started"]) for run in runs if run.env.get("started"))
-    return f" · started {', '.join(started)}" if started else ""
+def _contenders(shown: Sequence[Entry]) -> list[list[str]]:
+    found = []
+    for entry in shown:
+        settings = ", ".join(f"{key} = {_value(value)}" for key, value in entry.contender.settings.items())
+        found.append([_name(entry), entry.contender.summary or words.DASH, settings or words.DASH])
+    return found
 
 
 def _value(value: Any) -> str:
@@ -241,33 +195,8 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)
 
 
-def _swatch(entry: Entry) -> _Markup:
-    return _Markup(f'<span class="swatch" style="background:{entry.color}"></span>')
-
-
-def _section(heading: str, content: _Markup) -> _Markup:
-    return _tag("section", _join(_tag("h2", heading), content)) if content else content
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> _Markup:
-    top = _tag("tr", _join(*(_tag("th", cell) for cell in head)))
-    body = _join(*(_tag("tr", _join(*(_tag("td", cell) for cell in row))) for row in rows))
-    table = _tag("table", _join(_tag("thead", top), _tag("tbody", body)), cls="numbers" if numbers else "")
-    return _tag("div", table, cls="scroll")
-
-
-def _tag(name: str, content: str, cls: str = "") -> _Markup:
-    start = f'<{name} class="{escape(cls)}">' if cls else f"<{name}>"
-    return _Markup(f"{start}{_html(content)}</{name}>")
-
-
-def _join(*parts: str | Iterable[str]) -> _Markup:
-    flat = [p for part in parts for p in ([part] if isinstance(part, str) else part)]
-    return _Markup("".join(map(_html, flat)))
-
-
-def _html(text: str) -> str:
-    return text if isinstance(text, _Markup) else escape(text)
+def _name(entry: Entry) -> Markup:
+    return Markup('<span class="swatch" style="background:{}"></span>{}').format(entry.color, entry.label)
 
 
 def _from_here(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Colours, lines and markers: one look per rule, told apart without colour too."""
+"""Colours, lines and markers: one look per contender, told apart without colour too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from beyondprop.lab.report._run import RuleInfo, Run
+from beyondprop.lab.runs.recorded import ContenderInfo, Run
 
 # Okabe and Ito's palette without its yellow (too pale on white); in black and white line and marker tell.
 _KNOWN = {
@@ -28,7 +28,7 @@ _OTHERS = (
     ("#44AA99", "-", "h"),
     ("#777777", (0, (6, 1.5)), "*"),
 )
-_RUN_LINES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1, 1.2)))
+_LINES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1, 1.2)))
 
 _RC: dict[str, Any] = {
     "font.size": 10,
@@ -50,10 +50,10 @@ _RC: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One rule of one run, with the label and the look that it has in every figure and table."""
+    """One contender of one run, with the label and the look that it has in every figure and table."""
 
     run: Run
-    rule: RuleInfo
+    contender: ContenderInfo
     label: str
     color: str
     line: Any
@@ -62,43 +62,59 @@ class Entry:
     @property
     def counted(self) -> tuple[int, ...]:
         """The seeds that means and ranges are over."""
-        return self.run.counted(self.rule.name)
+        return self.run.counted(self.contender.name)
 
     @property
     def failed(self) -> tuple[int, ...]:
         """The seeds that were stopped."""
-        return self.run.seeds(self.rule.name)["failed"]
+        return self.run.seeds(self.contender.name)["failed"]
 
 
 def entries(runs: Sequence[Run]) -> list[Entry]:
-    """Return every rule of every run with its label and look.
+    """Return every contender of every run with its label and look.
 
-    A rule has one colour and marker wherever it appears; with several runs, each run has a line style and its
-    name is in the label.
+    A rule has one colour and marker wherever it appears; with several nets or runs, each has a line style, and its name
+    is in the label. Where that would not tell all apart, each contender has a colour.
     """
-    names = dict.fromkeys(rule.name for run in runs for rule in run.rules)
-    look = _looks(list(names))
+    several = len({net for run in runs for net in run.config["nets"]}) > 1
+    by_rule = _told_apart(runs)
+    # What has a colour, and what has a line, of every contender.
+    keys = [[info.rule if by_rule else info.name for info in run.contenders] for run in runs]
+    groups = [[(i, info.net if several and by_rule else "") for info in run.contenders] for i, run in enumerate(runs)]
+    look = _looks(list(dict.fromkeys(key for own in keys for key in own)))
+    lines = list(dict.fromkeys(group for own in groups for group in own))
     labels = run_labels(runs)
     found: list[Entry] = []
     for i, run in enumerate(runs):
-        titles = Counter(rule.title for rule in run.rules)
-        for rule in run.rules:
-            color, line, marker = look[rule.name]
-            # Two rules of one title differ by their names.
-            label = rule.title if titles[rule.title] == 1 else f"{rule.title} [{rule.name}]"
+        titles = Counter(info.title for info in run.contenders)
+        for info, key, group in zip(run.contenders, keys[i], groups[i], strict=True):
+            color, line, marker = look[key]
+            # Two contenders of one title differ by their names.
+            label = info.title if titles[info.title] == 1 else f"{info.title} [{info.name}]"
             if len(runs) > 1:
-                label, line = f"{label} · {labels[i]}", _RUN_LINES[i % len(_RUN_LINES)]
-            found.append(Entry(run, rule, label, color, line, marker))
+                label += f" · {labels[i]}"
+            if len(lines) > 1:
+                line = _LINES[lines.index(group) % len(_LINES)]
+            found.append(Entry(run, info, label, color, line, marker))
     return found
 
 
+def _told_apart(runs: Sequence[Run]) -> bool:
+    """Return whether a colour for each rule and a line for each net tell the contenders of every run apart."""
+    pairs = [[(info.rule, info.net) for info in run.contenders] for run in runs]
+    rules, nets = ({pair[i] for own in pairs for pair in own} for i in (0, 1))
+    return all(len(set(own)) == len(own) for own in pairs) and (
+        len(nets) == 1 or len(rules) > 1 < len(nets) <= len(_LINES)
+    )
+
+
 def warm_entries(runs: Sequence[Run]) -> list[Entry]:
-    """Return what the rules of each run started with, in grey, where they did."""
+    """Return what the contenders of each run started with, in grey, where they did."""
     labels = [f" · {label}" for label in run_labels(runs)] if len(runs) > 1 else [""]
     return [
-        Entry(run, run.warm_start, run.warm_start.title + label, "#888888", (0, (2, 1)), ".")
+        Entry(run, info, info.title + label, ("#888888", "#444444", "#b0b0b0")[i % 3], (0, (2, 1)), ".")
         for run, label in zip(runs, labels, strict=True)
-        if run.warm_start is not None
+        for i, info in enumerate(run.warm_starts)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a run, one summary per rule."""
+"""The numbers of a run, one summary per contender."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from beyondprop.lab.report._run import Row, RuleInfo, Run, number
+from beyondprop.lab.runs.recorded import ContenderInfo, Row, Run, number
+
+if TYPE_CHECKING:
+    from beyondprop.lab.tasks.base import Metric
 
 
 @dataclass(frozen=True)
@@ -42,25 +45,25 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class RuleSummary:
-    """What one rule reached, over its seeds.
+class ContenderSummary:
+    """What one contender reached, over its seeds.
 
     The spreads are over the seeds that reached the end of training; where there are none, over the last
     evaluations of the unfinished ones; `None` where every seed failed or nothing was recorded.
 
     Attributes:
-        name: The rule's short name.
-        title: The rule's name for people.
-        metric: `"test_accuracy"` (a fraction, higher is better) or `"test_loss"` (lower is better).
-        final: The metric at the last evaluation.
-        best: Each seed's best metric after the start, over the seeds.
-        first: The metric at the first evaluation after the start of training.
+        name, title, rule, net: See `ContenderInfo`.
+        metric: The key of the metric that decides.
+        final: That metric at the last evaluation.
+        best: Each seed's best of it after the start, over the seeds.
+        first: It at the first evaluation after the start of training.
         first_epoch: The epoch of that evaluation.
-        final_loss: The held-out loss at the last evaluation.
+        others: Every further metric at the last evaluation, by its key.
         final_train_loss: The training loss at the last evaluation.
         epochs: Epochs that every counted seed has reached.
         seconds: Training time in seconds, the median over the seeds.
         work: Gradient-equivalents (1 = one backpropagation step on the same batch), the median over seeds.
+        counters: What the model counted, by name, the median over seeds.
         seeds_done: Seeds that reached the end.
         seeds_failed: Seeds that were stopped, for instance by a non-finite loss.
         seeds_unfinished: Seeds that did neither.
@@ -68,16 +71,19 @@ class RuleSummary:
 
     name: str
     title: str
+    rule: str
+    net: str
     metric: str
     final: Spread | None
     best: Spread | None
     first: Spread | None
     first_epoch: float | None
-    final_loss: Spread | None
+    others: dict[str, Spread | None]
     final_train_loss: Spread | None
     epochs: float | None
     seconds: float | None
     work: float | None
+    counters: dict[str, float | None]
     seeds_done: tuple[int, ...]
     seeds_failed: tuple[int, ...]
     seeds_unfinished: tuple[int, ...]
@@ -89,27 +95,28 @@ class RuleSummary:
 
     @property
     def comparable(self) -> bool:
-        """Whether every seed reached the end; only such rules are in the running for the best value."""
+        """Whether every seed reached the end; only such contenders are in the running for the best value."""
         return bool(self.seeds_done) and not self.seeds_failed and not self.seeds_unfinished
 
 
-def summary(run: Run) -> list[RuleSummary]:
-    """Return the summary of every rule, in the configuration's order."""
-    return [_summary_of(run, rule) for rule in run.rules]
+def summary(run: Run, metric: Metric | None = None) -> list[ContenderSummary]:
+    """Return the summary of every contender, in the configuration's order, by the run's first metric or another one."""
+    return [_summary_of(run, info, metric or run.metric) for info in run.contenders]
 
 
-def best_of(summaries: Iterable[RuleSummary], value: Callable[[RuleSummary], float | None]) -> float | None:
-    """Return the best value of the summaries' metric over the comparable rules, or `None`."""
+def best_of(
+    summaries: Iterable[ContenderSummary], metric: Metric, value: Callable[[ContenderSummary], Spread | None]
+) -> float | None:
+    """Return the best mean over the comparable contenders, or `None`."""
     summaries = list(summaries)
-    found = [v for s in summaries if s.comparable and (v := value(s)) is not None and math.isfinite(v)]
-    higher = any(s.metric == "test_accuracy" for s in summaries)
-    # With one rule there is nothing to be better than.
-    return (max if higher else min)(found) if found and len(summaries) > 1 else None
+    found = [v.mean for s in summaries if s.comparable and (v := value(s)) is not None and math.isfinite(v.mean)]
+    # With one contender there is nothing to be better than.
+    return (max if metric.higher_is_better else min)(found) if found and len(summaries) > 1 else None
 
 
-def warm_start(run: Run) -> RuleSummary | None:
-    """Return the summary of what every rule started with, or None."""
-    return None if run.warm_start is None else _summary_of(run, run.warm_start)
+def warm_starts(run: Run) -> list[ContenderSummary]:
+    """Return the summaries of what the contenders started with."""
+    return [_summary_of(run, info, run.metric) for info in run.warm_starts]
 
 
 def to_json(run: Run) -> dict[str, Any]:
@@ -121,10 +128,11 @@ def to_json(run: Run) -> dict[str, Any]:
         "name": run.name,
         "config": run.config,
         "env": run.env,
-        "metric": run.metric,
+        "metric": run.metric.key,
+        "metrics": [asdict(metric) for metric in run.metrics],
         "split": run.split,
-        "rules": [asdict(s) for s in summary(run)],
-        "warm_start": None if (warm := warm_start(run)) is None else asdict(warm),
+        "contenders": [asdict(s) for s in summary(run)],
+        "warm_starts": [asdict(s) for s in warm_starts(run)],
         "warnings": run.warnings,
         "failures": run.failures,
         "notes": run.notes,
@@ -143,32 +151,40 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _summary_of(run: Run, rule: RuleInfo) -> RuleSummary:
-    metric, seeds = run.metric, run.seeds(rule.name)
-    rows = [run.of("eval", rule.name, seed) for seed in run.counted(rule.name)]
+def _summary_of(run: Run, info: ContenderInfo, metric: Metric) -> ContenderSummary:
+    key, seeds = metric.key, run.seeds(info.name)
+    rows = [run.of("eval", info.name, seed) for seed in run.counted(info.name)]
     last = [r[-1] for r in rows]
-    # After a warm start the first row is what was handed over, not what the rule has done.
-    starts = [0 if run.warm_start is None else r[0]["step"] for r in rows]
+    # After a warm start the first row is what was handed over, not what the contender has done.
+    starts = [r[0]["step"] if run.warm_starts else 0 for r in rows]
     trained = [[row for row in r if row["step"] > start] for r, start in zip(rows, starts, strict=True)]
     trained = [r for r in trained if r]
-    pick = max if metric == "test_accuracy" else min
+    pick = max if metric.higher_is_better else min
 
     def peak(rows: list[Row]) -> float:
-        return pick((v for row in rows if math.isfinite(v := number(row, metric))), default=math.nan)
+        return pick((v for row in rows if math.isfinite(v := number(row, key))), default=math.nan)
 
-    return RuleSummary(
-        name=rule.name,
-        title=rule.title,
-        metric=metric,
-        final=Spread.over(number(row, metric) for row in last),
-        best=Spread.over(map(peak, trained)),
-        first=Spread.over(number(r[0], metric) for r in trained),
+    def finals(key: str) -> Spread | None:
+        # A number that is never recorded is none; one that is null now and then was not finite.
+        known = any(key in row for r in rows for row in r)
+        return Spread.over(number(row, key) for row in last) if known else None
+
+    return ContenderSummary(
+        name=info.name,
+        title=info.title,
+        rule=info.rule,
+        net=info.net,
+        metric=key,
+        final=(final := finals(key)),
+        best=final and Spread.over(map(peak, trained)),
+        first=final and Spread.over(number(r[0], key) for r in trained),
         first_epoch=min((r[0]["epoch"] for r in trained), default=None),
-        final_loss=Spread.over(number(row, "test_loss") for row in last),
-        final_train_loss=Spread.over(number(row, "train_loss") for row in last),
+        others={m.key: finals(m.key) for m in run.metrics if m.key != key},
+        final_train_loss=finals("train_loss"),
         epochs=min((row["epoch"] for row in last), default=None),
         seconds=_median(number(row, "seconds") for row in last),
         work=_median(number(row, "work") for row in last),
+        counters={name: _median(number(row, name) for row in last) for name in run.counters},
         seeds_done=seeds["done"],
         seeds_failed=seeds["failed"],
         seeds_unfinished=seeds["unfinished"],

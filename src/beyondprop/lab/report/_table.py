@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from beyondprop.lab.report import _words as words
-from beyondprop.lab.report._run import Run
-from beyondprop.lab.report._summary import RuleSummary, best_of, summary, warm_start
+from beyondprop.lab.report._summary import ContenderSummary, Spread, best_of, summary, warm_starts
+from beyondprop.lab.runs.recorded import Run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,75 +19,84 @@ if TYPE_CHECKING:
 def table(run: Run) -> Table:
     """Return the run's results as a rich table that fits a terminal of 80 columns.
 
-    The best mean among the rules whose seeds all reached the end is bold and starred.
+    The best mean among the contenders whose seeds all reached the end is bold and starred.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    summaries, metric, split = summary(run), run.metric, run.split
-    accuracy = metric == "test_accuracy"
-    with_range = any(s.final and s.final.n > 1 for s in summaries)
-    title = words.title([run.config["data"]], [run.config["net"]], len(summaries), [s.seeds for s in summaries])
+    summaries = summary(run)
     result = Table(
-        title=Text(title),
+        title=Text(words.title([run], summaries)),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
         pad_edge=False,
         title_justify="left",
         caption=Text(_caption(run, summaries)),
         caption_justify="left",
     )
-    result.add_column("rule", overflow="fold", min_width=8)
-    headers = [f"{split}\nacc. %" if accuracy else f"{split}\nloss"]
-    headers += ["range"] if with_range else []
-    # One loss is enough beside an accuracy: 80 columns are spent. The report and the JSON have both.
-    headers += [f"after {_epochs(summaries)}", f"{split}\nloss" if accuracy else "train\nloss"]
-    headers += ["seconds", "work", "seeds"]
-    for header in headers:
-        result.add_column(Text(header), justify="right", no_wrap=True)
-
-    best = best_of(summaries, lambda s: s.final and s.final.mean)
-    first = best_of(summaries, lambda s: s.first and s.first.mean)
-    for s in summaries:
-        cells = [Text(s.title), _marked(s, metric, best, final=True)]
-        cells += [Text(words.interval(metric, s.final))] if with_range else []
-        cells += [_marked(s, metric, first, final=False)]
-        cells += [Text(words.mean("test_loss", s.final_loss if accuracy else s.final_train_loss))]
-        cells += [Text(words.amount(s.seconds)), Text(words.amount(s.work))]
-        done = Text(f"{len(s.seeds_done)}/{s.seeds}")
-        done.stylize("red" if s.seeds_failed else "yellow" if s.seeds_unfinished else "")
-        result.add_row(*cells, done)
+    result.add_column("contender", overflow="fold", min_width=9)
+    # 80 columns are spent on a second number and a first counter. The report and the JSON have all.
+    whole = words.columns(summaries, run.metrics[:2], run.counters[:1], run.split)
+    final, spread, *_, first = list(whole)[:5]
+    left_out = {
+        "std",
+        "best seen",
+        "train loss" if run.metrics[1:] else "",
+        *(h for h in (spread, "work") if _empty(whole[h])),
+    }
+    columns: dict[str, Sequence[str | Text]] = {h: cells for h, cells in whole.items() if h not in left_out}
+    for header, of, star in ((final, "final", "★ "), (first, "first", "")):
+        best = best_of(summaries, run.metric, attrgetter(of))
+        columns[header] = [
+            _marked(s, getattr(s, of), text, best, star) for s, text in zip(summaries, whole[header], strict=True)
+        ]
+    columns["seeds"] = [_seeds(s) for s in summaries]
+    heads = {header: textwrap.wrap(header, 8, break_long_words=False) for header in columns}
+    widths = {header: 2 + max(map(len, [*heads[header], *cells])) for header, cells in columns.items()}
+    for header in (first, spread):  # dropped where they leave names less than 16 characters
+        if sum(widths[kept] for kept in columns) > 80 - 16:
+            columns.pop(header, None)
+    for header in columns:
+        result.add_column(Text("\n".join(heads[header])), justify="right", no_wrap=True)
+    for s, *cells in zip(summaries, *columns.values(), strict=True):
+        result.add_row(Text(s.title), *(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     return result
 
 
-def _marked(s: RuleSummary, metric: str, best: float | None, *, final: bool) -> Text:
+def _seeds(s: ContenderSummary) -> Text:
     from rich.text import Text
 
-    spread = s.final if final else s.first
-    text = words.mean(metric, spread)
-    if final and spread is None and s.seeds_failed:
+    style = "red" if s.seeds_failed else "yellow" if s.seeds_unfinished else ""
+    return Text(f"{len(s.seeds_done)}/{s.seeds}", style=style)
+
+
+def _empty(cells: Sequence[str]) -> bool:
+    return all(cell == words.DASH for cell in cells)
+
+
+def _marked(s: ContenderSummary, spread: Spread | None, text: str, best: float | None, star: str) -> Text:
+    from rich.text import Text
+
+    if star and spread is None and s.seeds_failed:
         return Text("failed", style="red")
-    if spread is None or not s.comparable or spread.mean != best:
-        return Text(text + ("†" if final and spread and not s.seeds_done else ""))
-    return Text(("★ " if final else "") + text, style="bold green")
+    if spread is not None and s.comparable and spread.mean == best:
+        return Text(star + text, style="bold green")
+    return Text(text + ("†" if star and spread and not s.seeds_done else ""))
 
 
-def _epochs(summaries: list[RuleSummary]) -> str:
-    found = {s.first_epoch for s in summaries if s.first_epoch is not None}
-    return f"\n{found.pop():.3g} epoch(s)".replace("1 epoch(s)", "1 epoch") if len(found) == 1 else "\nfirst"
-
-
-def _caption(run: Run, summaries: list[RuleSummary]) -> str:
+def _caption(run: Run, summaries: Sequence[ContenderSummary]) -> str:
     spread = words.over_seeds(len(run.counted(s.name)) for s in summaries).capitalize()
-    lines = [f"{spread}; seconds and work are medians. work: gradient-equivalents, 1 = one backpropagation step."]
+    lines = [
+        f"{spread}; seconds, work and counts are medians. work: gradient-equivalents, 1 = one backpropagation step."
+    ]
     lines += [
         f"† {s.title}: no seed reached the end, values at epoch {s.epochs:.4g}."
         for s in summaries
         if s.final and not s.seeds_done
     ]
-    said = words.warm_start(warm_start(run))
-    lines += [said] if said else []
+    lines += [words.warm_start(s, run.metric) for s in warm_starts(run)]
     counts = [(len(run.failures), "failure"), (len(run.warnings), "warning")]
     said = [words.plural(n, noun) for n, noun in counts if n]
     lines += [", ".join(said) + " recorded: " + _first_message(run)] if said else []
@@ -95,6 +107,6 @@ def _first_message(run: Run) -> str:
     row = (run.failures or run.warnings)[0]
     seed = f", seed {row['seed']}" if "seed" in row else ""
     more = len(run.failures) + len(run.warnings) - 1
-    return f"{run.title(row['rule']) if '=' in row['rule'] else row['rule']}{seed}: {row['message']}" + (
-        f" (and {more} more)" if more else ""
-    )
+    # A plain name says enough in a narrow terminal; those of warm starts have an equals sign.
+    name = run.title(row["contender"]) if "=" in row["contender"] else row["contender"]
+    return f"{name}{seed}: {row['message']}" + (f" (and {more} more)" if more else "")

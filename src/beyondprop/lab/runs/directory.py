@@ -2,18 +2,18 @@
 
     config.toml               the settings, with what was tuned
     env.json                  versions, hardware, commit
-    metrics.jsonl             one row a line, as it comes
-    checkpoints/RULE.seedN.safetensors
+    metrics/NAME.seedN.jsonl  one file a training, one row a line, as it comes; joined when read
+    checkpoints/NAME.seedN.safetensors
     figures/, report.html     made from the files above at the end, or by `beyondprop report`
 
-A row of kind finished or failed ends the training of one rule with one seed; it is not trained again.
+A row of kind finished or failed ends the training of one contender with one seed; it is not trained again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tomllib
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -24,8 +24,8 @@ import tomli_w
 from beyondprop.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from beyondprop.lab.runs.environment import now
 from beyondprop.lab.runs.files import write_atomically
+from beyondprop.lab.runs.recorded import Row, read_config, read_rows
 
-Row = dict[str, Any]
 _ENDS = ("finished", "failed")
 
 
@@ -35,14 +35,13 @@ class RunDirectory:
     Attributes:
         path: the directory.
         config: what `config.toml` holds.
-        rows: what `metrics.jsonl` holds.
+        rows: what the files in `metrics/` hold.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], rows: list[Row]) -> None:
         self.path, self.config, self.rows = path, config, rows
         self._lock = _lock(path)
-        self._ended = {(r.get("rule"), r.get("seed")) for r in rows if r.get("kind") in _ENDS}
-        self._metrics = open(path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._ended = {(r["contender"], r["seed"]) for r in rows if r.get("kind") in _ENDS}
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], env: Mapping[str, Any]) -> RunDirectory:
@@ -54,7 +53,7 @@ class RunDirectory:
         check_free(path)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(path / "env.json", (json.dumps(env, indent=2, ensure_ascii=False) + "\n").encode())
-        write_atomically(path / "metrics.jsonl", b"")
+        (path / "metrics").mkdir(exist_ok=True)
         write_atomically(path / "config.toml", tomli_w.dumps(config).encode())
         return cls(path, config, [])
 
@@ -77,29 +76,39 @@ class RunDirectory:
         return run
 
     def append(self, row: Row) -> None:
-        """Write a row; it is in the file when this returns."""
-        self._metrics.write(_line(row))
-        self._metrics.flush()
+        """Write a row; it is in its training's file when this returns."""
+        with open(self._file(row), "a", encoding="utf-8") as file:
+            file.write(_line(row))
         self.rows.append(row)
         if row.get("kind") in _ENDS:
-            self._ended.add((row["rule"], row["seed"]))
+            self._ended.add((row["contender"], row["seed"]))
 
-    def ended(self, rule: str, seed: int) -> bool:
+    def _file(self, row: Row) -> Path:
+        if row.get("kind") == "tuning":
+            name = f"tuning-{_slug(row['contender'])}-{row['lr']:g}"
+        else:
+            name = f"{_slug(row['contender'])}.seed{row['seed']}" if "seed" in row else "run"
+        return self.path / "metrics" / f"{name}.jsonl"
+
+    def ended(self, contender: str, seed: int) -> bool:
         """Return whether this training finished or failed."""
-        return (rule, seed) in self._ended
+        return (contender, seed) in self._ended
 
-    def checkpoint(self, rule: str, seed: int) -> Path:
+    def checkpoint(self, contender: str, seed: int) -> Path:
         """Return the path of a training's checkpoint, the trained weights at its end."""
-        return self.path / "checkpoints" / f"{rule}.seed{seed}.safetensors"
+        return self.path / "checkpoints" / f"{_slug(contender)}.seed{seed}.safetensors"
 
-    def save(self, rule: str, seed: int, state: Any) -> None:
+    def save(self, contender: str, seed: int, state: Any) -> None:
         """Write a checkpoint; all rows before it are on the disk then, too."""
-        os.fsync(self._metrics.fileno())
-        save_checkpoint(self.checkpoint(rule, seed), state)
+        file = self._file({"contender": contender, "seed": seed})
+        if file.is_file():
+            with open(file, "rb") as rows:
+                os.fsync(rows.fileno())
+        save_checkpoint(self.checkpoint(contender, seed), state)
 
-    def load(self, rule: str, seed: int) -> Any | None:
+    def load(self, contender: str, seed: int) -> Any | None:
         """Return the state in a training's checkpoint, or None where there is none yet."""
-        path = self.checkpoint(rule, seed)
+        path = self.checkpoint(contender, seed)
         return load_checkpoint(path) if path.is_file() else None
 
     def write_config(self) -> None:
@@ -108,7 +117,6 @@ class RunDirectory:
 
     def close(self) -> None:
         """Close the files and let others write."""
-        self._metrics.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -120,54 +128,41 @@ class RunDirectory:
         self.close()
 
     def _resume(self) -> None:
-        rows = _read_rows(self.path / "metrics.jsonl")
-        self._ended = {(r.get("rule"), r.get("seed")) for r in rows if r.get("kind") in _ENDS}
+        rows, _ = read_rows(self.path)
+        self._ended = {(r["contender"], r["seed"]) for r in rows if r.get("kind") in _ENDS}
         kept_until: dict[tuple[str, int], int] = {}
 
         def keep(row: Row) -> bool:
-            if "seed" not in row or row.get("kind") == "tuning" or self.ended(row["rule"], row["seed"]):
+            if "seed" not in row or row.get("kind") == "tuning" or self.ended(row["contender"], row["seed"]):
                 return True
-            key = row["rule"], row["seed"]
+            key = row["contender"], row["seed"]
             if key not in kept_until:
                 state = self.load(*key)
                 kept_until[key] = -1 if state is None else state["step"]
             return row.get("step", 0) <= kept_until[key]
 
         self.rows = [row for row in rows if keep(row)]
-        self._metrics.close()
-        write_atomically(self.path / "metrics.jsonl", "".join(map(_line, self.rows)).encode())
-        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        files: dict[Path, str] = {file: "" for file in (self.path / "metrics").glob("*.jsonl")}
+        for row in self.rows:
+            files[self._file(row)] = files.get(self._file(row), "") + _line(row)
+        for file, lines in files.items():
+            write_atomically(file, lines.encode())
+        (self.path / "metrics.jsonl").unlink(missing_ok=True)  # of an older run
         env = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
         env["resumed"] = [*env.get("resumed", []), now()]
         write_atomically(self.path / "env.json", (json.dumps(env, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the settings of a run directory.
-
-    Raises:
-        FileNotFoundError: if it is none; the message names what is missing.
-        ValueError: if `config.toml` is damaged.
-    """
-    missing = [name for name in ("config.toml", "env.json", "metrics.jsonl") if not (path / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{str(path)!r} is no run directory: {', '.join(missing)} missing.")
-    try:
-        return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path / 'config.toml')!r} is damaged: {error}.") from error
-
-
 def default_path(data: str, net: str, parent: Path = Path("runs")) -> Path:
     """Return a free path such as `runs/20260131-174502-digits-mlp-100x2`."""
-    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), data, *net.replace("=", "").split(":")])
+    stem = _slug("-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), data, *net.replace("=", "").split(":")]))
     paths = (parent / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1000))
     return next(path for path in paths if not path.exists())
 
 
 def check_free(path: Path) -> None:
     """Raise `FileExistsError` unless `path` is free, or an empty directory."""
-    if (path / "config.toml").is_file() and (path / "metrics.jsonl").is_file():
+    if (path / "config.toml").is_file():
         raise FileExistsError(
             f"{str(path)!r} holds a run already; go on with it by --resume, or choose another directory."
         )
@@ -177,23 +172,15 @@ def check_free(path: Path) -> None:
 
 def _holds_nothing(path: Path) -> bool:
     # A run that was killed before its config was written leaves these behind, and nothing in them was trained.
-    begun = {path / "env.json", path / "metrics.jsonl", path / "checkpoints"}
-    return all(p in begun and (p.name != "metrics.jsonl" or not p.stat().st_size) for p in path.rglob("*"))
+    return all(p in {path / "env.json", path / "metrics", path / "checkpoints"} for p in path.rglob("*"))
 
 
 def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _read_rows(path: Path) -> list[Row]:
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # after the last newline is nothing, or half a row of a killed run
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r}, line {number}, is no JSON: {error}.") from error
-    return rows
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", name)
 
 
 def _lock(path: Path) -> int | None:

@@ -49,7 +49,7 @@ def alignment(rule: LearningRule, x: Tensor, y: Tensor, *, of: str = "gradient")
     rule.check_finite()
     twin = copy.deepcopy(rule)
     twin.discard()
-    devices = [x.device] if x.device.type == "cuda" else []
+    devices = [y.device] if y.device.type == "cuda" else []
     groups = {name: [p for p in parameters if p.requires_grad] for name, parameters in twin.stage_parameters().items()}
     groups = {name: parameters for name, parameters in groups.items() if parameters}
     every = [p for parameters in groups.values() for p in parameters]

@@ -1,43 +1,39 @@
-"""The training loop: any rule, on tensors, with the same batches, schedule and clock for all.
+"""The training loop: any rule on any task, with the same batches, schedule and clock for all.
 
 >>> rule = AltMin(model, nn.CrossEntropyLoss())
 >>> history = fit(rule, load("digits"), epochs=5, batch_size=50, seed=0)
->>> history.evaluations[-1]["test_accuracy"]
+>>> history.evaluations[-1]["accuracy"]
 
 There is no trainer object to satisfy: whoever wants another loop calls `rule.step(x, y)` in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from beyondprop.lab.runs.context import recorded_warnings
-from beyondprop.lab.training.loop import Data, Failed, History, Loop, Row, State
+from beyondprop.lab.tasks.loader import as_task
+from beyondprop.lab.training.loop import Failed, History, Loop, Row, State, Training
 from beyondprop.rules.base import LearningRule
 
 
 def fit(
     rule: LearningRule,
-    data: Data,
+    data: Any,
+    training: Training | None = None,
     *,
-    epochs: float,
-    stop: float | None = None,
+    test: Any = None,
     after: History | None = None,
-    batch_size: int,
-    seed: int = 0,
-    schedule: str = "linear",
-    evaluate_every: int | None = None,
-    alignment: bool = False,
-    early_stop: int | None = None,
     log: Callable[[Row], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
     save: Callable[[State], None] | None = None,
-    save_every: float = 30.0,
     resume: State | None = None,
     interrupted: Callable[[], bool] | None = None,
-    whole_set: bool | None = None,
+    **settings: Any,
 ) -> History:
-    """Train a rule's model, evaluating it on the test rows as it goes.
+    """Train a rule's model, evaluating it on the test rows, where there are any, as it goes.
 
     The order of the batches comes from `seed` and the epoch's number alone; dropout and what else the model draws comes
     from torch's global random state, which is yours to seed. The model trains in the mode that it is in: a part that you
@@ -50,64 +46,71 @@ def fit(
 
     Rows have: `step`; `epoch`; `samples` seen; `work`, in gradient-equivalents: what a step of plain backpropagation on the
     same batch costs in floating-point operations is 1; `seconds` of training, without evaluations, alignments and
-    checkpoints; `train_loss`, the mean since the row before; `test_loss`; and `test_accuracy` for int64 labels.
+    checkpoints; `train_loss`, the mean since the row before; the task's metrics by key (`accuracy`, `loss`); and `counters`,
+    what the model's modules count, where they do.
 
     Args:
-        rule: the rule; its model and the data are on one device.
-        data: inputs and targets, `x_train`, `y_train`, `x_test`, `y_test`.
-        epochs: passes over the training rows; fractions are welcome.
-        stop: epoch at which to leave off, before all `epochs` are done; another rule may go on from there.
+        rule: the rule; its model and the data are on one device (batches of a DataLoader are moved there).
+        data: a task; a data set with `x_train`, `y_train` and, where there are any, `x_test`, `y_test`; a pair of tensors; or a
+            DataLoader of pairs, the first of which is what the model takes (stage-wise rules take tensors alone).
+        training: how it is trained; default: made of `settings`.
+        test: what to evaluate on beside a pair of tensors or a DataLoader: one of these.
         after: what `fit` returned for a training with `stop`, of the same model on the same data by another rule: this one
             goes on with its next batch, in the middle of the schedule, and counts samples, work and seconds on from it.
-        batch_size: rows in a batch.
-        seed: of the order of the batches.
-        schedule: of the learning rates, see `schedules.FORMS`; afterwards the optimizers have those that they came with.
-        evaluate_every: steps between two evaluations; default: an epoch. There is one before the first step and one after
-            the last in any case.
-        alignment: record, at every evaluation, how each stage's update agrees with the gradient on a fixed training batch.
-        early_stop: stop after this many evaluations in a row without an improvement in accuracy, or else loss.
         log: called with every row as it comes.
-        progress: called with the steps done and all steps, some times a second.
+        progress: called with the steps done and all steps, some times a second; True shows a bar on the terminal.
         save: called with the state at every evaluation and every `save_every` seconds; the state's tensors are the live
             ones, to be written or copied before it returns.
-        save_every: seconds between two saves.
         resume: a state that `save` got; rule, data and arguments must be as they were then.
         interrupted: asked after every step; where it says true, the state is saved and `KeyboardInterrupt` raised.
-        whole_set: whether a step takes all training rows, not shuffled; default: what the rule itself says.
+        **settings: what `Training` takes: `epochs`, `batch_size`, `seed`, `schedule`, `evaluate_every`, `early_stop`, ....
 
     Raises:
+        TypeError: if `data` is nothing that can be trained on; the message says what is.
         ValueError: if an argument is out of its range; the message has the range.
         NonFiniteError: where the rule does; a row of kind failed is logged before. So it is with a factorisation that
             fails, and a device out of memory.
     """
-    loop = Loop(
-        rule=rule,
-        data=data,
-        epochs=epochs,
-        stop=stop,
-        after=after,
-        batch_size=batch_size,
-        seed=seed,
-        schedule=schedule,
-        evaluate_every=evaluate_every,
-        alignment=alignment,
-        early_stop=early_stop,
-        log=log,
-        progress=progress,
-        save=save,
-        save_every=save_every,
-        interrupted=interrupted,
-        whole_set=rule.whole_set if whole_set is None else whole_set,
-    )
-    if resume is not None:
-        loop.restore(resume)
-    with recorded_warnings(loop.warned, loop.on_warning):
-        try:
-            loop.run()
-        except Failed as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            loop.record({"kind": "failed", "step": loop.step, "epoch": loop.epoch, "message": message})
-            raise
-        finally:
-            loop.give_back()
+    if training is None:
+        training = Training(**settings)
+    elif settings:
+        raise TypeError(f"{', '.join(settings)} are given beside training; put them into it.")
+    task = as_task(data, rule.loss.loss, test)
+    with _shown(progress) as shown:
+        loop = Loop(
+            rule=rule,
+            task=task,
+            training=training,
+            after=after,
+            log=log,
+            progress=shown,
+            save=save,
+            interrupted=interrupted,
+        )
+        if resume is not None:
+            loop.restore(resume)
+        with recorded_warnings(loop.warned, loop.on_warning):
+            try:
+                loop.run()
+            except Failed as error:
+                message = " ".join(str(error).split()) or type(error).__name__
+                loop.record({"kind": "failed", "step": loop.step, "epoch": loop.epoch, "message": message})
+                raise
+            finally:
+                loop.give_back()
     return loop.history
+
+
+@contextmanager
+def _shown(progress: Callable[[int, int], None] | bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress:
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        bar_task = bar.add_task("training", total=1.0)
+        yield lambda done, steps: bar.update(bar_task, completed=done, total=steps)

@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.data import batches
 from beyondprop.errors import NonFiniteError
-from beyondprop.lab.tasks.evaluation import from_totals, totals, wide
+from beyondprop.lab.tasks.evaluation import wide
+from beyondprop.lab.tasks.loader import device_of, moved
+from beyondprop.lab.tasks.rows import shuffled
 from beyondprop.lab.training import schedules
 from beyondprop.lab.training.alignment import alignment as measure_alignment
-from beyondprop.lab.training.work import work_per_step
+from beyondprop.lab.training.calendar import Calendar, stop_step
+from beyondprop.lab.training.work import is_plain, work_per_step
 from beyondprop.rules.base import LearningRule
 
 Row = dict[str, Any]
@@ -31,31 +33,48 @@ Failed = (NonFiniteError, torch.linalg.LinAlgError, torch.OutOfMemoryError)  # p
 """What ends the training of one rule without being a mistake in the call."""
 
 _TICK = 0.1  # seconds between two looks at what is due by the clock
-_SEEDS = 2**63
 
 
-class Data(Protocol):
-    """What `fit` needs of a data set; `beyondprop.data.Dataset` has it, regression targets are as welcome."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a rule is trained.
 
-    @property
-    def x_train(self) -> Tensor:
-        """Training inputs."""
-        ...
+    Attributes:
+        epochs: passes over the training rows; fractions are welcome.
+        batch_size: rows in a batch; a DataLoader has its own.
+        seed: of the order of the batches.
+        schedule: of the learning rates, see `schedules.FORMS`; afterwards the optimizers have those that they came with.
+        evaluate_every: steps between two evaluations; default: an epoch. There is one before the first step and one after
+            the last in any case.
+        alignment: record, at every evaluation, how each stage's update agrees with the gradient on a fixed training batch.
+        early_stop: stop after this many evaluations in a row without an improvement of the task's first metric.
+        stop: epoch at which to leave off, before all `epochs` are done; another rule may go on from there.
+        save_every: seconds between two saves.
+        whole_set: whether a step takes all training rows, not shuffled; default: what the rule itself says.
 
-    @property
-    def y_train(self) -> Tensor:
-        """Training targets."""
-        ...
+    Raises:
+        ValueError: if one is out of its range; the message has the range.
+    """
 
-    @property
-    def x_test(self) -> Tensor:
-        """Held-out inputs."""
-        ...
+    epochs: float
+    batch_size: int = 50
+    seed: int = 0
+    schedule: str = "linear"
+    evaluate_every: int | None = None
+    alignment: bool = False
+    early_stop: int | None = None
+    stop: float | None = None
+    save_every: float = 30.0
+    whole_set: bool | None = None
 
-    @property
-    def y_test(self) -> Tensor:
-        """Held-out targets."""
-        ...
+    def __post_init__(self) -> None:
+        _checks.positive("epochs", self.epochs)
+        _checks.at_least("batch_size", self.batch_size, 1)
+        _checks.at_least("seed", self.seed, 0)
+        _checks.positive("save_every", self.save_every)
+        for name in ("early_stop", "evaluate_every"):
+            if getattr(self, name) is not None:
+                _checks.at_least(name, getattr(self, name), 1)
 
 
 @dataclass(slots=True)
@@ -81,57 +100,44 @@ class Loop:
     """One call of `fit`: its arguments, and how far it is."""
 
     rule: LearningRule
-    data: Data
-    epochs: float
-    stop: float | None
-    after: History | None
-    batch_size: int
-    seed: int
-    schedule: str
-    evaluate_every: int | None
-    alignment: bool
-    early_stop: int | None
-    log: Callable[[Row], None] | None
-    progress: Callable[[int, int], None] | None
-    save: Callable[[State], None] | None
-    save_every: float
-    interrupted: Callable[[], bool] | None
-    whole_set: bool = False
+    task: Any
+    training: Training
+    after: History | None = None
+    log: Callable[[Row], None] | None = None
+    progress: Callable[[int, int], None] | None = None
+    save: Callable[[State], None] | None = None
+    interrupted: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
-        _checks.positive("epochs", self.epochs)
-        _checks.at_least("batch_size", self.batch_size, 1)
-        _checks.at_least("seed", self.seed, 0)
-        _checks.positive("save_every", self.save_every)
-        if self.early_stop is not None:
-            _checks.at_least("early_stop", self.early_stop, 1)
-        _checks.batch(self.data.x_train, self.data.y_train)
-        _checks.batch(self.data.x_test, self.data.y_test)
-        self.steps_per_epoch, self.rows_per_epoch = epoch_of(self.rule.model, len(self.data.x_train), self.batch_size)
-        every = self.steps_per_epoch if self.evaluate_every is None else self.evaluate_every
-        self.every = _checks.at_least("evaluate_every", every, 1)
-        if self.whole_set:  # what other rules call an epoch is one step here
-            self.every = max(1, round(self.every / self.steps_per_epoch))
-            self.steps_per_epoch, self.rows_per_epoch = 1, len(self.data.x_train)
-        self.steps = max(1, round(self.epochs * self.steps_per_epoch))
+        training, model = self.training, self.rule.model
+        self.whole_set = self.rule.whole_set if training.whole_set is None else training.whole_set
+        self.costly = bool(getattr(model, "costly", False))
+        self.calendar = Calendar.of(model, self.task, training.batch_size, whole_set=self.whole_set)
+        every, most = training.evaluate_every, self.calendar.longest
+        self.every = most if every is None else every
+        if self.whole_set and every is not None:  # what other rules call an epoch is one step here
+            batches = Calendar.of(model, self.task, training.batch_size).longest
+            self.every = max(1, round(every / batches))
+        self.at_epochs = every is None
+        self.steps = max(1, self.calendar.step_at(training.epochs))
         self.first, self.seconds, self.work_before = self._handed_over()
-        self.last = self.steps if self.stop is None else stop_step(self.stop, self.steps, self.steps_per_epoch)
+        self.samples = self._samples_before()
+        self.last = self.steps if training.stop is None else stop_step(training.stop, self.steps, self.calendar)
         if self.first >= self.last:
             raise ValueError(
                 f"The training handed over in after ends at step {self.first}, this one at step {self.last}."
             )
         self.rates = [(group["lr"], "initial_lr" in group) for group in self._groups()]
-        self.schedulers = schedules.attach(
-            self.rule.optimizers, self.schedule, self.steps, self.steps_per_epoch, self.first
-        )
+        self.schedulers = schedules.attach(self.rule.optimizers, training.schedule, self.steps, most, self.first)
         self.history = History()
-        self.device = self.data.x_train.device
+        self.device = device_of(model)
         self.step = self.first
         self.work = math.nan  # of one step
         self.loss_sum = torch.zeros((), dtype=wide(self.device), device=self.device)
         self.loss_rows = 0
         self.best: float | None = None
         self.since_best = 0
+        self.found: list[dict[str, float]] = []  # evaluations at the ends of epochs, where the task looks back
         self.warned: list[str] = []
         self.saved = time.perf_counter()
         self.resumed = False
@@ -139,13 +145,7 @@ class Loop:
     @property
     def epoch(self) -> float:
         """Epochs done, fractions among them."""
-        return self.step / self.steps_per_epoch
-
-    @property
-    def samples(self) -> int:
-        """Rows seen, each as often as it was."""
-        done, part = divmod(self.step, self.steps_per_epoch)
-        return done * self.rows_per_epoch + min(part * self.batch_size, self.rows_per_epoch)
+        return self.calendar.epochs(self.step)
 
     def _handed_over(self) -> tuple[int, float, float]:
         """Return the steps, seconds and work of the training that this one goes on from."""
@@ -154,27 +154,36 @@ class Loop:
         if not self.after.evaluations:
             raise ValueError("after has no evaluation; it must be what fit returned for the training before this one.")
         row = self.after.evaluations[-1]
-        if row["epoch"] != row["step"] / self.steps_per_epoch:
+        if row["epoch"] != self.calendar.epochs(row["step"]):
             raise ValueError(
                 f"after ends at step {row['step']} and epoch {row['epoch']:.4g}; here an epoch has "
-                f"{self.steps_per_epoch} steps. Go on with the same data and batch_size."
+                f"{self.calendar.longest} steps. Go on with the same data and batch_size."
             )
         return row["step"], row["seconds"], math.nan if row["work"] is None else row["work"]
+
+    def _samples_before(self) -> int:
+        return 0 if self.after is None else int(self.after.evaluations[-1]["samples"])
 
     def run(self) -> None:
         """Train to the end."""
         if not self.resumed:
-            first = next(self._batches(0, 0))
-            # A sweep over a whole set is counted once, its start among it; it stands for all batches of an epoch.
-            self.work = work_per_step(self.rule, *first, steps=1 if self.whole_set else 10)
-            if self.whole_set:
-                self.work *= len(self.data.x_train) / self.batch_size
+            self.work = self._measure_work()
             self._evaluate()
             self._save()
         while self.step < self.last and not self.history.stopped_early:
             self._run_epoch()
         row: Row = {"kind": "finished", "step": self.step, "epoch": self.epoch}
         self.record(row | {"stopped_early": self.history.stopped_early})
+
+    def _measure_work(self) -> float:
+        if self.costly:
+            # Nothing is run on the side: plain backpropagation is what work is counted in, of all others it stays unknown.
+            return 1.0 if is_plain(self.rule) else math.nan
+        first = next(iter(self._batches(0, 0)))
+        self.rule.check_batch(*first)
+        # A sweep over a whole set is counted once, its start among it; it stands for all batches of an epoch.
+        work = work_per_step(self.rule, *first, steps=1 if self.whole_set else 10)
+        return work * len(self.task.x_train) / self.training.batch_size if self.whole_set else work
 
     def give_back(self) -> None:
         """Give the optimizers the learning rates that they came with."""
@@ -188,23 +197,27 @@ class Loop:
 
     def _run_epoch(self) -> None:
         """Train to the end of the epoch, of the run, or of the improvement."""
-        epoch, start = divmod(self.step, self.steps_per_epoch)
+        epoch, start = self.calendar.where(self.step)
         rule_step, loss_sum, schedulers = self.rule.step, self.loss_sum, self.schedulers
         is_mean, interrupted, clock = self.rule.loss.is_mean, self.interrupted, time.perf_counter
-        count = min(self.steps_per_epoch - start, self.last - self.step)
+        end = self.calendar.end(epoch)
+        count = min(end, self.last) - self.step
         tick = began = self._now()
         if start == 0 or self.step == self.first:  # a training that was handed over may begin in mid-epoch
             self.rule.begin_epoch(islice(self._batches(epoch, start), count))
         for x, y in islice(self._batches(epoch, start), count):
             result = rule_step(x, y)
-            loss_sum.add_(result.loss, alpha=len(x) if is_mean else 1)
-            self.loss_rows += len(x)
+            loss_sum.add_(result.loss, alpha=len(y) if is_mean else 1)
+            self.loss_rows += len(y)
+            self.samples += len(y)
             for scheduler in schedulers:
                 scheduler.step()
             self.step += 1
-            if self.step % self.steps_per_epoch == 0:
+            if self.step == end:
                 self.rule.end_epoch()
-            if self.step % self.every == 0 or self.step == self.last:
+                if getattr(self.task, "epochs_are_tasks", False):
+                    self.rule.end_task()
+            if (self.step == end if self.at_epochs else self.step % self.every == 0) or self.step == self.last:
                 self.seconds += self._now() - began
                 self._evaluate()
                 self._save()
@@ -215,7 +228,7 @@ class Loop:
                 tick = now + _TICK
                 if self.progress is not None:
                     self.progress(self.step - self.first, self.last - self.first)
-                if now - self.saved >= self.save_every:
+                if now - self.saved >= self.training.save_every:
                     self.seconds += self._now() - began
                     self._save()
                     began = self._now()
@@ -225,12 +238,14 @@ class Loop:
                 raise KeyboardInterrupt
         self.seconds += self._now() - began
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor]]:
         if self.whole_set:
-            return iter([(self.data.x_train, self.data.y_train)])
-        # Seeded by both numbers, so that no epoch's order depends on what was drawn before it.
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % _SEEDS)
-        return batches(self.data.x_train, self.data.y_train, self.batch_size, generator=generator, start=start)
+            return iter([(self.task.x_train, self.task.y_train)])
+        size, seed = self.training.batch_size, self.training.seed
+        if hasattr(self.task, "batches"):
+            pairs = self.task.batches(epoch, size, seed, start)
+            return ((moved(x, self.device), moved(y, self.device)) for x, y in pairs)
+        return shuffled(self.task.x_train, self.task.y_train, epoch, size, seed, start)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -239,9 +254,11 @@ class Loop:
 
     def _evaluate(self) -> None:
         self.rule.check_finite()
-        found = totals(self.rule.model, self.rule.loss, self.data.x_test, self.data.y_test)
-        train, loss, correct = torch.cat([self.loss_sum.view(1), found]).tolist()  # the one read
-        result = from_totals(loss, correct)
+        found = self.task.evaluate(self.rule.model)
+        if hasattr(self.task, "over") and self.calendar.where(self.step)[1] == 0:
+            self.found.append(found)
+            found = found | self.task.over(self.found)
+        train = self.loss_sum.item()
         row: Row = {
             "kind": "eval",
             "step": self.step,
@@ -250,25 +267,27 @@ class Loop:
             "work": _finite(self.work_before + (self.step - self.first) * self.work),
             "seconds": round(self.seconds, 6),
             "train_loss": _finite(train / self.loss_rows) if self.loss_rows else None,
-            "test_loss": _finite(result.loss),
+            **{key: _finite(value) for key, value in found.items()},
         }
-        if result.accuracy is not None:
-            row["test_accuracy"] = result.accuracy
+        if counted := counters(self.rule.model):
+            row["counters"] = counted
         self.record(row)
         self.loss_sum.zero_()
         self.loss_rows = 0
-        if self.alignment:
+        if self.training.alignment and not self.costly:
             self._align()
-        if self.early_stop is not None:
-            self._note_improvement(-result.loss if result.accuracy is None else result.accuracy, self.early_stop)
+        if self.training.early_stop is not None and self.task.metrics:
+            metric = self.task.metrics[0]
+            value = found[metric.key]
+            self._note_improvement(value if metric.higher_is_better else -value, self.training.early_stop)
         if self.progress is not None:
             self.progress(self.step - self.first, self.last - self.first)
 
     def _align(self) -> None:
-        x, y = self.data.x_train, self.data.y_train
+        x, y = self.task.x_train, self.task.y_train
         if not self.whole_set:
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
-            chosen = order[: self.batch_size].to(self.device)
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.training.seed))
+            chosen = order[: self.training.batch_size].to(x.device)
             x, y = x[chosen], y[chosen]
         found = measure_alignment(self.rule, x, y)
         stages = {
@@ -330,48 +349,33 @@ class Loop:
         self.loss_sum.copy_(state["loss_sum"])
         for name in _KEPT:
             setattr(self, name, state[name])
-        self.history.stopped_early = self.early_stop is not None and self.since_best >= self.early_stop
+        patience = self.training.early_stop
+        self.history.stopped_early = patience is not None and self.since_best >= patience
         self.resumed = True
 
     def _call(self) -> dict[str, Any]:
         return {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
+            "seed": self.training.seed,
+            "batch_size": self.training.batch_size,
             "steps": self.steps,
-            "steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.calendar.longest,
             "schedulers": len(self.schedulers),
             "first": self.first,
             "last": self.last,
         }
 
 
-_KEPT = ("step", "seconds", "work", "loss_rows", "best", "since_best", "warned")
+_KEPT = ("step", "seconds", "work", "samples", "loss_rows", "best", "since_best", "warned", "found")
 
 
-def stop_step(stop: float, steps: int, steps_per_epoch: int) -> int:
-    """Return the step at which a training that stops at epoch `stop` ends: one or more of `steps`, but not all.
-
-    Raises:
-        ValueError: if there is no such step.
-    """
-    _checks.positive("stop", stop)
-    step = max(1, round(stop * steps_per_epoch))
-    if step >= steps:
-        raise ValueError(f"stop={stop:g} epochs is step {step} of {steps}; one or more must be left.")
-    return step
-
-
-def epoch_of(model: nn.Module, rows: int, batch_size: int) -> tuple[int, int]:
-    """Return the steps and the rows of an epoch, without a last batch that a BatchNorm could not normalise."""
-    steps = -(-rows // batch_size)
-    if batch_size > 1 and rows % batch_size == 1 and any(isinstance(m, _BATCH_NORM) for m in model.modules()):
-        if rows == 1:
-            raise ValueError("There is 1 training row; a model with BatchNorm needs 2 or more in a batch.")
-        return steps - 1, rows - 1
-    return steps, rows
-
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+def counters(model: nn.Module) -> dict[str, float]:
+    """Return what the modules of a model have counted (`module.counters`, numbers by name), added up by name."""
+    found: dict[str, float] = {}
+    for module in model.modules():
+        for key, value in (getattr(module, "counters", None) or {}).items():
+            number = value.item() if isinstance(value, Tensor) else value
+            found[key] = found.get(key, 0) + number
+    return found
 
 
 def _finite(value: float) -> float | None:

@@ -38,12 +38,22 @@ def work_per_step(rule: LearningRule, x: Tensor, y: Tensor, *, steps: int = 10) 
         The ratio; nan where it cannot be known: a first step that fails, or a model without products.
     """
     baseline = Backprop(copy.deepcopy(rule.model), rule.loss.loss, partial(torch.optim.SGD, lr=0.0))
-    devices = [x.device] if x.device.type == "cuda" else []
+    device = y.device
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain, _ = _count(baseline, x, y, 1)
         total, done = _count(copy.deepcopy(rule), x, y, steps)
     return total / done / plain if done and plain else math.nan
+
+
+def is_plain(rule: LearningRule) -> bool:
+    """Whether a rule's step is what work is counted in: backpropagation, and an optimizer without products of its own."""
+    return (
+        type(rule) is Backprop
+        and rule.preconditioner is None
+        and all(type(optimizer).__module__.startswith("torch.") for optimizer in rule.optimizers)
+    )
 
 
 def _count(rule: LearningRule, x: Tensor, y: Tensor, steps: int) -> tuple[int, int]:

@@ -1,0 +1,93 @@
+"""Tasks by form, as the command line takes them: `mnist`, `wine.csv:target=quality`, `autoencoder:mnist`, `adding:100`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from beyondprop import _checks, data
+from beyondprop.lab.registry import TaskSpec, register, tasks
+from beyondprop.lab.tasks.base import OF_DATASET, Task
+from beyondprop.lab.tasks.reconstruction import autoencoder
+from beyondprop.lab.tasks.sequences import adding_problem
+from beyondprop.lab.tasks.streams import permuted, split
+
+
+def of_dataset(dataset: data.Dataset) -> Task:
+    """Return classification or regression, as a data set's targets are."""
+    return OF_DATASET[dataset.kind](dataset)
+
+
+def of_data(name: str, progress: data.Progress | None = None) -> Task:
+    """Return the task of a data set by name, or of one's own file."""
+    if data.is_file_form(name):
+        return of_dataset(data.read_file(name))
+    return of_dataset(data.load(_checks.one_of("data", name, data.names()), progress=progress))
+
+
+def _of_kind(kind: str) -> Any:
+    def load(name: str, progress: data.Progress | None = None) -> Task:
+        embedded = {"classification": "digits", "regression": "diabetes"}
+        task = of_data(name or embedded[kind], progress)
+        if type(getattr(task, "kind", None)).__name__.lower() != kind:
+            raise ValueError(
+                f"task {kind}: the targets of {name!r} are for {type(getattr(task, 'kind', None)).__name__}."
+            )
+        return task
+
+    return load
+
+
+# fmt: off
+for _row in (
+    ("classification", "classification:DATA", "labels: accuracy and loss; what --data alone means", _of_kind("classification")),
+    ("regression", "regression:DATA", "numbers: R squared and loss; what --data alone means", _of_kind("regression")),
+    ("autoencoder", "autoencoder:DATA", "images to themselves: summed binary cross-entropy an image", autoencoder),
+    ("adding", "adding[:LENGTH]", "sequences: the adding problem, fresh in every batch", adding_problem),
+    ("split", "split:DATA[:domain][:tasks=N]", "a stream: classes in pairs, one pass; average accuracy and forgetting", split),
+    ("permuted", "permuted:DATA[:tasks=N][:rows=N]", "a stream: inputs permuted anew in each task", permuted),
+):
+    register(TaskSpec(*_row))
+# fmt: on
+
+
+def load(form: str, progress: data.Progress | None = None) -> Task:
+    """Return the task of a form: a data set's name, a file with its target, or a registered kind with what it takes.
+
+    Raises:
+        ValueError: if there is none; the message has those that there are.
+    """
+    kind, _, rest = form.partition(":")
+    if kind in tasks:
+        return tasks.get(kind).load(rest, progress)
+    if form in data.names() or data.is_file_form(form):
+        return of_data(form, progress)
+    known = [*data.names(), *tasks.names()]
+    raise ValueError(
+        f"data must be one of {', '.join(data.names())}, a file such as wine.csv:target=quality, or a task: "
+        f"{', '.join(spec.form for spec in tasks)}; got {form!r}{_checks.hint(kind, known)}."
+    )
+
+
+def check_net(task: Task, model: Any, form: str) -> None:
+    """Raise `ValueError` where a network does not fit a task's inputs or targets; nothing of it changes."""
+    kind = getattr(task, "kind", None)
+    if kind is None or getattr(model, "costly", False):
+        return
+    rows = min(2, len(task.x_train))
+    x, y = task.x_train[:rows].cpu(), task.y_train[:rows].cpu()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        twin = copy.deepcopy(model).cpu().eval()
+        try:
+            output = twin(x)
+        except Exception as error:
+            shape = tuple(x.shape[1:])
+            raise ValueError(
+                f"net {form!r} does not take inputs of shape {shape}: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            kind.check(output, y)
+        except Exception as error:
+            raise ValueError(f"net {form!r} does not fit {task.name!r}: {error}") from error

@@ -1,0 +1,123 @@
+"""Made sequences: the adding problem, fresh in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop import _checks
+from beyondprop.data import Progress, adding
+from beyondprop.lab.nets import build
+from beyondprop.lab.tasks.base import Metric
+from beyondprop.lab.tasks.evaluation import measured
+from beyondprop.lab.tasks.regression import LossOnly
+from beyondprop.stages.losses import LossFunction
+
+ERROR = Metric("loss", "mean squared error", higher_is_better=False)
+_KIND = LossOnly(nn.MSELoss())
+_TEST = 10**6
+
+
+@dataclass(frozen=True, eq=False)
+class AddingTask:
+    """The adding problem: the sum of two marked numbers in a sequence; always answering 1 has an error of 1/6.
+
+    Every batch is new; its order of draws comes from the seed of the training. Each seed has its own 1000 test sequences, so
+    that tuning needs a seed of its own and no row to hold out.
+
+    Attributes:
+        length: of a sequence.
+        seed: of the test sequences, and of the batches.
+        epoch_rows: sequences that are called an epoch.
+    """
+
+    length: int = 100
+    seed: int = 0
+    epoch_rows: tuple[int, ...] = (6400,)
+    device: str = "cpu"
+    sample: str = "sequence"
+    is_fresh: bool = True
+    rows: tuple[Tensor, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        _checks.at_least("length", self.length, 2)
+        rows = adding(1000, self.length, generator=torch.Generator().manual_seed(_TEST + self.seed))
+        object.__setattr__(self, "rows", tuple(part.to(self.device) for part in rows))
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"adding:{self.length}"
+
+    @property
+    def x_train(self) -> Tensor:
+        """Sequences of the same kind, `(1000, length, 2)`, for measurements on the side."""
+        return self.rows[0]
+
+    @property
+    def y_train(self) -> Tensor:
+        """Their sums, `(1000, 1)`."""
+        return self.rows[1]
+
+    @property
+    def loss(self) -> LossFunction:
+        """Mean squared error."""
+        return _KIND.loss
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The error alone."""
+        return (ERROR,)
+
+    @property
+    def kind(self) -> LossOnly:
+        """How outputs are judged."""
+        return _KIND
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """The shape of a sequence."""
+        return (self.length, 2)
+
+    outputs = 1
+
+    def net(self, form: str) -> nn.Module:
+        """See `Task.net`."""
+        return build(form, self.input_shape, self.outputs)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """See `Task.evaluate`."""
+        return measured(model, _KIND, [self.rows])
+
+    def drawn(self, seed: int) -> AddingTask:
+        """Return the task with the test sequences of a seed."""
+        return replace(self, seed=seed)
+
+    def held_out(self, share: float) -> AddingTask:
+        """Return the task as it is: another seed has other test sequences."""
+        del share
+        return self
+
+    def to(self, device: str) -> AddingTask:
+        """See `Task.to`."""
+        return replace(self, device=device)
+
+    def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches, drawn one after the other from the seed's own generator."""
+        generator = torch.Generator().manual_seed(seed)
+        count = -(-self.epoch_rows[0] // batch_size)
+        for index in range((epoch + 1) * count):
+            x, y = adding(batch_size, self.length, generator=generator)
+            if index >= epoch * count + start:
+                yield x.to(self.device), y.to(self.device)
+
+
+def adding_problem(length: str, progress: Progress | None = None) -> AddingTask:
+    """Return the adding problem for `adding[:LENGTH]`."""
+    del progress
+    if length and not length.isdecimal():
+        raise ValueError(f"task adding:LENGTH takes a whole number of steps, such as adding:100, got {length!r}.")
+    return AddingTask(int(length or 100))

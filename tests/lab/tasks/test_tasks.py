@@ -1,0 +1,295 @@
+"""Tasks: their numbers against scikit-learn and by hand, rows held out, what is refused, and what `fit` and `evaluate` take."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import mlp
+from sklearn.metrics import r2_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from beyondprop import AltMin, Backprop, data, evaluate, fit
+from beyondprop.lab import Settings, Task, compare, tasks
+from beyondprop.lab.report import read_run
+from beyondprop.lab.tasks import AddingTask, ContinualTask, Regression, RowsTask
+
+ADAM = partial(torch.optim.Adam, lr=3e-3)
+FORMS = ["digits", "diabetes", "autoencoder:digits", "adding:20", "split:digits", "permuted:digits:tasks=3"]
+
+
+def rows(count: int = 60) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    return x, x[:, :2].sum(1, keepdim=True)
+
+
+def test_r_squared_is_scikit_learns_over_several_targets_and_parts() -> None:
+    x = torch.randn(2500, 3)
+    y = torch.cat([x[:, :1] * 2, torch.full((2500, 1), 3.0), x[:, 1:2] + 5], 1)
+    model = nn.Linear(3, 3)
+    kind = Regression()
+    task = RowsTask(name="t", x_train=x, y_train=y, x_test=x, y_test=y, kind=kind, outputs=3)
+    with torch.no_grad():
+        expected = r2_score(y.double().numpy(), model(x).double().numpy())
+    assert task.evaluate(model)["r2"] == pytest.approx(expected, rel=1e-9)
+    with torch.no_grad():
+        assert task.evaluate(model)["loss"] == pytest.approx(float((model(x) - y).square().mean()), rel=1e-6)
+
+
+def test_the_autoencoders_loss_is_summed_over_pixels_and_averaged_over_images() -> None:
+    task = tasks.load("autoencoder:digits")
+    model = task.net("autoencoder")
+    with torch.no_grad():
+        logits = model(task.x_test)  # type: ignore[attr-defined]
+    y = task.y_test  # type: ignore[attr-defined]
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1).mean()
+    assert task.evaluate(model)["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert float(task.x_train.min()) == 0.0
+    assert float(task.x_train.max()) == 1.0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_kind_trains_by_one_call_and_is_repeatable(form: str) -> None:
+    found, task = [], None
+    for _ in range(2):
+        torch.manual_seed(0)
+        task = tasks.load(form)
+        task = task.drawn(1) if hasattr(task, "drawn") else task  # type: ignore[attr-defined]
+        model = task.net("rnn:8:gru" if isinstance(task, AddingTask) else "mlp:16x1")
+        epochs = getattr(task, "epochs", 0.2)
+        found.append(fit(Backprop(model, task.loss, ADAM), task, epochs=epochs, batch_size=50, seed=1).evaluations)
+    assert task is not None
+    assert all({metric.key for metric in task.metrics} <= set(row) for row in found[0])
+    first, second = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in found)
+    assert first == second
+    assert found[0][-1]["train_loss"] is not None
+
+
+@pytest.mark.parametrize("form", ["digits", "diabetes", "autoencoder:digits", "split:digits"])
+def test_held_out_rows_are_training_rows_and_test_rows_are_gone(form: str) -> None:
+    task: Any = tasks.load(form)
+    held = task.held_out(1 / 6)
+    rows_of = (lambda t: (t.dataset.x_train, t.dataset.x_test)) if isinstance(task, ContinualTask) else (
+        lambda t: (t.x_train, t.x_test)
+    )  # fmt: skip
+    (train, _), (kept, out) = rows_of(task), rows_of(held)
+    assert len(kept) + len(out) == len(train)
+    assert len(out) == round(len(train) / 6)
+    every = {row.numpy().tobytes() for row in train}
+    assert {row.numpy().tobytes() for row in out} <= every
+    again = rows_of(task.held_out(1 / 6))[1]
+    assert torch.equal(out, again)
+
+
+def test_forgetting_comes_from_all_evaluations() -> None:
+    task: Any = tasks.load("split:digits")
+    names = [f"accuracy on {part.name}" for part in task.parts]
+    matrix = [[0.9, 0.2, 0.1, 0.1, 0.1], [0.5, 0.8, 0.1, 0.1, 0.1]]
+    evaluations = [dict.fromkeys(names, 0.1), *(dict(zip(names, row, strict=True)) for row in matrix)]
+    assert task.over(evaluations)["forgetting"] == pytest.approx(0.4)
+    assert task.over(evaluations[:2])["forgetting"] == 0.0
+
+
+def test_two_seeds_of_the_adding_problem_share_no_sequence() -> None:
+    task = AddingTask(20)
+    assert not torch.equal(task.drawn(1).rows[0], task.drawn(2).rows[0])
+    pairs = list(task.batches(1, 3200, 0))
+    later = list(task.batches(1, 3200, 0, 1))
+    assert torch.equal(pairs[1][0], later[0][0])
+    assert not torch.equal(pairs[0][0], next(iter(task.batches(0, 3200, 0)))[0])
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("digist", r"data must be one of .*; got 'digist'; perhaps you meant 'digits'"),
+        ("autoencoder:higgs", "takes images"),
+        ("autoencoder:diabetes", "takes images"),
+        ("adding:long", "takes a whole number of steps"),
+        ("split:digits:halves", "option of task split must be one of"),
+        ("permuted:digits:tasks=0", "tasks=N takes a whole number >= 1"),
+        ("regression:digits", "task regression"),
+    ],
+)
+def test_forms_that_are_none_are_refused(form: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        tasks.load(form)
+
+
+def test_a_net_that_does_not_fit_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"net 'mine' does not fit 'digits': its output is \(N, 3\); 10 classes need"):
+        tasks.check_net(tasks.load("digits"), nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "mine")
+    with pytest.raises(
+        ValueError, match=r"net 'mine' does not fit 'diabetes': its output is \(N\); the targets are \(N, 1\)"
+    ):
+        tasks.check_net(tasks.load("diabetes"), nn.Sequential(nn.Linear(10, 1), nn.Flatten(0)), "mine")
+    with pytest.raises(ValueError, match=r"net 'mine' does not take inputs of shape \(1, 8, 8\)"):
+        tasks.check_net(tasks.load("digits"), nn.Linear(64, 10), "mine")
+
+
+def test_fit_takes_tensors_without_test_rows() -> None:
+    history = fit(Backprop(mlp(6, 8, 1), nn.MSELoss(), ADAM), rows(), epochs=2, batch_size=7)
+    assert [set(row) & {"loss", "accuracy"} for row in history.evaluations] == [set()] * 3
+    assert history.evaluations[-1]["samples"] == 120
+
+
+def test_fit_takes_a_loader_as_it_takes_tensors() -> None:
+    x, y = rows()
+    loader = DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(3)
+        rule = Backprop(mlp(6, 8, 1), nn.MSELoss(), ADAM)
+        history = fit(rule, loader, test=(x, y), epochs=3, seed=seed)
+        assert history.evaluations[-1]["step"] == 27
+        assert evaluate(rule.model, (x, y), nn.MSELoss())["loss"] == history.evaluations[-1]["loss"]
+        assert evaluate(rule.model, loader, nn.MSELoss())["loss"] == pytest.approx(
+            history.evaluations[-1]["loss"], rel=1e-5
+        )
+        found.append(history.evaluations[-1]["loss"])
+    assert found[0] == found[1] != found[2]
+
+
+class _Named(nn.Module):
+    """Takes a dict, or a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 1)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.inner(batch["x"] if isinstance(batch, dict) else batch[0] + batch[1])
+
+
+class _Dicts(torch.utils.data.Dataset[Any]):
+    def __init__(self, *, pair: bool) -> None:
+        self.x, self.y = rows()
+        self.pair = pair
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        x = self.x[index]
+        return (x, x) if self.pair else {"x": x}, self.y[index]
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_backprop_hands_on_what_the_model_takes_and_stages_refuse_it(pair: bool) -> None:
+    loader = DataLoader(_Dicts(pair=pair), batch_size=10)
+    history = fit(Backprop(_Named(), nn.MSELoss(), partial(torch.optim.SGD, lr=0.1)), loader, test=loader, epochs=5)
+    assert history.evaluations[-1]["loss"] < 0.5 * history.evaluations[0]["loss"]
+    with pytest.raises(TypeError, match="AltMin takes the inputs of a batch as one tensor, got"):
+        fit(AltMin(mlp(6, 8, 1), nn.MSELoss()), loader, epochs=1)
+
+
+def test_what_cannot_be_trained_on_is_refused() -> None:
+    rule = Backprop(mlp(6, 8, 1), nn.MSELoss(), ADAM)
+    with pytest.raises(TypeError, match="data must be a task, a data set"):
+        fit(rule, [1, 2, 3], epochs=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        fit(rule, rows(), epoch=1)
+
+
+class _Counting(nn.Module):
+    """Counts its forward calls."""
+
+    def __init__(self, costly: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        self.counters = {"calls": 0}
+        self.costly = costly
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counters["calls"] += 1
+        return self.inner(x)
+
+
+def test_counters_are_recorded_and_a_costly_model_is_never_run_on_the_side(tmp_path: Path) -> None:
+    made: list[_Counting] = []
+
+    def net(input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        made.append(_Counting(True))
+        return made[-1]
+
+    settings = Settings(rules=("adam",), epochs=1, seeds=(0,))
+    run = read_run(compare(settings, nets={"counting": net}, out=tmp_path / "run"))
+    rows = run.of("eval", "adam", 0)
+    per_evaluation = 1  # 360 test rows are one part
+    assert rows[0]["counters"] == {"calls": per_evaluation}
+    assert rows[-1]["counters"] == {"calls": 29 + 2 * per_evaluation}
+    assert not run.of("alignment", "adam", 0)
+    assert rows[-1]["work"] == 29.0
+    assert run.counters == ("calls",)
+    assert sum(model.counters["calls"] for model in made) == 29 + 2 * per_evaluation
+
+
+def test_a_table_and_a_net_of_ones_own_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sklearn.datasets import load_wine
+
+    from beyondprop.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    wine: Any = load_wine()
+    lines = [",".join([*wine.feature_names, "quality"])]
+    names = ("low", "medium", "high")
+    lines += [",".join([*map(repr, map(float, x)), names[y]]) for x, y in zip(wine.data, wine.target, strict=True)]
+    Path("wine.csv").write_text("\n".join(lines) + "\n")
+    Path("mine.py").write_text(
+        "from torch import nn\n\n\ndef build(input_shape, outputs):\n"
+        "    return nn.Sequential(nn.Linear(input_shape[0], 16), nn.Tanh(), nn.Linear(16, outputs))\n"
+    )
+    command = [
+        "compare",
+        "--data",
+        "wine.csv:target=quality",
+        "--net",
+        "mine.py:build",
+        "--epochs",
+        "40",
+        "--seeds",
+        "1",
+    ]
+    assert main([*command, "--rule", "am-adam", "--rule", "adam", "--json", "--out", "run"]) == 0
+    assert '"metric": "accuracy"' in (out := capsys.readouterr().out)
+    assert '"name": "wine.csv"' in out
+    last = read_run("run").of("eval", "adam", 0)[-1]
+    assert last["accuracy"] > 0.9
+    assert main([*command[:2], "wine.csv:target=color", *command[3:]]) == 2
+    assert "color" in capsys.readouterr().err
+    Path("mine.py").write_text(
+        "from torch import nn\n\n\ndef build(input_shape, outputs):\n    return nn.Linear(13, 2)\n"
+    )
+    assert main([*command, "--rule", "adam", "--out", "other"]) == 2
+    assert "3 classes need (N, 3)" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_nets_and_tasks_handed_over_are_compared(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(200, 4))
+    task = Task.from_arrays(x, x[:, :2], name="two")  # type: ignore[attr-defined]
+    model = nn.Linear(4, 2)
+    before = model.weight.detach().clone()
+    settings = Settings(rules=("adam",), epochs=3, seeds=(0, 1))
+    path = compare(settings, task=task, nets={"line": model}, out=tmp_path / "run")
+    run = read_run(path)
+    assert torch.equal(model.weight, before)
+    assert (run.task, run.metric.key, run.config["nets"]) == ("two", "r2", ["line"])
+    first = [run.of("eval", "adam", seed)[0]["r2"] for seed in (0, 1)]
+    assert first[0] == first[1]
+
+
+def test_a_data_set_without_test_rows_needs_validation(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(200, 4))
+    task = Task.from_arrays(x, x[:, 0], test=None)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="has no test rows to compare on; use validation"):
+        compare(Settings(rules=("adam",), epochs=1, seeds=(0,)), task=task, out=tmp_path / "a")
+    compare(Settings(rules=("adam",), epochs=1, seeds=(0,), validation=True), task=task, out=tmp_path / "b")
+    assert data.names()[0] == "diabetes"
