@@ -53,6 +53,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert [r["name"] for r in found["rules"]] == registry.rules.names()
     assert {"summary", "source", "lr", "grid"} <= set(found["rules"][0])
     assert {d["name"]: d["at_hand"] for d in found["data"]} == {
+        "diabetes": True,
         "digits": True,
         "higgs": False,
         "mnist": False,

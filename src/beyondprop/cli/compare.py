@@ -29,6 +29,8 @@ class Options(Settings):
 
     def settings(self) -> Settings:
         """Return the settings, or raise `ValueError`."""
+        if self.tune_epochs is not None and not self.tune:
+            raise ValueError("--tune-epochs is for the trainings of --tune; give both, or neither.")
         return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
 

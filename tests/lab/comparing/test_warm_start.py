@@ -175,9 +175,9 @@ def test_the_report_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = " ".join(capsys.readouterr().out.split())
     assert "am-adam warm start, seed 0" in out
     assert "2 contenders" in out
-    assert "All rules start from the weights of AM-Adam after 0.5 epochs, accuracy" in out
+    assert "Contenders start from the weights of AM-Adam after 0.5 epochs, accuracy" in out
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "All rules start from the weights of AM-Adam after 0.5 epochs" in page
+    assert "Contenders start from the weights of AM-Adam after 0.5 epochs" in page
     assert "AM-Adam, warm start" in page
     assert "<td>warm start</td><td>am-adam:0.5</td>" in page
     assert main(["report", "run", "--json"]) == 0

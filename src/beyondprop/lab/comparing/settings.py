@@ -127,8 +127,6 @@ class Settings:
         _checks.one_of("device", self.device, DEVICES)
         if self.tune_epochs is not None:
             _checks.positive("tune_epochs", self.tune_epochs)
-            if not self.tune:
-                raise ValueError("--tune-epochs is for the trainings of --tune; give both, or neither.")
         for name in ("evaluate_every", "early_stop", "threads"):
             if getattr(self, name) is not None:
                 _checks.at_least(name, getattr(self, name), 1)
