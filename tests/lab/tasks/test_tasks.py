@@ -293,3 +293,118 @@ def test_a_data_set_without_test_rows_needs_validation(tmp_path: Path) -> None:
         compare(Settings(rules=("adam",), epochs=1, seeds=(0,)), task=task, out=tmp_path / "a")
     compare(Settings(rules=("adam",), epochs=1, seeds=(0,), validation=True), task=task, out=tmp_path / "b")
     assert data.names()[0] == "diabetes"
+
+
+def test_a_stream_is_never_shown_whole(tmp_path: Path) -> None:
+    from beyondprop import BCD
+    from beyondprop.data import SplitStream
+    from beyondprop.lab import run_stream
+
+    settings = Settings(task="split", rules=("adam", "bcd"), seeds=(0,))
+    with pytest.raises(
+        ValueError, match="split:digits shows its rows in batches of its own; bcd takes the whole set a step"
+    ):
+        compare(settings, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    rule = BCD(nn.Sequential(nn.Flatten(), *mlp(64, 8, 10)), nn.CrossEntropyLoss(), output_loss="squared")
+    with pytest.raises(ValueError, match="BCD takes the whole training set at every step"):
+        run_stream(rule, SplitStream(data.load("digits")))
+    with pytest.raises(ValueError, match="BCD takes the whole training set at every step"):
+        fit(rule, DataLoader(TensorDataset(torch.randn(8, 64), torch.arange(8))), epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:adam. Tuning chose")
+def test_a_stream_ends_with_its_tasks_and_forgets_in_every_row(tmp_path: Path) -> None:
+    task: Any = tasks.load("split:digits")
+    rule = Backprop(task.net("mlp:8x1"), task.loss, ADAM)
+    with pytest.raises(ValueError, match="epochs must be at most 5, the tasks of split:digits, got 6"):
+        fit(rule, task, epochs=6, batch_size=50)
+    rows = fit(rule, task, epochs=2.5, batch_size=50, evaluate_every=2).evaluations
+    assert all("forgetting" in row for row in rows)
+    settings = Settings(task="split", rules=("adam",), seeds=(0,), tune=True, tune_epochs=0.5, epochs=0.5)
+    found = read_run(compare(settings, out=tmp_path / "run"))
+    assert all("forgetting" in row for row in found.rows if row["kind"] in ("eval", "tuning"))
+    with pytest.raises(ValueError, match="tune_epochs must be at most 5"):
+        compare(Settings(task="split", rules=("adam",), tune=True, tune_epochs=6), out=tmp_path / "other")
+
+
+def test_a_look_at_a_loader_changes_no_training_and_no_random_number() -> None:
+    x, y = rows()
+    loader = DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True)
+    found = []
+    for test in (None, loader):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        fit(Backprop(model, nn.MSELoss(), ADAM), loader, test=test, epochs=2)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    model = nn.Linear(6, 1)
+    before = torch.get_rng_state()
+    evaluate(model, loader, nn.MSELoss())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loader_goes_on_in_the_middle_of_an_epoch(own: bool) -> None:
+    def loader() -> DataLoader[Any]:
+        x, y = rows()
+        generator = torch.Generator() if own else None
+        return DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True, generator=generator)
+
+    def rule() -> Backprop:
+        torch.manual_seed(3)
+        return Backprop(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1)), nn.MSELoss(), ADAM)
+
+    whole = rule()
+    fit(whole, loader(), epochs=2)
+    states: list[Any] = []
+    calls = iter(range(100))
+    part = rule()
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            part,
+            loader(),
+            epochs=2,
+            save=lambda state: states.append({**state, "model": {k: v.clone() for k, v in state["model"].items()}}),
+            interrupted=lambda: next(calls) == 12,
+        )
+    resumed = rule()
+    torch.manual_seed(99)
+    fit(resumed, loader(), epochs=2, resume=states[-1])
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_alignment_on_a_loader_and_early_stop_without_rows() -> None:
+    x, y = rows()
+    loader = DataLoader(TensorDataset(x, y), batch_size=7)
+    history = fit(Backprop(mlp(6, 8, 1), nn.MSELoss(), ADAM), loader, epochs=1, alignment=True)
+    assert all(
+        stage["cosine"] > 0.999
+        for row in history.rows
+        if row["kind"] == "alignment"
+        for stage in row["stages"].values()
+    )
+    with pytest.raises(ValueError, match="early_stop needs rows to evaluate on"):
+        fit(Backprop(mlp(6, 8, 1), nn.MSELoss(), ADAM), loader, epochs=1, early_stop=2)
+
+
+def test_an_epoch_of_fresh_sequences_follows_from_the_seed_however_it_is_reached() -> None:
+    straight = [x for epoch in range(3) for x, _ in AddingTask(8).batches(epoch, 1600, 4)]
+    walked = AddingTask(8)
+    again = [x for epoch in range(3) for x, _ in walked.batches(epoch, 1600, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
+    assert torch.equal(next(iter(walked.batches(2, 1600, 4, 1)))[0], straight[9])
+    assert torch.equal(next(iter(walked.batches(0, 1600, 4)))[0], straight[0])
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="task 'autoencoder:mnist' names its own data; leave out data='higgs'"):
+        Settings(task="autoencoder:mnist", data="higgs")
+    nets = {"a:b": nn.Linear(10, 1), "a/b": nn.Linear(10, 1)}
+    settings = Settings(data="diabetes", nets=tuple(nets), rules=("adam",), seeds=(0,), epochs=1)
+    with pytest.raises(
+        ValueError, match="nets must have names that differ in a file's name, too; adam a:b, adam a/b do not"
+    ):
+        compare(settings, nets=nets, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -19,6 +19,7 @@ from beyondprop.lab.comparing.member import Contender, Member
 from beyondprop.lab.comparing.settings import EPOCHS, Settings
 from beyondprop.lab.nets import spec_of
 from beyondprop.lab.registry import Progress, RuleSpec, load_plugins
+from beyondprop.lab.runs.directory import slug
 from beyondprop.lab.tasks import Task, check_net
 from beyondprop.lab.training import State, schedules
 from beyondprop.lab.training.calendar import Calendar, stop_step
@@ -182,6 +183,18 @@ def prepare(
     tuning_task = found.held_out(VALIDATION) if settings.tune else None
     several = len(settings.nets) > 1
     contenders = tuple(Contender(net, spec, several) for net, spec in product(settings.nets, specs))
+    files = [slug(contender.name) for contender in contenders]
+    if len(set(files)) < len(files):
+        twice = ", ".join(c.name for c, file in zip(contenders, files, strict=True) if files.count(file) > 1)
+        raise ValueError(f"nets must have names that differ in a file's name, too; {twice} do not.")
+    if hasattr(evaluated, "batches") and whole:
+        raise ValueError(
+            f"{found.name} shows its rows in batches of its own; {', '.join(whole)} takes the whole set a step."
+        )
+    if fixed is not None and settings.tune_epochs is not None and settings.tune_epochs > fixed:
+        raise ValueError(
+            f"tune_epochs must be at most {fixed}, the tasks of {found.name}, got {settings.tune_epochs:g}."
+        )
     plan = Plan(settings, contenders, evaluated, tuning_task, warm_spec, nets)
     _check_contenders(plan, trained)
     return plan

@@ -14,6 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from beyondprop import _checks
 
 DEVICES = ("auto", "cpu", "cuda")
+DATA = "digits"
 EPOCHS = 20.0
 """Where neither the settings nor the task say how many."""
 NETS, RULES = ("mlp:100x2",), ("am-adam", "am-mem", "sgd", "adam")
@@ -73,7 +74,7 @@ class Settings:
         ValueError: if a setting is out of its range; the message has the range.
     """
 
-    data: Annotated[str, arg(metavar="NAME")] = "digits"
+    data: Annotated[str, arg(metavar="NAME")] = DATA
     """Data set (`beyondprop list` shows them), or a file of your own: wine.csv:target=quality, rows.npz."""
     task: Annotated[str | None, arg(metavar="TASK", help_behavior_hint="")] = None
     """What is learned, such as autoencoder:mnist, adding:100 or split:mnist. Default: what the data's targets are for."""
@@ -121,6 +122,10 @@ class Settings:
         object.__setattr__(self, "lr", tuple(pairs))
         for name, default in (("nets", NETS), ("rules", RULES), ("seeds", ()), ("plugins", ())):
             object.__setattr__(self, name, tuple(getattr(self, name)) or default)
+        if self.task is not None and ":" in self.task and self.data != DATA:
+            raise ValueError(
+                f"task {self.task!r} names its own data; leave out data={self.data!r}, or what follows the colon."
+            )
         if self.epochs is not None:
             _checks.positive("epochs", self.epochs)
         _checks.at_least("batch_size", self.batch_size, 1)
@@ -158,7 +163,7 @@ class Settings:
         """The task's form: `task`, where it lacks its data with `data`, else `data` alone."""
         if self.task is None:
             return self.data
-        return self.task if ":" in self.task or self.data == "digits" else f"{self.task}:{self.data}"
+        return self.task if ":" in self.task or self.data == DATA else f"{self.task}:{self.data}"
 
     @property
     def warm_rule(self) -> str | None:

@@ -85,9 +85,9 @@ class RunDirectory:
 
     def _file(self, row: Row) -> Path:
         if row.get("kind") == "tuning":
-            name = f"tuning-{_slug(row['contender'])}-{row['lr']:g}"
+            name = f"tuning-{slug(row['contender'])}-{row['lr']:g}"
         else:
-            name = f"{_slug(row['contender'])}.seed{row['seed']}" if "seed" in row else "run"
+            name = f"{slug(row['contender'])}.seed{row['seed']}" if "seed" in row else "run"
         return self.path / "metrics" / f"{name}.jsonl"
 
     def ended(self, contender: str, seed: int) -> bool:
@@ -96,7 +96,7 @@ class RunDirectory:
 
     def checkpoint(self, contender: str, seed: int) -> Path:
         """Return the path of a training's checkpoint, the trained weights at its end."""
-        return self.path / "checkpoints" / f"{_slug(contender)}.seed{seed}.safetensors"
+        return self.path / "checkpoints" / f"{slug(contender)}.seed{seed}.safetensors"
 
     def save(self, contender: str, seed: int, state: Any) -> None:
         """Write a checkpoint; all rows before it are on the disk then, too."""
@@ -155,7 +155,7 @@ class RunDirectory:
 
 def default_path(data: str, net: str, parent: Path = Path("runs")) -> Path:
     """Return a free path such as `runs/20260131-174502-digits-mlp-100x2`."""
-    stem = _slug("-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), data, *net.replace("=", "").split(":")]))
+    stem = slug("-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), data, *net.replace("=", "").split(":")]))
     paths = (parent / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1000))
     return next(path for path in paths if not path.exists())
 
@@ -179,7 +179,8 @@ def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """Return a name as files have it."""
     return re.sub(r"[^\w.=+-]+", "-", name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ _SEEDS = 2**63
 class LoaderTask:
     """Batches from a DataLoader, whose order and size are its own.
 
-    Its shuffling is seeded by the training's seed and the epoch, unless it has a generator of its own. A batch is a pair whose
-    first part is what the model takes: a tensor, a tuple, a dict.
+    Its shuffling, with the generator of its own where it has one, is seeded by the training's seed and the epoch. A batch is a
+    pair whose first part is what the model takes: a tensor, a tuple, a dict.
 
     Attributes:
         loader: of the training batches.
@@ -57,24 +58,27 @@ class LoaderTask:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """See `Task.evaluate`."""
-        return {} if self.test is None else measured(model, self.kind, pairs_of(self.test, device_of(model)))
+        if self.test is None:
+            return {}
+        with torch.random.fork_rng(devices=[]):  # a loader draws, and a look at the model must not change its training
+            return measured(model, self.kind, pairs_of(self.test, device_of(model)))
 
     def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
         """Yield an epoch's batches, from number `start` on."""
         del batch_size
+        drawn = (seed * 0x9E3779B97F4A7C15 + epoch) % _SEEDS
+        for owner in (self.loader, getattr(self.loader, "sampler", None)):
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+                generator.manual_seed(drawn)
+            if (set_epoch := getattr(owner, "set_epoch", None)) is not None:  # of a distributed sampler
+                set_epoch(epoch)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % _SEEDS)
+            torch.manual_seed(drawn)
             pairs = iter(self.loader)
-            first = next(pairs, None)  # a sampler draws its seed with the first batch
-        for index, batch in enumerate(_chained(first, pairs)):
-            if index >= start:
-                yield _pair(batch)
-
-
-def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    if first is not None:
-        yield first
-        yield from rest
+            # A sampler draws its seed with the first batch; what was done before an interruption draws nothing again.
+            begun = list(islice(pairs, start + 1))[start:]
+        for batch in chain(begun, pairs):
+            yield _pair(batch)
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
@@ -123,7 +127,7 @@ def as_task(rows: Any, loss: LossFunction, test: Any = None) -> Task | LoaderTas
         rows: a task; a data set or anything else with `x_train`, `y_train` and, where there are any, `x_test`, `y_test`; a pair
             of tensors; or a DataLoader.
         loss: what outputs are judged by, but for a task, which has its own.
-        test: rows to evaluate on, a pair of tensors or a DataLoader, where `rows` is one of these.
+        test: rows to evaluate on beside a pair of tensors (a pair, too) or a DataLoader (a pair or a DataLoader).
 
     Raises:
         TypeError: if it is something else; the message says what is accepted.
@@ -133,7 +137,8 @@ def as_task(rows: Any, loss: LossFunction, test: Any = None) -> Task | LoaderTas
     if isinstance(rows, DataLoader):
         if not hasattr(rows, "__len__") or isinstance(rows.dataset, torch.utils.data.IterableDataset):
             raise TypeError("A DataLoader over an IterableDataset has no known length; give a map-style dataset.")
-        first = next(iter(test), (None, None)) if isinstance(test, DataLoader) else test or (None, None)
+        with torch.random.fork_rng(devices=[]):
+            first = next(iter(test), (None, None)) if isinstance(test, DataLoader) else test or (None, None)
         return LoaderTask(rows, test, kind_of(loss, first[1]))
     if isinstance(rows, tuple | list) and len(rows) == 2 and all(isinstance(part, Tensor) for part in rows):
         _checks.batch(*rows)
@@ -168,8 +173,11 @@ def evaluate(model: nn.Module, rows: Any, loss: LossFunction | None = None) -> d
     """
     if hasattr(rows, "evaluate") and hasattr(rows, "metrics"):
         return rows.evaluate(model)
-    pairs = list(pairs_of(rows, device_of(model)))
-    if loss is None:
-        labels = pairs[0][1].dtype == torch.int64
-        loss = nn.CrossEntropyLoss() if labels else nn.MSELoss()
-    return measured(model, kind_of(loss, pairs[0][1]), pairs)
+    with torch.random.fork_rng(devices=[]):  # a loader draws
+        pairs = pairs_of(rows, device_of(model))
+        first = next(pairs, None)
+        if first is None:
+            raise ValueError("There are no rows to evaluate on.")
+        if loss is None:
+            loss = nn.CrossEntropyLoss() if first[1].dtype == torch.int64 else nn.MSELoss()
+        return measured(model, kind_of(loss, first[1]), chain([first], pairs))

@@ -38,7 +38,7 @@ class Reconstruction(LossOnly):
 
 def autoencoder(name: str, progress: data.Progress | None = None) -> RowsTask:
     """Return the task of giving back the images of a data set, `(N, ...)` in [0, 1], as logits `(N, pixels)`."""
-    images = data.load(name or "mnist", standardize=False, progress=progress)
+    images = data.load(name or "digits", standardize=False, progress=progress)
     if len(images.input_shape) != 3:
         raise ValueError(f"task autoencoder takes images in [0, 1], got {name!r}; use digits, mnist or fashion-mnist.")
     pixels = math.prod(images.input_shape)

@@ -41,6 +41,8 @@ class AddingTask:
     sample: str = "sequence"
     is_fresh: bool = True
     rows: tuple[Tensor, Tensor] = field(init=False)
+    _states: dict[tuple[int, int, int], Tensor] = field(init=False, repr=False, default_factory=dict)
+    """Of the generator, by seed, batch size and batch: no epoch draws those before it again."""
 
     def __post_init__(self) -> None:
         _checks.at_least("length", self.length, 2)
@@ -107,11 +109,17 @@ class AddingTask:
 
     def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches, drawn one after the other from the seed's own generator."""
-        generator = torch.Generator().manual_seed(seed)
         count = -(-self.epoch_rows[0] // batch_size)
-        for index in range((epoch + 1) * count):
+        begin = epoch * count + start
+        known = max((i for s, size, i in self._states if (s, size) == (seed, batch_size) and i <= begin), default=0)
+        generator = torch.Generator().manual_seed(seed)
+        if known:
+            generator.set_state(self._states[seed, batch_size, known])
+        for index in range(known, (epoch + 1) * count):
             x, y = adding(batch_size, self.length, generator=generator)
-            if index >= epoch * count + start:
+            if index + 1 == (epoch + 1) * count:
+                self._states[seed, batch_size, index + 1] = generator.get_state()
+            if index >= begin:
                 yield x.to(self.device), y.to(self.device)
 
 

@@ -54,7 +54,7 @@ def fit(
         data: a task; a data set with `x_train`, `y_train` and, where there are any, `x_test`, `y_test`; a pair of tensors; or a
             DataLoader of pairs, the first of which is what the model takes (stage-wise rules take tensors alone).
         training: how it is trained; default: made of `settings`.
-        test: what to evaluate on beside a pair of tensors or a DataLoader: one of these.
+        test: what to evaluate on beside a pair of tensors (a pair, too) or a DataLoader (a pair or a DataLoader).
         after: what `fit` returned for a training with `stop`, of the same model on the same data by another rule: this one
             goes on with its next batch, in the middle of the schedule, and counts samples, work and seconds on from it.
         log: called with every row as it comes.

@@ -111,6 +111,7 @@ class Loop:
     def __post_init__(self) -> None:
         training, model = self.training, self.rule.model
         self.whole_set = self.rule.whole_set if training.whole_set is None else training.whole_set
+        self._check()
         self.costly = bool(getattr(model, "costly", False))
         self.calendar = Calendar.of(model, self.task, training.batch_size, whole_set=self.whole_set)
         every, most = training.evaluate_every, self.calendar.longest
@@ -141,6 +142,19 @@ class Loop:
         self.warned: list[str] = []
         self.saved = time.perf_counter()
         self.resumed = False
+
+    def _check(self) -> None:
+        training, name = self.training, getattr(self.task, "name", type(self.task).__name__)
+        if self.whole_set and hasattr(self.task, "batches"):
+            raise ValueError(
+                f"{type(self.rule).__name__} takes the whole training set at every step; {name} shows its rows in batches of "
+                "its own. Use a rule that takes batches."
+            )
+        fixed = getattr(self.task, "epochs", None)
+        if fixed is not None and training.epochs > fixed:
+            raise ValueError(f"epochs must be at most {fixed}, the tasks of {name}, got {training.epochs:g}.")
+        if training.early_stop is not None and not self.task.metrics:
+            raise ValueError(f"early_stop needs rows to evaluate on; {name} has none: give test rows.")
 
     @property
     def epoch(self) -> float:
@@ -255,8 +269,9 @@ class Loop:
     def _evaluate(self) -> None:
         self.rule.check_finite()
         found = self.task.evaluate(self.rule.model)
-        if hasattr(self.task, "over") and self.calendar.where(self.step)[1] == 0:
-            self.found.append(found)
+        if hasattr(self.task, "over"):
+            if self.calendar.where(self.step)[1] == 0:
+                self.found.append(found)
             found = found | self.task.over(self.found)
         train = self.loss_sum.item()
         row: Row = {
@@ -270,7 +285,7 @@ class Loop:
             **{key: _finite(value) for key, value in found.items()},
         }
         if counted := counters(self.rule.model):
-            row["counters"] = counted
+            row["counters"] = {key: _finite(value) for key, value in counted.items()}
         self.record(row)
         self.loss_sum.zero_()
         self.loss_rows = 0
@@ -284,8 +299,11 @@ class Loop:
             self.progress(self.step - self.first, self.last - self.first)
 
     def _align(self) -> None:
-        x, y = self.task.x_train, self.task.y_train
-        if not self.whole_set:
+        if not hasattr(self.task, "x_train"):  # a loader's
+            x, y = next(iter(self._batches(0, 0)))
+        else:
+            x, y = self.task.x_train, self.task.y_train
+        if not self.whole_set and hasattr(self.task, "x_train"):
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.training.seed))
             chosen = order[: self.training.batch_size].to(x.device)
             x, y = x[chosen], y[chosen]
