@@ -214,3 +214,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_of_an_older_version_is_refused_and_nothing_changes() -> None:
+    states: list[dict[str, Any]] = []
+    fit(build("adam"), make_data(), **CALL, save=lambda state: states.append(copy.deepcopy(state)))
+    del states[1]["samples"]
+    rule = build("adam")
+    before = copy.deepcopy(rule.model.state_dict())
+    with pytest.raises(ValueError, match="of an older version and lacks samples; begin the training anew"):
+        fit(rule, make_data(), **CALL, resume=states[1])
+    assert_same(rule.model.state_dict(), before)

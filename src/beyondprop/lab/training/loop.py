@@ -352,6 +352,10 @@ class Loop:
 
     def restore(self, state: State) -> None:
         """Go on from a state; the global random state is the one that was saved."""
+        if missing := [name for name in _KEPT if name not in state]:
+            raise ValueError(
+                f"The state is of an older version and lacks {', '.join(missing)}; begin the training anew."
+            )
         differing = [
             f"{k} {v!r} then, {self._call()[k]!r} now" for k, v in state["call"].items() if v != self._call()[k]
         ]
