@@ -10,18 +10,31 @@ from typing import Any
 # This module does not import torch: the command line's settings are checked before it is needed.
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def positive(name: str, value: float) -> float:
     """Return `value`, or raise `ValueError` unless it is a finite number > 0."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (_is_finite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}.")
     return value
 
 
 def non_negative(name: str, value: float) -> float:
     """Return `value`, or raise `ValueError` unless it is a finite number >= 0."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+    if not (_is_finite(value) and value >= 0):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
     return value
+
+
+def growing(name: str, value: float, growth: float, limit: float) -> tuple[float, float, float]:
+    """Return a value > 0 with its factor of growth >= 1 and the limit > 0 where that ends, or raise `ValueError`."""
+    if not growth >= 1:
+        raise ValueError(f"{name}_growth must be >= 1, got {growth!r}.")
+    if not limit > 0:
+        raise ValueError(f"{name}_limit must be > 0, got {limit!r}.")
+    return positive(name, value), growth, limit
 
 
 def at_least(name: str, value: int, least: int) -> int:

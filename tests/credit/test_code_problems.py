@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import blobs, jacobian, mlp, relative
+from cases import blobs, jacobian, mlp, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, assignments, blobs, literal_sweep, mlp, relative
+from cases import SGD, assignments, blobs, mlp, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from references import literal_sweep
 from torch import Tensor, nn
 
 from beyondprop import AltMin, CodeProblem, Codes, Descent, LocalRule
@@ -69,9 +70,10 @@ def test_rows_without_a_delta_do_not_shrink_the_others(damping: float) -> None:
     padded = y.clone()
     padded[6:] = -100
     for solver in ("line_search", "cg", "exact"):
-        credit = Codes(solver, damping=damping, mu=damping)
-        alone = assignments(model, loss, credit, x[:6], y[:6])
-        joined = assignments(model, loss, credit, x, padded)
+        alone, joined = (
+            assignments(model, loss, Codes(solver, damping=damping, mu=damping), *rows)
+            for rows in ((x[:6], y[:6]), (x, padded))
+        )
         for a, b in zip(joined, alone, strict=True):
             assert relative(a.delta[:6], b.delta) < 1e-9
             assert not bool(a.delta[6:].any())
@@ -221,3 +223,10 @@ def test_mu_grows_in_every_rule_that_holds_codes() -> None:
     above = Codes(mu=0.1, mu_growth=2.0, mu_limit=0.05)
     above.end_epoch()
     assert above.mu == 0.1  # the limit ends the growth, and takes nothing back
+
+
+def test_codes_serve_one_rule() -> None:
+    codes = Codes()
+    LocalRule(mlp(6, 5, 3), nn.CrossEntropyLoss(), codes, Descent(SGD))
+    with pytest.raises(ValueError, match="This Codes serves another rule already; one instance serves one rule"):
+        LocalRule(mlp(6, 5, 3), nn.CrossEntropyLoss(), codes, Descent(SGD))

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import blobs, mlp, relative
+from cases import blobs, mlp, relative
 from torch import Tensor, nn
 
 from beyondprop import (

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Attention, assignments, blobs, literal_sweep, mlp, relative
+from cases import Attention, assignments, blobs, mlp, relative
+from references import literal_sweep
 from torch import Tensor, nn
 
 import beyondprop.nn as bnn
@@ -228,9 +229,8 @@ def test_half_precision_loses_no_stage(form: str, normalize: bool) -> None:
         for module in (model[1], model[2]):
             block = module.block if form == "autograd" else module
             block.branch[2].weight.mul_(10.0)
-    credit = Codes(normalize=normalize)
-    wide = assignments(model, LOSS, credit, x, y)
-    half = assignments(model.half(), LOSS, credit, x.half(), y)
+    wide = assignments(model, LOSS, Codes(normalize=normalize), x, y)
+    half = assignments(model.half(), LOSS, Codes(normalize=normalize), x.half(), y)
     assert all(relative(a.delta.float(), b.delta) < 0.05 for a, b in zip(half, wide, strict=True))
 
 
@@ -243,9 +243,8 @@ def test_many_blocks_in_float32_keep_what_float64_finds() -> None:
     with torch.no_grad():
         for block in blocks:
             block.branch[2].weight.mul_(3.0)  # type: ignore[operator]
-    credit = Codes(normalize=False)
-    fine = assignments(model, LOSS, credit, x, y)[-1].delta
-    coarse = assignments(model.float(), LOSS, credit, x.float(), y)[-1].delta
+    fine = assignments(model, LOSS, Codes(normalize=False), x, y)[-1].delta
+    coarse = assignments(model.float(), LOSS, Codes(normalize=False), x.float(), y)[-1].delta
     assert float(fine.abs().max()) < 1e-12
     assert relative(coarse.double(), fine) < 1e-3
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from feedback_cases import CE
-from feedback_cases import case as _case
-from helpers import Recorder, blobs, equal, images, mlp, relative
+from cases import Recorder, blobs, equal, images, mlp, relative
+from references import CE
+from references import case as _case
 from torch import Tensor, nn
 
 from beyondprop import Descent, DirectFeedbackAlignment, LocalRule

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from feedback_cases import CE, every_net
-from feedback_cases import case as _case
-from feedback_cases import rewritten as _rewritten
-from helpers import blobs, equal, mlp, relative
+from cases import blobs, equal, mlp, relative
+from references import CE, every_net
+from references import case as _case
+from references import rewritten as _rewritten
 from torch import Tensor, nn
 
 from beyondprop import (

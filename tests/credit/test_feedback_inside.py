@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Residual, equal, images, mlp
+from cases import Residual, equal, images, mlp
 from torch import Tensor, nn
 
 from beyondprop import Chain, Descent, FeedbackAlignment, LocalRule

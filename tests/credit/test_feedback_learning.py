@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import mlp
+from cases import mlp
 from torch import nn
 
 from beyondprop import Descent, DirectFeedbackAlignment, FeedbackAlignment, LocalRule, alignment, fit

@@ -13,8 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from beyondprop.data import _cifar
-from beyondprop.data._idx import read_idx
+from beyondprop.data import _images
 from beyondprop.errors import DataIntegrityError, DataUnavailableError
 
 
@@ -30,7 +29,7 @@ def _random(*shape: int) -> NDArray[np.uint8]:
 def test_idx_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
     array = _random(*shape)
     (tmp_path / "a.gz").write_bytes(gzip.compress(_idx(array)))
-    found = read_idx(tmp_path / "a.gz")
+    found = _images.read_idx(tmp_path / "a.gz")
     assert found.dtype == np.uint8
     assert np.array_equal(found, array)
     assert found.flags.writeable
@@ -51,7 +50,7 @@ def test_idx_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
 def test_idx_of_another_form_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "bad.gz").write_bytes(content)
     with pytest.raises(DataIntegrityError, match="bad.gz.*" + message):
-        read_idx(tmp_path / "bad.gz")
+        _images.read_idx(tmp_path / "bad.gz")
 
 
 def _python2_batch(images: NDArray[np.uint8], labels: list[int]) -> bytes:
@@ -78,7 +77,7 @@ def _python2_batch(images: NDArray[np.uint8], labels: list[int]) -> bytes:
 
 def test_canonical_batches_are_read() -> None:
     images, labels = _random(4, 3, 32, 32), [3, 9, 0, 3]
-    found = _cifar.read_batch(_python2_batch(images, labels), "batch")
+    found = _images.read_batch(_python2_batch(images, labels), "batch")
     assert np.array_equal(found[0], images)
     assert found[1].tolist() == labels
 
@@ -87,7 +86,7 @@ def test_canonical_batches_are_read() -> None:
 def test_batches_of_a_newer_numpy_are_read(order: str) -> None:
     images = _random(4, 3, 32, 32)
     data = np.array(images.reshape(4, -1), order="C" if order == "C" else "F")
-    found, _ = _cifar.read_batch(pickle.dumps({"data": data, "labels": [0, 1, 2, 3]}, protocol=4), "batch")
+    found, _ = _images.read_batch(pickle.dumps({"data": data, "labels": [0, 1, 2, 3]}, protocol=4), "batch")
     assert np.array_equal(found, images)
 
 
@@ -101,7 +100,7 @@ class _Evil:
 
 def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(DataIntegrityError, match=r"batch.*asks for pathlib"):
-        _cifar.read_batch(pickle.dumps({"data": _Evil(tmp_path / "ran"), "labels": []}), "batch")
+        _images.read_batch(pickle.dumps({"data": _Evil(tmp_path / "ran"), "labels": []}), "batch")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(_Evil(tmp_path / "ran")))  # the ordinary reader does run it: the test can fail
     assert (tmp_path / "ran").exists()
@@ -121,12 +120,12 @@ def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path: Path) ->
 )
 def test_pickles_of_another_content_are_refused(content: object, message: str) -> None:
     with pytest.raises(DataIntegrityError, match=message):
-        _cifar.read_batch(pickle.dumps(content, protocol=4), "batch")
+        _images.read_batch(pickle.dumps(content, protocol=4), "batch")
 
 
 def test_a_truncated_pickle_is_refused() -> None:
     with pytest.raises(DataIntegrityError, match="archive:name is not a CIFAR-10 batch"):
-        _cifar.read_batch(_python2_batch(_random(2, 3, 32, 32), [0, 1])[:-100], "archive:name")
+        _images.read_batch(_python2_batch(_random(2, 3, 32, 32), [0, 1])[:-100], "archive:name")
 
 
 def _archive(path: Path, names: list[str]) -> dict[str, tuple[NDArray[np.uint8], list[int]]]:
@@ -147,7 +146,7 @@ _MEMBERS = ["data_batch_4", "test_batch", "data_batch_3", "data_batch_2", "data_
 
 def test_archive_is_read_in_the_order_of_the_batches(tmp_path: Path) -> None:
     content = _archive(tmp_path / "a.tar.gz", _MEMBERS)
-    arrays = _cifar.read_archive(tmp_path / "a.tar.gz")
+    arrays = _images.read_archive(tmp_path / "a.tar.gz")
     train = [content[f"data_batch_{k}"] for k in range(1, 6)]
     assert np.array_equal(arrays["train_images"], np.concatenate([images for images, _ in train]))
     assert arrays["train_labels"].tolist() == [label for _, labels in train for label in labels]
@@ -161,13 +160,13 @@ def test_archive_that_is_incomplete_or_damaged_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "a.tar.gz"
     _archive(path, _MEMBERS[1:])
     with pytest.raises(DataIntegrityError, match=r"a.tar.gz lacks data_batch_4\."):
-        _cifar.read_archive(path)
+        _images.read_archive(path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataIntegrityError, match=r"not a complete tar.gz archive"):
-        _cifar.read_archive(path)
+        _images.read_archive(path)
     path.write_bytes(b"no archive")
     with pytest.raises(DataIntegrityError, match=r"not a complete tar.gz archive"):
-        _cifar.read_archive(path)
+        _images.read_archive(path)
 
 
 @pytest.fixture
@@ -183,8 +182,8 @@ def strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[
     np.savez(folder / "labels.npz", train=np.arange(6, dtype=np.uint8), test=np.arange(3, dtype=np.uint8))
     hashes = {part: hashlib.sha256(images.tobytes()).hexdigest() for part, images in content.items()}
     hashes["labels"] = hashlib.sha256((folder / "labels.npz").read_bytes()).hexdigest()
-    monkeypatch.setattr(_cifar, "STRIP_IMAGES", 4)
-    monkeypatch.setattr(_cifar, "STRIP_SHA256", hashes)
+    monkeypatch.setattr(_images, "STRIP_IMAGES", 4)
+    monkeypatch.setattr(_images, "STRIP_SHA256", hashes)
     return folder, content
 
 
@@ -195,8 +194,8 @@ def test_strips_are_decoded_once_and_cached(
     cache = tmp_path / "cache"
     for decodes in (True, False):
         if not decodes:
-            monkeypatch.delattr(_cifar, "decode_strips")
-        arrays = _cifar.read_strips(folder, cache)
+            monkeypatch.delattr(_images, "decode_strips")
+        arrays = _images.read_strips(folder, cache)
         for part, images in content.items():
             assert np.array_equal(arrays[f"{part}_images"], images.transpose(0, 3, 1, 2))
             assert arrays[f"{part}_labels"].tolist() == list(range(len(images)))
@@ -213,7 +212,7 @@ def test_a_wrong_cache_is_replaced(
         np.save(cached, images["train"] ^ 1)
     else:
         cached.write_bytes(content)
-    arrays = _cifar.read_strips(folder, tmp_path)
+    arrays = _images.read_strips(folder, tmp_path)
     assert np.array_equal(arrays["train_images"], images["train"].transpose(0, 3, 1, 2))
     assert np.array_equal(np.load(cached), images["train"])
 
@@ -223,7 +222,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     folder, images = strips
     (tmp_path / "file").write_text("in the way of the folder")
-    arrays = _cifar.read_strips(folder, tmp_path / "file" / "cache")
+    arrays = _images.read_strips(folder, tmp_path / "file" / "cache")
     assert np.array_equal(arrays["test_images"], images["test"].transpose(0, 3, 1, 2))
 
 
@@ -234,17 +233,17 @@ def test_strips_that_are_wrong_are_refused_by_name(
     second = folder / "train_01.webp"
     Image.fromarray((images["train"][4:] ^ 1).reshape(-1, 32, 3)).save(second, lossless=True)
     with pytest.raises(DataIntegrityError, match=r"train_\*.webp gives an array of SHA-256"):
-        _cifar.read_strips(folder, tmp_path / "cache")
+        _images.read_strips(folder, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     Image.fromarray(images["train"][4].reshape(-1, 32, 3)).save(second, lossless=True)
     with pytest.raises(DataIntegrityError, match=r"train_01.webp has mode, width, height \('RGB', 32, 32\)"):
-        _cifar.read_strips(folder, tmp_path / "cache")
+        _images.read_strips(folder, tmp_path / "cache")
     second.write_bytes(b"RIFF....WEBPnothing")
     with pytest.raises(DataIntegrityError, match=r"train_01.webp is not a readable WebP file"):
-        _cifar.read_strips(folder, tmp_path / "cache")
+        _images.read_strips(folder, tmp_path / "cache")
     second.unlink()
     with pytest.raises(DataUnavailableError, match=r"train_01.webp was not found, though .*labels.npz is there"):
-        _cifar.read_strips(folder, tmp_path / "cache")
+        _images.read_strips(folder, tmp_path / "cache")
     (folder / "labels.npz").write_bytes(b"x")
     with pytest.raises(DataIntegrityError, match=r"labels.npz has SHA-256"):
-        _cifar.read_strips(folder, tmp_path / "cache")
+        _images.read_strips(folder, tmp_path / "cache")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beyondprop.data import Dataset, _cifar, describe, load
+from beyondprop.data import Dataset, _images, describe, load
 from beyondprop.errors import DataUnavailableError
 
 pytestmark = pytest.mark.data
@@ -83,7 +83,7 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.y_test[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
     cached = list(tmp_path.rglob("*.npy"))
     if cached:  # the layout of strips: the second time nothing is decoded
-        monkeypatch.delattr(_cifar, "decode_strips")
+        monkeypatch.delattr(_images, "decode_strips")
         assert torch.equal(load("cifar10", root=os.environ["BEYONDPROP_DATA"], download=False).x_test, data.x_test)
         for path in cached:
             path.unlink()  # pytest keeps its folders, and these are large

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD
+from cases import SGD
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop

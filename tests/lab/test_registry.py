@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import mlp
+from cases import mlp
 from torch import nn
 
 from beyondprop import (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import relative
+from cases import relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin

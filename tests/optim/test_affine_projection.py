@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import convnet, difference, mlp, relative
+from cases import convnet, difference, mlp, relative
+from references import nlms
 from torch import Tensor, nn
 
 from beyondprop import AffineProjection, LocoProp, NonFiniteError, UnsupportedModelError
-from beyondprop.optim.projection import moments, nlms, solve_primal
+from beyondprop.optim.projection import moments, solve_primal
 from beyondprop.optim.rmsprop import RMSProp
 
 D = torch.float64
@@ -328,7 +329,7 @@ def test_moments_may_be_estimated_from_a_part_of_the_batch() -> None:
     for name in ("many rows", "many positions in groups"):
         layer, x = _case(name)
         plain = _gradients(layer, x)
-        own = AffineProjection(layer, rows=0.5)._capture.layers[0].map
+        own = AffineProjection(layer, rows=0.5)._capture.layers[0]
         found = _projected(layer, x, damping=0.4, rows=0.5)
         half = moments(own.rows(x[: len(x) // 2])).scaled(2)
         weight, bias = solve_primal(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Branch, Functional, blobs, convnet, difference, equal, images, mlp, state
+from cases import Branch, Functional, blobs, convnet, difference, equal, images, mlp, state
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import SGD

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import difference
+from cases import difference
 from torch import Tensor, nn
 
 from beyondprop.optim import _maps

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Attention, Residual, convnet, difference, mlp
+from cases import Attention, Residual, convnet, difference, mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -155,7 +155,9 @@ def test_one_local_step_is_backpropagation(name: str, loss: str) -> None:
 def test_what_is_captured_describes_the_layers(name: str) -> None:
     build, _, objective, expected = MODELS[name]
     model, x = build().double(), _draw(name)
-    capture = Capture(model, gradients=True, outputs=True)
+    capture = Capture(model)
+    capture.gradients, capture.output_layers = True, {layer.name for layer in capture.layers}
+    capture.attach()
     assert " ".join(layer.name for layer in capture.layers) == expected
     objective(model(x)).backward()
     for unit in capture.units:
@@ -164,7 +166,7 @@ def test_what_is_captured_describes_the_layers(name: str) -> None:
             assert not unit.calls
             continue
         for call in unit.calls:
-            own, module = call.layer.map, call.layer.module
+            own, module = call.layer, call.layer.module
             assert call.gradient is not None
             assert call.z is not None
             rows, g = own.rows(own.prepare(call.x)), own.positions(own.prepare_output(call.gradient))

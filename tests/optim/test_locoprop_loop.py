@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import blobs, convnet, difference, equal, images, mixed, mlp, rule_state, state, train
+from cases import blobs, convnet, difference, equal, images, mixed, mlp, rule_state, state, train
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, lr_scheduler
 

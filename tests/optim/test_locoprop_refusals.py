@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Branch, blobs, descend, equal, mixed, mlp, state
+from cases import Branch, blobs, descend, equal, mixed, mlp, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adam

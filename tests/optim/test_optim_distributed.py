@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Branch, Functional, blobs, convnet, difference, equal, images, mixed, mlp, relative, state
+from cases import Branch, Functional, blobs, convnet, difference, equal, images, mixed, mlp, relative, state
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.multiprocessing import get_context

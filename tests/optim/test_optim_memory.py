@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import blobs, convnet, descend, difference, images, mlp, state
+from cases import blobs, convnet, descend, difference, images, mlp, state
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 

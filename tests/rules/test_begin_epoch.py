@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, blobs, equal, mlp, rule_state, target_propagation
+from cases import SGD, blobs, equal, mlp, rule_state, target_propagation
 from torch import Tensor, nn
 
 from beyondprop import Backprop, DifferenceTargetProp, StepResult, fit

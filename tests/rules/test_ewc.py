@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, difference, mlp
+from cases import SGD, difference, mlp
 from torch import Tensor, nn
 
 from beyondprop import Backprop, NonFiniteError, OnlineEWC, data

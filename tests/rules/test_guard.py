@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, blobs, equal, mlp, rule_state, state
+from cases import SGD, blobs, equal, mlp, rule_state, state
 from torch import nn
 
 from beyondprop import AltMin, Backprop, LearningRule, NonFiniteError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, SGD, Attention, Residual, blobs, convnet, difference, images, mlp, state
+from cases import ACTIVATIONS, SGD, Attention, Residual, blobs, convnet, difference, images, mlp, state
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, blobs, equal, images, mixed, mlp, rule_state, state, train
+from cases import SGD, blobs, equal, images, mixed, mlp, rule_state, state, train
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Descent, LearningRule, Memory, NonFiniteError

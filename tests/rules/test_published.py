@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SGD, assignments, blobs, difference, mlp, relative
+from cases import SGD, assignments, blobs, difference, mlp, relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Codes

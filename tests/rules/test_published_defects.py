@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import mlp, state
+from cases import mlp, state
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Memory, alignment

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, blobs, equal, mlp, rule_state
+from cases import SGD, blobs, equal, mlp, rule_state
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Codes, Descent, LocalRule, Memory, UnsupportedModelError

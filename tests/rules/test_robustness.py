@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, blobs, difference, mlp
+from cases import SGD, blobs, difference, mlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SGD, blobs, equal, mlp, rule_state, state, target_propagation, train
+from cases import SGD, blobs, equal, mlp, rule_state, state, target_propagation, train
 from torch import Tensor, nn
 
 from beyondprop import DifferenceTargetProp, NonFiniteError, fit

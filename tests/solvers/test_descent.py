@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import SGD, Residual, blobs, difference, mlp
+from cases import SGD, Residual, blobs, difference, mlp
 from torch import nn
 
 from beyondprop import AltMin, Descent

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Residual, assignments, blobs, convnet, difference, equal, images, mlp, relative, state
+from cases import Residual, assignments, blobs, convnet, difference, equal, images, mlp, relative, state
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Codes, Memory, NonFiniteError, UnsupportedModelError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, Attention, Residual, blobs, relative
+from cases import SGD, Attention, Residual, blobs, relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Descent, Memory, UnsupportedModelError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, Residual, convnet, mlp
+from cases import SGD, Residual, convnet, mlp
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Chain, UnsupportedModelError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, images, relative
+from cases import SGD, images, relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Chain, UnsupportedModelError
@@ -409,12 +409,12 @@ def test_cotangents_are_kept_for_weights_only() -> None:
         pullback = stage.record(z)
         v = torch.randn_like(pullback.output)
         pullback(v)
-        (kept,) = pullback.run._arrived.find(v) or []
+        (kept,) = pullback._arrived.find(v) or []
         assert kept[1] is v
         head = PipelinePullback(PipelineStage("h", [("0", nn.ReLU()), ("1", nn.MaxPool2d(2))]), z)
         head.add_gradients(torch.randn_like(head.output), 1.0)  # a run without weights has none to add
         head(head.output)
-        assert head.run._arrived.find(head.output) is None
+        assert head._arrived.find(head.output) is None
 
 
 def test_a_subclass_is_left_to_autograd() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, assignments, jacobian, relative
+from cases import SGD, assignments, jacobian, relative
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Chain, Codes, Descent, LearningRule, Memory
@@ -360,7 +360,7 @@ def test_the_objective_of_two_steps_at_the_end_is_the_one_by_hand() -> None:
     model: Any = nn.Sequential(nn.Linear(1, 1), Recurrent(ElmanCell(1, 1))).double()
     x, y = torch.randn(4, 2, 1, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
     rule = AltMin(model, nn.MSELoss(), SGD, normalize=False, mu=0.7)
-    (top, low) = found = assignments(model, nn.MSELoss(), rule.credit, x, y)
+    (top, low) = found = assignments(model, nn.MSELoss(), Codes(normalize=False, mu=0.7), x, y)
     pullback: Any = top.pullback
     first = pullback.states[1] + pullback.sweep(top.delta)[0]
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, relative
+from cases import ACTIVATIONS, relative
 from torch import Tensor, nn
 
 from beyondprop.nn.activations import closed_form

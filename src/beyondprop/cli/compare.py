@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
-from beyondprop.cli.options import Flag, Folder
 from beyondprop.cli.report import show
-from beyondprop.cli.usage import usage, warnings_to
+from beyondprop.cli.usage import Debug, Flag, Folder, Json, usage, warnings_to
 from beyondprop.lab.comparing.settings import Settings
 
 if TYPE_CHECKING:
     from beyondprop.cli.progress import Lines
-    from beyondprop.lab.comparing.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +41,10 @@ class Compare:
     """Run directory, new or empty. Default: one in runs/, named by time, task and net."""
     resume: Folder = None
     """Go on with a run that was stopped, with the settings recorded there."""
-    json: Flag = False
-    """Print the results as JSON; progress goes to the error stream."""
+    json: Json = False
     quiet: Flag = False
     """No progress."""
-    debug: Flag = False
-    """Show where an error comes from."""
+    debug: Debug = False
 
     def run(self) -> int:
         """Do it; return the exit code."""
@@ -64,11 +60,12 @@ class Compare:
         with warnings_to(lambda text: observer.note(text)):
             path: Path | None = None
             try:
-                path = self._train(settings, observer)
-                observer.stop()
+                try:
+                    path = self._train(settings, observer)
+                finally:
+                    observer.stop()
                 return show([path], None, as_json=self.json, console=console)
             except KeyboardInterrupt:
-                observer.stop()
                 if path is not None:
                     command = shlex.join(["beyondprop", "report", str(path)])
                     observer.command("Stopped; all is trained, the report is missing. Make it by:", command)
@@ -76,22 +73,11 @@ class Compare:
                     command = shlex.join(["beyondprop", "compare", "--resume", str(observer.path)])
                     observer.command("Stopped; the state is saved. Go on with:", command)
                 raise
-            finally:
-                observer.stop()
 
     def _train(self, settings: Settings, observer: Lines) -> Path:
         from beyondprop.lab.comparing import comparison
-        from beyondprop.lab.runs.directory import check_free
-
-        if self.resume is not None:
-            return comparison.go_on(self._plan(settings, observer), self.resume, observer)
-        with usage():
-            if self.out is not None:
-                check_free(self.out)
-        return comparison.run(self._plan(settings, observer), self.out, observer)
-
-    def _plan(self, settings: Settings, observer: Lines) -> Plan:
         from beyondprop.lab.comparing.plan import prepare
+        from beyondprop.lab.runs.directory import check_free
 
         said: set[str] = set()
 
@@ -101,21 +87,25 @@ class Compare:
                 observer.note(f"Downloading {name}" + (f" ({total / 1e6:.0f} MB)" if total else ""), style="dim")
 
         with usage():
-            return prepare(settings, progress=progress)
+            if self.out is not None:
+                check_free(self.out)
+            plan = prepare(settings, progress=progress)
+        if self.resume is not None:
+            return comparison.go_on(plan, self.resume, observer)
+        return comparison.run(plan, self.out, observer)
 
     def _recorded(self, path: Path) -> Settings:
         from beyondprop.lab.runs.recorded import read_config
 
-        default, free = Options(), ("plugins",)
+        default, plugins = Options(), self.options.plugins
         names = {"nets": "net", "rules": "rule"}
         changed = [
             names.get(f.name, f.name)
             for f in dataclasses.fields(Settings)
-            if f.name not in free and getattr(self.options, f.name) != getattr(default, f.name)
+            if f.name != "plugins" and getattr(self.options, f.name) != getattr(default, f.name)
         ] + ["out"] * (self.out is not None)
         if changed:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise ValueError(f"--resume goes on with the recorded settings; leave out {flags}.")
         settings = Settings.from_config(read_config(path))
-        plugins = self.options.plugins
         return dataclasses.replace(settings, plugins=plugins) if plugins else settings

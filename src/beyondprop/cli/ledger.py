@@ -9,8 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from beyondprop.cli.options import Flag
-from beyondprop.cli.usage import usage
+from beyondprop.cli.usage import Debug, usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +20,7 @@ class Ledger:
     """Where the results are."""
     output: Annotated[Path, arg(metavar="FILE", help_behavior_hint="")] = Path("docs/reproduction.md")
     """The Markdown file."""
-    debug: Flag = False
-    """Show where an error comes from."""
+    debug: Debug = False
 
     def run(self) -> int:
         """Do it; return the exit code."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
-from tyro.conf import subcommand
 
 from beyondprop.cli.compare import Compare
 from beyondprop.cli.ledger import Ledger
@@ -22,16 +21,9 @@ from beyondprop.cli.usage import UsageError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    commands = (
-        Annotated[Compare, subcommand("compare")]
-        | Annotated[Report, subcommand("report")]
-        | Annotated[List, subcommand("list")]
-        | Annotated[Reproduce, subcommand("reproduce")]
-        | Annotated[Ledger, subcommand("ledger")]
-    )
     try:
         command: Any = tyro.cli(
-            commands,
+            Compare | Report | List | Reproduce | Ledger,
             prog="beyondprop",
             args=argv,
             description="Train networks by what comes after plain backpropagation, side by side with it.",

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from beyondprop.cli.usage import say
+from beyondprop.lab.comparing.member import Member, Observer
+from beyondprop.lab.runs.recorded import Row
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from beyondprop.lab.comparing.member import Member
-    from beyondprop.lab.runs.recorded import Row
 
 _PAUSE = 10.0  # seconds between two lines of a training that goes on, where there is no live display
 
 
-class Lines:
+class Lines(Observer):
     """An observer that writes few lines, for logs; with `quiet`, only warnings and failures.
 
     Attributes:
@@ -41,51 +42,45 @@ class Lines:
     def command(self, why: str, command: str) -> None:
         """Print what to run next, in a line of its own that can be copied."""
         self.note(why)
-        self.console.print(Text("  " + command), soft_wrap=True)
+        say(self.console, "  " + command)
 
     def stop(self) -> None:
         """Nothing is to be displayed any longer."""
 
     def start(self, path: Path, members: Sequence[Member]) -> None:
-        """See `comparison.Observer`."""
         self.path, self._count = path, len(members)
-        self._width = max((len(name_of(member)) for member in members), default=0)
-        what = {0: "Nothing is left to train", 1: "1 training to do"}.get(
-            len(members), f"{len(members)} trainings to do"
-        )
-        self._say(f"{what}, recorded in {path}")
+        self._width = max((len(_name(member)) for member in members), default=0)
+        count = f"{len(members)} training{'s' * (len(members) > 1)} to do" if members else "Nothing is left to train"
+        self._say(f"{count}, recorded in {path}")
 
     def begin(self, member: Member) -> None:
-        """See `comparison.Observer`."""
         self._last, self._printed = {}, time.monotonic()
 
     def progress(self, member: Member, step: int, steps: int) -> None:
-        """See `comparison.Observer`."""
         if self._last and time.monotonic() - self._printed > _PAUSE:
             self._printed = time.monotonic()
-            self._say(f"{name_of(member):{self._width}}  {step / steps:4.0%}  {result_of(self._last)}")
+            self._say(f"{self._padded(member)}  {step / steps:4.0%}  {_result(self._last)}")
 
     def row(self, member: Member, row: Row) -> None:
-        """See `comparison.Observer`."""
         if row["kind"] == "failed" or (row.get("message") and row["kind"] == "tuning"):
-            self.note(f"{name_of(member)} failed: {row['message']}", style="red")
+            self.note(f"{_name(member)} failed: {row['message']}", style="red")
         if row["kind"] in ("eval", "tuning", "failed"):
             self._last = row if row["kind"] != "failed" else {}
 
     def end(self, member: Member) -> None:
-        """See `comparison.Observer`."""
         self._done += 1
         if self._last:
-            self._say(f"{self._done:{len(str(self._count))}}/{self._count}  {self._finished(member)}")
+            seconds = self._last.get("seconds")
+            took = "" if seconds is None else f"  {seconds:.1f} s"
+            place = f"{self._done:{len(str(self._count))}}/{self._count}"
+            self._say(f"{place}  {self._padded(member)}  {_result(self._last)}{took}")
 
-    def _finished(self, member: Member) -> str:
-        seconds = self._last.get("seconds")
-        took = "" if seconds is None else f"  {seconds:.1f} s"
-        return f"{name_of(member):{self._width}}  {result_of(self._last)}{took}"
+    def _padded(self, member: Member) -> str:
+        return _name(member).ljust(self._width)
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(Text(text), soft_wrap=True)
+            say(self.console, text)
 
 
 class Bars(Lines):
@@ -106,7 +101,6 @@ class Bars(Lines):
         self._epochs = 0.0
 
     def start(self, path: Path, members: Sequence[Member]) -> None:
-        """See `comparison.Observer`."""
         super().start(path, members)
         total = sum(member.epochs for member in members)
         self._all = self._bars.add_task("all".ljust(self._width), total=total, result=f"0/{self._count}")
@@ -114,35 +108,29 @@ class Bars(Lines):
         self._bars.start()
 
     def begin(self, member: Member) -> None:
-        """See `comparison.Observer`."""
         super().begin(member)
-        name = name_of(member).ljust(self._width)
-        self._bars.reset(self._one, total=1.0, description=name, result="", visible=True)
+        self._bars.reset(self._one, total=1.0, description=self._padded(member), result="", visible=True)
 
     def progress(self, member: Member, step: int, steps: int) -> None:
-        """See `comparison.Observer`."""
-        result = result_of(self._last) if self._last else ""
+        result = _result(self._last) if self._last else ""
         self._bars.update(self._one, completed=step / steps, result=result)
         self._bars.update(self._all, completed=self._epochs + member.epochs * step / steps)
 
     def end(self, member: Member) -> None:
-        """See `comparison.Observer`."""
         super().end(member)
         self._epochs += member.epochs
         self._bars.update(self._all, completed=self._epochs, result=f"{self._done}/{self._count}")
 
     def stop(self) -> None:
-        """See `Lines`: take the bars away."""
         self._bars.stop()
 
 
-def name_of(member: Member) -> str:
-    """Return what a training is called on the terminal."""
+def _name(member: Member) -> str:
     what = f"tune {member.lr:g}" if member.tuning else f"seed {member.seed}"
     return f"{member.contender.name} " + (f"warm start, {what}" if member.warm_start else what)
 
 
-def result_of(row: Row) -> str:
+def _result(row: Row) -> str:
     """Return an evaluation in words: accuracy, loss, or whatever came first."""
     skipped = {"lr", "seed", "epochs", "step", "epoch", "samples", "work", "seconds", "train_loss"}
     found = {key: v for key, v in row.items() if isinstance(v, int | float) and key not in skipped}

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from beyondprop.cli.options import Flag
-from beyondprop.cli.usage import UsageError, usage, write_json
+from beyondprop.cli.usage import Debug, Flag, UsageError, say, usage, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +25,7 @@ class Report:
     """The HTML file. Default: report.html in the first run directory."""
     json: Flag = False
     """Print the results as JSON."""
-    debug: Flag = False
-    """Show where an error comes from."""
+    debug: Debug = False
 
     def run(self) -> int:
         """Do it; return the exit code."""
@@ -57,9 +55,8 @@ def show(paths: Sequence[Path], output: Path | None, *, as_json: bool, console: 
     else:
         for run in runs:
             console.print(report.table(run))
-        figures = page.parent / "figures"
-        curves = [figures / f"{run.metric.key}.png" for run in runs if output is None]
-        for file in [*(curve for curve in curves[:1] if curve.is_file()), page]:
-            console.print(str(file), soft_wrap=True, markup=False, highlight=False)
+        figure = page.parent / "figures" / f"{runs[0].metric.key}.png"
+        for file in (figure, page) if output is None and figure.is_file() else (page,):
+            say(console, str(file))
     seeds = [run.seeds(rule.name) for run in runs for rule in run.contenders]
     return int(all(not s["done"] and not s["unfinished"] for s in seeds))

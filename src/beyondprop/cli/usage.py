@@ -1,4 +1,4 @@
-"""What the commands share: wrong usage, warnings as lines, JSON on standard output."""
+"""What the commands share: types of options, wrong usage, warnings as lines, JSON on standard output."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
 
 from beyondprop.errors import DataIntegrityError, DataUnavailableError
+from beyondprop.lab.comparing.settings import Flag
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Debug = Annotated[Flag, arg(help="Show where an error comes from.")]
+Json = Annotated[Flag, arg(help="Print the results as JSON; progress goes to the error stream.")]
+Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
 
 
 class UsageError(Exception):
@@ -28,13 +39,25 @@ def usage() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def warnings_to(say: Callable[[str], None]) -> Iterator[None]:
-    """Say every warning in a line instead of showing it."""
+def warnings_to(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell every warning in a line instead of showing it."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_rest: say(f"Warning: {message}")
+        warnings.showwarning = lambda message, *_rest: tell(f"Warning: {message}")
         yield
+
+
+def say(console: Console, line: str, style: str = "") -> None:
+    """Print a line as it is."""
+    from rich.text import Text
+
+    console.print(Text(line, style=style), soft_wrap=True)
 
 
 def write_json(value: Any) -> None:
     """Print a value as JSON."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def fields(thing: object, *names: str) -> dict[str, Any]:
+    """Return some attributes by their names."""
+    return {name: getattr(thing, name) for name in names}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from beyondprop.stages.chain import Chain, Trace
-from beyondprop.stages.losses import LossPoint
-from beyondprop.stages.stage import Pullback
+from beyondprop.stages import Chain, LossPoint, Pullback, Trace
 
 
 @dataclass(slots=True)
@@ -54,26 +53,24 @@ class Credit:
         needs_codes: whether it looks at the stages' inputs and outputs; False saves their memory.
         optimizers: of weights that the credit learns itself, such as inverses; there after `bind`. The rule lists them with
             its own, checks their gradients with the model's and steps them in the same update.
+        modules: those weights, each module by the name that an error gives it; there after `bind`.
     """
 
     pushes: bool = False
     needs_codes: bool = True
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    modules: Mapping[str, nn.Module] = {}
+    _chain: Chain
 
     def bind(self, chain: Chain) -> None:
-        """Look at the chain once, when the rule is built; refuse what cannot be served, naming the stage."""
+        """Look at the chain once, when the rule is built; refuse what cannot be served, and a second chain."""
+        serves_one_rule(self, chain)
 
     def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
         """Return the delta at a stage's input, shape of the input, from the delta at its output.
 
         Asked once a stage, last stage first, and not for the lowest, whose input moves for nobody. `pullback(delta)` pulls a
-        delta through the stage, `pullback.push(tangent)` sends a tangent up.
-
-        Args:
-            index: the stage.
-            pullback: the stage at the input that it saw.
-            delta: how its output should change, `(N, ...)`.
-            loss: the task loss at its output, for the last stage only.
+        delta through the stage, `pullback.push(tangent)` sends a tangent up; `loss` is there for the last stage only.
         """
         raise NotImplementedError(f"{type(self).__name__} writes neither `below` nor `assign`.")
 
@@ -82,10 +79,6 @@ class Credit:
 
         Each stage's memory is free for whoever takes its assignment. A credit whose deltas do not follow one from the other
         has an `assign` of its own: `trace[i]` is a stage's pullback, `trace.take(i)` the same for the last time.
-
-        Args:
-            trace: the forward pass.
-            loss: the loss at its output, whose `cotangent` is the gradient of each sample's loss there.
         """
         top = len(trace.pullbacks) - 1
         delta, own = loss.cotangent.neg(), loss
@@ -106,18 +99,11 @@ class Credit:
     def discard(self) -> None:
         """Forget what the last batch left behind, apart from gradients; a refused step calls it."""
 
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Return the credit's own weights that optimizers write, each with the name that an error gives it."""
-        return ()
-
     def energy(self, assignments: Sequence[Assignment]) -> Tensor | None:
         """Return the relaxed objective that the deltas lower, 0-d, where this credit has one."""
 
     def end_epoch(self) -> None:
         """Advance the credit's own schedules, where it has any."""
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the credit's own weights, where it has any that optimizers write."""
 
     def state_dict(self) -> dict[str, object]:
         """Return the credit's own state (learned or random feedback weights, schedules)."""
@@ -127,7 +113,8 @@ class Credit:
         """Restore what `state_dict` returned; `ValueError` if it is of another network."""
 
 
-def serves_one_rule(owner: object, *, is_bound: bool) -> None:
-    """Raise `ValueError` if a credit or solver is bound to a chain already."""
-    if is_bound:
+def serves_one_rule(owner: Any, chain: Chain) -> None:
+    """Give a credit or solver its `_chain`, or raise `ValueError` if it has one already."""
+    if hasattr(owner, "_chain"):
         raise ValueError(f"This {type(owner).__name__} serves another rule already; one instance serves one rule.")
+    owner._chain = chain

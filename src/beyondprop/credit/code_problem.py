@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beyondprop.stages.losses import LossPoint
-from beyondprop.stages.stage import Pullback
+from beyondprop.stages import LossPoint, Pullback
 
 
 @dataclass(slots=True)

@@ -92,7 +92,6 @@ def cg(iterations: int) -> CodeSolver:
             direction = torch.addcmul(residual, per_sample(squared / before.clamp_min(floor), d), direction)
         return problem.keep_norm(d)
 
-    solve.pushes = True  # type: ignore[attr-defined]
     solve.needs_codes = False  # type: ignore[attr-defined]
     return solve
 
@@ -126,36 +125,27 @@ def exact(limit: int = 4096) -> CodeSolver:
             columns = [flat(problem.curve(jacobian[..., i].view_as(stage.output))) for i in range(width)]
             curved = torch.stack(columns, -1).to(jacobian.dtype)  # H J
         with torch.autocast(jacobian.device.type, enabled=False):
-            right = flat(problem.gradient)[..., None]
+            right, transposed = flat(problem.gradient)[..., None], jacobian.transpose(1, 2)
             if problem.damping == 0.0:  # minimum norm: the pseudo-inverse, target propagation
-                d = torch.linalg.pinv(jacobian.transpose(1, 2) @ curved, hermitian=True) @ right
+                d = torch.linalg.pinv(transposed @ curved, hermitian=True) @ right
             elif width <= out or stage.has_codes:
-                system = jacobian.transpose(1, 2) @ curved
+                system = transposed @ curved
                 system.diagonal(dim1=1, dim2=2).add_(problem.damping)
                 d = torch.cholesky_solve(right, torch.linalg.cholesky(system))
             else:
                 # (r I + J^T H J)^-1 J^T = J^T (r I + H J J^T)^-1
-                system = curved @ jacobian.transpose(1, 2)
+                system = curved @ transposed
                 system.diagonal(dim1=1, dim2=2).add_(problem.damping)
-                d = jacobian.transpose(1, 2) @ torch.linalg.solve(
-                    system, flat(problem.delta).to(jacobian.dtype)[..., None]
-                )
+                d = transposed @ torch.linalg.solve(system, flat(problem.delta).to(jacobian.dtype)[..., None])
         return problem.keep_norm(d.view_as(problem.gradient))
 
-    solve.pushes = True  # type: ignore[attr-defined]
     return solve
 
 
 def momentum(
-    steps: int,
-    lr: float,
-    *,
-    momentum: float = 0.9,
-    nesterov: bool = True,
-    features_mean: bool = True,
-    mu_below: bool = False,
+    steps: int, lr: float, *, momentum: float = 0.9, features_mean: bool = True, mu_below: bool = False
 ) -> CodeSolver:
-    """Return the published code optimizer: `steps` of gradient descent with (Nesterov) momentum on the code's objective.
+    """Return the published code optimizer: `steps` of gradient descent with Nesterov momentum on the code's objective.
 
     The authors' release minimises, for the top code, `Loss / mu + MSE(c, c0)` and, for the others, `MSE(above) + MSE(c, c0)`,
     every mean over batch and features. So does this, in delta form; its steps are large, so that each goes through the
@@ -164,8 +154,7 @@ def momentum(
     Args:
         steps: >= 1.
         lr: > 0, step size of the codes.
-        momentum: in [0, 1).
-        nesterov: look ahead, as `torch.optim.SGD(nesterov=True)`.
+        momentum: in [0, 1); as in `torch.optim.SGD(nesterov=True)`.
         features_mean: divide by batch and features as published; False sums over features, per sample.
         mu_below: divide the upper term of the other codes by mu, too, as the authors' LeNet code does.
     """
@@ -178,9 +167,8 @@ def momentum(
         stage, d = problem.stage, torch.zeros_like(problem.gradient)
         own = above = 1.0
         if features_mean:
-            batch = d.shape[0]
             own = 2.0 / d.numel()
-            above = 2.0 / problem.delta.numel() if problem.loss is None else 1.0 / batch
+            above = 2.0 / problem.delta.numel() if problem.loss is None else 1.0 / len(d)
         if problem.loss is not None:
             above /= problem.damping  # Loss / mu
         elif mu_below:
@@ -195,7 +183,7 @@ def momentum(
                 pull = moved(problem.delta - change if loss is None else -loss.again(stage.output + change).cotangent)
             downhill = above * pull - own * d
             velocity = momentum * velocity + downhill
-            d = d + lr * (downhill + momentum * velocity if nesterov else velocity)
+            d = d + lr * (downhill + momentum * velocity)
         return problem.keep_norm(d)
 
     solve.pushes = False  # type: ignore[attr-defined]

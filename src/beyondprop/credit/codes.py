@@ -31,11 +31,9 @@ from beyondprop import _checks
 from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_problem import CodeProblem, CodeSolver, per_sample, square_norm
-from beyondprop.credit.damping import LAYER_DAMPING, Damping, RelativeDamping, checked, default, resolved
-from beyondprop.stages.chain import Trace
-from beyondprop.stages.losses import LossPoint
+from beyondprop.credit.damping import BLOCK_DAMPING, LAYER_DAMPING, Damping, RelativeDamping, checked
+from beyondprop.stages import LossPoint, Pullback, Trace
 from beyondprop.stages.recurrent import RecurrentPullback
-from beyondprop.stages.stage import Pullback
 
 
 class Codes(Credit):
@@ -56,8 +54,7 @@ class Codes(Credit):
         l1: lambda_C >= 0, sparsity of the codes: the delta is soft-thresholded so that `|output + delta|_1` shrinks.
 
     Raises:
-        ValueError: if an argument is out of its range, which the message has; for a `RelativeDamping` with a solver that
-            never pushes tangents.
+        ValueError: for a `RelativeDamping` with a solver that never pushes tangents.
     """
 
     def __init__(
@@ -77,13 +74,7 @@ class Codes(Credit):
             raise TypeError(f"solver must be a name or a function CodeProblem -> delta, got {type(solver).__name__}.")
         self.solver: CodeSolver = solver
         self.damping = checked(damping)
-        self.mu = _checks.positive("mu", mu)
-        if not mu_growth >= 1:
-            raise ValueError(f"mu_growth must be >= 1, got {mu_growth!r}.")
-        if not mu_limit > 0:
-            raise ValueError(f"mu_limit must be > 0, got {mu_limit!r}.")
-        self.mu_growth = mu_growth
-        self.mu_limit = mu_limit
+        self.mu, self.mu_growth, self.mu_limit = _checks.growing("mu", mu, mu_growth, mu_limit)
         self.normalize = normalize
         self.l1 = _checks.non_negative("l1", l1)
         self.pushes = getattr(solver, "pushes", True)
@@ -107,12 +98,14 @@ class Codes(Credit):
             del assignment  # nothing here holds the stage once the caller is done with it
 
     def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
-        """Solve the problem of the code at the stage's input."""
         del index
         self._sweep_inside(pullback, delta, is_top=loss is not None)
         problem = CodeProblem(pullback, delta, pullback(delta), self.mu, loss, self.normalize, self.mu)
         if loss is None:
-            self._damp(problem)
+            damping = self._damping(pullback)
+            if isinstance(damping, RelativeDamping):
+                damping = damping.number(square_norm(problem.gradient), square_norm(problem.pushed()))
+            problem.damping = damping
         return self._solve(problem)
 
     def _solve(self, problem: CodeProblem) -> Tensor:
@@ -123,19 +116,9 @@ class Codes(Credit):
         return d - torch.clamp(problem.stage.input + d, -self.l1, self.l1)
 
     def _damping(self, pullback: Pullback) -> Damping:
-        """Return the damping of the code below a stage."""
-        if self.damping is None:
-            return default(pullback.stage) if self.pushes else LAYER_DAMPING
-        return self.damping
-
-    def _damp(self, problem: CodeProblem) -> None:
-        """Give a hidden code's problem its damping, as a number."""
-        damping = self._damping(problem.stage)
-        if isinstance(damping, RelativeDamping):
-            squared = square_norm(problem.gradient)
-            problem.damping = resolved(damping, squared, square_norm(problem.pushed()))
-        else:
-            problem.damping = damping
+        if self.damping is not None:
+            return self.damping
+        return BLOCK_DAMPING if self.pushes and pullback.stage.is_block else LAYER_DAMPING
 
     def _sweep_inside(self, pullback: Pullback, delta: Tensor, *, is_top: bool) -> None:
         """Give the codes inside a recurrent stage their deltas, one for each time step."""
@@ -183,10 +166,7 @@ class Codes(Credit):
     def _factors(self, squared: Tensor, curvature: Tensor, damping: Sequence[Damping]) -> Sequence[Tensor]:
         """Return, code by code from the last to the first, what line search multiplies each sample's gradient by.
 
-        Args:
-            squared: `|g|^2` of plain gradients, `(codes, N)`.
-            curvature: `(J g)^T H (J g)`, `(codes, N)`.
-            damping: of each code.
+        `squared` is `|g|^2` of plain gradients and `curvature` `(J g)^T H (J g)`, both `(codes, N)`.
         """
         numbers = [d for d in damping if not isinstance(d, RelativeDamping)]
         if len(numbers) == len(damping):
@@ -194,10 +174,10 @@ class Codes(Credit):
             return code_solvers.step_factors(squared, curvature, each, normalize=self.normalize).cumprod(0).unbind()
         # A relative damping is of deltas that the factors above have weighted already.
         found: list[Tensor] = []
-        for index, value in enumerate(damping):
-            own = slice(index, index + 1)
-            number = resolved(value, squared[index], curvature[index], found[-1] if found else None)
-            factors = code_solvers.step_factors(squared[own], curvature[own], number, normalize=self.normalize)[0]
+        for value, own, bend in zip(damping, squared, curvature, strict=True):
+            if isinstance(value, RelativeDamping):
+                value = value.number(own, bend, found[-1] if found else None)
+            factors = code_solvers.step_factors(own[None], bend[None], value, normalize=self.normalize)[0]
             found.append(found[-1] * factors if found else factors)
         return found
 
@@ -212,9 +192,7 @@ class Codes(Credit):
             if isinstance(a.pullback, RecurrentPullback):
                 output, far = a.pullback.relax(a.delta, a.input_delta, is_top=a.loss is not None)
             else:
-                change = (
-                    a.moved().output - a.pullback.output if a.input_delta is not None else torch.zeros_like(a.delta)
-                )
+                change = a.moved().output - a.pullback.output
                 output = a.pullback.output + change
                 far = torch.zeros_like(total) if a.loss is not None else square_norm(a.delta - change)
             if a.loss is not None:
@@ -223,11 +201,9 @@ class Codes(Credit):
         return total
 
     def end_epoch(self) -> None:
-        """Let mu grow toward its limit."""
         self.mu = max(self.mu, min(self.mu * self.mu_growth, self.mu_limit))
 
     def state_dict(self) -> dict[str, object]:
-        """Return the schedule's state: the present mu."""
         return {"mu": self.mu}
 
     def load_state_dict(self, state: dict[str, object]) -> None:

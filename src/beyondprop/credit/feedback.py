@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.credit.base import Credit, serves_one_rule
+from beyondprop.credit.base import Credit
 from beyondprop.credit.code_problem import flat
 from beyondprop.nn import ElmanCell, Positions, Recurrent
-from beyondprop.stages.block import BlockPullback, BlockStage
-from beyondprop.stages.chain import Chain
-from beyondprop.stages.losses import LossPoint
-from beyondprop.stages.stage import NORMS, Pullback, Stage
+from beyondprop.stages import BlockStage, Chain, LossPoint, Pullback, Stage
+from beyondprop.stages.block import BlockPullback
+from beyondprop.stages.stage import NORMS
 from beyondprop.stages.weight_transport import counterpart
 
 _NO_MAPS = (*NORMS, nn.Embedding, Positions)
@@ -50,16 +49,11 @@ class FeedbackAlignment(Credit):
             built. Where these are all 0, their unit is `1 / sqrt(fan-in)`.
         seed: >= 0, of the feedback; torch's global random state has no part in it.
 
-    Raises:
-        ValueError: if an argument is out of its range; the message has the range.
-
     Example:
         >>> from beyondprop import Descent, LocalRule
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> rule = LocalRule(model, nn.CrossEntropyLoss(), FeedbackAlignment(), Descent())
         >>> result = rule.step(torch.randn(16, 4), torch.randint(3, (16,)))
-
-    Source: Lillicrap et al., Nature Communications 2016.
     """
 
     needs_codes = False
@@ -70,8 +64,7 @@ class FeedbackAlignment(Credit):
         self._homes: dict[str, tuple[Stage, nn.Parameter]] = {}
 
     def bind(self, chain: Chain) -> None:
-        """Draw the feedback."""
-        serves_one_rule(self, is_bound=bool(self._homes))
+        super().bind(chain)
         names = {p: name for name, p in chain.model.named_parameters()}
         for index, stage in enumerate(chain):
             generator = _generator(self.seed, index)
@@ -92,12 +85,11 @@ class FeedbackAlignment(Credit):
         return pullback(delta)
 
     def state_dict(self) -> dict[str, object]:
-        """Return the feedback."""
         return {"feedback": self.feedback}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved: Any = state["feedback"]
-        _check_saved(saved, {name: weight.shape for name, (_, weight) in self._homes.items()})
+        _check_saved(saved, {name: tuple(weight.shape) for name, (_, weight) in self._homes.items()})
         for name, (stage, weight) in self._homes.items():
             stage.feedback[weight] = counterpart(weight, saved[name].detach().clone())
 
@@ -115,17 +107,6 @@ class DirectFeedbackAlignment(Credit):
             backpropagation under He's initialisation.
         seed: >= 0, of the matrices; torch's global random state has no part in it. They are drawn with the first batch,
             whose shape says how large they are, each by its own seed.
-
-    Raises:
-        ValueError: if an argument is out of its range; the message has the range.
-
-    Example:
-        >>> from beyondprop import Descent, LocalRule
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> rule = LocalRule(model, nn.CrossEntropyLoss(), DirectFeedbackAlignment(), Descent())
-        >>> result = rule.step(torch.randn(16, 4), torch.randint(3, (16,)))
-
-    Source: Nøkland, NIPS 2016.
     """
 
     def __init__(self, *, scale: float = 1.0, seed: int = 0) -> None:
@@ -133,36 +114,32 @@ class DirectFeedbackAlignment(Credit):
         self.seed = _checks.at_least("seed", seed, 0)
         self.feedback: dict[str, Tensor] = {}
         """The matrices `(output size, size before the next weights)`, by the name of the stage whose delta they make."""
-        self._stages: list[Stage] = []
         self._drawn: list[str] = []  # by a batch that may still be refused
         self._error: Tensor  # of the present batch
 
     def bind(self, chain: Chain) -> None:
-        serves_one_rule(self, is_bound=bool(self._stages))
-        self._stages = list(chain)
+        super().bind(chain)
         self._heads: list[BlockStage | None] = [_head(stage) for stage in chain]
         self.needs_codes = any(self._heads)
 
     @property
     def _shapes(self) -> dict[str, list[list[int]]]:
-        return {stage.name: [list(p.shape) for p in stage.parameters] for stage in self._stages}
+        return {stage.name: [list(p.shape) for p in stage.parameters] for stage in self._chain}
 
     def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
-        """Project the error at the output, which is the last stage's delta, to the stage's input."""
         if loss is not None:
             self._error = flat(delta.detach())
-        error = self._error
         head = self._heads[index]
         if head is None:
-            return pullback.pull_head(self._project(index, error, pullback.head_shape))
+            return pullback.pull_head(self._project(index, pullback.head_shape))
         assert isinstance(pullback, BlockPullback)
         # The head comes first in its stage, so that the same random state draws the same masks.
         with head.replayed(pullback.random_state, pullback.input.device):
             slope = BlockPullback(head, pullback.input, False, pullback.random_state)
-        return slope(self._project(index, error, slope.output.shape))
+        return slope(self._project(index, slope.output.shape))
 
-    def _project(self, index: int, error: Tensor, shape: torch.Size) -> Tensor:
-        name = self._stages[index - 1].name
+    def _project(self, index: int, shape: torch.Size) -> Tensor:
+        error, name = self._error, self._chain[index - 1].name
         size = torch.Size((error.shape[1], shape[1:].numel()))
         matrix = self.feedback.get(name)
         if matrix is None:
@@ -181,9 +158,8 @@ class DirectFeedbackAlignment(Credit):
 
     def discard(self) -> None:
         """Forget what the batch made necessary to draw; it will be drawn again, and the same."""
-        for name in self._drawn:
-            del self.feedback[name]
-        self._drawn.clear()
+        while self._drawn:
+            del self.feedback[self._drawn.pop()]
 
     def state_dict(self) -> dict[str, object]:
         """Return the matrices, none before the first batch, and what network they are for."""
@@ -191,10 +167,10 @@ class DirectFeedbackAlignment(Credit):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved: Any = state["feedback"]
-        known = {stage.name for stage in self._stages[:-1]}
-        _check_saved(saved, {name: saved[name].shape for name in saved if name in known})
-        weights, own = state.get("weights", self._shapes), self._shapes
-        if weights != own:
+        known = {stage.name for stage in self._chain.stages[:-1]}
+        _check_saved(saved, {name: tuple(saved[name].shape) for name in saved if name in known})
+        own = self._shapes
+        if (weights := state.get("weights", own)) != own:
             raise ValueError(f"This state holds feedback for weights of {weights}, this network has {own}.")
         self.feedback = {name: matrix.detach().clone() for name, matrix in saved.items()}
         self._drawn.clear()
@@ -205,7 +181,7 @@ def _head(stage: Stage) -> BlockStage | None:
     if not isinstance(stage, BlockStage):
         return None
     named = zip(stage.names, stage.modules, strict=True)
-    head = list(takewhile(lambda each: not any(True for _ in each[1].parameters()), named))
+    head = list(takewhile(lambda each: not list(each[1].parameters()), named))
     return BlockStage(stage.name, head) if head else None
 
 
@@ -217,7 +193,7 @@ def _never_crossed(stage: Stage) -> set[nn.Parameter]:
 
 def _met_by_data_alone(stage: Stage) -> set[nn.Parameter]:
     """Return the weights of the first stage's first layer, where it is known that they meet the network's input alone."""
-    first: Any = next(m for m in stage.modules if any(True for _ in m.parameters()))
+    first: Any = next(m for m in stage.modules if list(m.parameters()))
     if isinstance(first, Recurrent) and type(first.cell) in _CELLS:
         return {first.cell.weight_ih}
     own = set(first.parameters())
@@ -241,9 +217,7 @@ def _size(weight: Tensor) -> float:
     return size if size > 0 else weight[0].numel() ** -0.5
 
 
-def _check_saved(saved: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    shapes, wanted = (
-        {n: tuple(s) for n, s in each.items()} for each in ({n: t.shape for n, t in saved.items()}, expected)
-    )
+def _check_saved(saved: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if shapes != wanted:
         raise ValueError(f"This state holds feedback of shapes {shapes}, this network takes {wanted}.")

@@ -37,21 +37,17 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
     Raises:
         UnsupportedModelError: if the stage has another form; the message names it and the way out.
     """
-    carriers = [m for m in stage.modules if any(True for _ in m.parameters()) and not isinstance(m, NORMS)]
+    modules = stage.modules
+    carriers = [m for m in modules if list(m.parameters()) and not isinstance(m, NORMS)]
     affine = carriers[0] if len(carriers) == 1 else None
+    inverse: list[nn.Module] = []
     if type(affine) is nn.Linear:
-        inverse: nn.Module = nn.Linear(affine.out_features, affine.in_features)
-        nn.init.orthogonal_(inverse.weight)
-        nn.init.zeros_(inverse.bias)
-        modules = list(stage.modules)
         if any(isinstance(m, nn.Flatten) for m in modules[modules.index(affine) :]):
-            inverse = nn.Sequential(nn.Unflatten(1, (-1, affine.out_features)), inverse)
+            inverse.append(nn.Unflatten(1, (-1, affine.out_features)))
+        inverse.append(_orthogonal(nn.Linear(affine.out_features, affine.in_features)))
     elif affine is not None and type(affine) in _CONVS:
-        inverse = TransposedConvolution(affine)
-        modules = list(stage.modules)
         folded = [m for m in modules[: modules.index(affine)] if isinstance(m, nn.Unflatten)]
-        if folded:
-            inverse = _Unfolded(inverse, tuple(folded[-1].unflattened_size)[1:])
+        inverse.append(TransposedConvolution(affine, tuple(folded[-1].unflattened_size)[1:] if folded else None))
     else:
         kinds = ", ".join(type(m).__name__ for m in carriers)
         raise UnsupportedModelError(
@@ -59,7 +55,9 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
             "inverse=factory, where factory(below, stage) returns a module from the stage's output to its input."
         )
     activation = _last_activation(below)
-    return inverse if activation is None else _Sequence(inverse, copy.deepcopy(activation))
+    if activation is not None:
+        inverse.append(copy.deepcopy(activation))
+    return nn.Sequential(*inverse) if len(inverse) > 1 else inverse[0]
 
 
 class TransposedConvolution(nn.Module):
@@ -67,23 +65,31 @@ class TransposedConvolution(nn.Module):
 
     Args:
         conv: the convolution whose output comes in, after pooling or not.
+        size: spatial size of its input where an `nn.Unflatten(1, (channels, *size))` is in front of it: the result is
+            flattened again.
+
+    Raises:
+        UnsupportedModelError: if that `nn.Unflatten` leaves its size open.
     """
 
-    def __init__(self, conv: Any) -> None:
+    def __init__(self, conv: Any, size: tuple[int, ...] | None = None) -> None:
         super().__init__()
+        if any(n < 0 for n in size or ()):
+            raise UnsupportedModelError(
+                f"nn.Unflatten in front of a convolution must name its size for an inverse, got {size}."
+            )
+        self.size = size
         kind, self.mode = _CONVS[type(conv)]
-        kernel, dilation, padding = conv.kernel_size, conv.dilation, conv.padding
+        padding = conv.padding
         if isinstance(padding, str):
-            same = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
-            padding = tuple(same) if padding == "same" else tuple(0 for _ in same)
-        geometry: dict[str, Any] = {"groups": conv.groups, "dilation": dilation}
-        self.transposed: Any = kind(conv.out_channels, conv.in_channels, kernel, conv.stride, padding, **geometry)
-        nn.init.orthogonal_(self.transposed.weight)
-        nn.init.zeros_(self.transposed.bias)
+            same = padding == "same"
+            padding = [d * (k - 1) // 2 if same else 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+        given = {"stride": conv.stride, "padding": padding, "groups": conv.groups, "dilation": conv.dilation}
+        self.transposed = _orthogonal(kind(conv.out_channels, conv.in_channels, conv.kernel_size, **given))
 
-    def forward(self, h: Tensor, size: tuple[int, ...]) -> Tensor:
+    def forward(self, h: Tensor, size: tuple[int, ...] = ()) -> Tensor:
         """Map `(N, out_channels, ...)` to `(N, in_channels, *size)`."""
-        layer = self.transposed
+        layer, size = self.transposed, self.size or size
         geometry = list(zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True))
         # What the convolution made of `size` before any pooling.
         whole = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
@@ -92,36 +98,7 @@ class TransposedConvolution(nn.Module):
         found = layer(h, output_size=size) if min(whole) > 0 else layer(h)
         if tuple(found.shape[2:]) != tuple(size):
             found = F.interpolate(found, size=size, mode=self.mode, align_corners=False)
-        return found
-
-
-class _Unfolded(nn.Module):
-    """The inverse of a convolution behind an `nn.Unflatten(1, (channels, *size))`: its result is flattened again."""
-
-    def __init__(self, inverse: TransposedConvolution, size: tuple[int, ...]) -> None:
-        super().__init__()
-        if any(n < 0 for n in size):
-            raise UnsupportedModelError(
-                f"nn.Unflatten in front of a convolution must name its size for an inverse, got {size}."
-            )
-        self.inverse, self.size = inverse, size
-
-    def forward(self, h: Tensor, size: tuple[int, ...] = ()) -> Tensor:
-        """Map `(N, out_channels, ...)` to `(N, in_channels * ...)`."""
-        del size
-        return self.inverse(h, self.size).flatten(1)
-
-
-class _Sequence(nn.Module):
-    """An inverse and the nonlinearity after it; hands on the wanted size."""
-
-    def __init__(self, inverse: nn.Module, activation: nn.Module) -> None:
-        super().__init__()
-        self.inverse, self.activation = inverse, activation
-
-    def forward(self, h: Tensor, size: tuple[int, ...] = ()) -> Tensor:
-        """Map a stage's output to its input."""
-        return self.activation(apply(self.inverse, h, size))
+        return found.flatten(1) if self.size else found
 
 
 def apply(inverse: nn.Module, h: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -130,13 +107,19 @@ def apply(inverse: nn.Module, h: Tensor, size: tuple[int, ...]) -> Tensor:
         for module in inverse:
             h = apply(module, h, size)
         return h
-    return inverse(h, size) if isinstance(inverse, TransposedConvolution | _Sequence | _Unfolded) else inverse(h)
+    return inverse(h, size) if isinstance(inverse, TransposedConvolution) else inverse(h)
+
+
+def _orthogonal(layer: Any) -> Any:
+    nn.init.orthogonal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _last_activation(stage: Stage) -> nn.Module | None:
     for module in reversed(stage.modules):
         if closed_form(module) is not None:
             return module
-        if isinstance(module, NORMS) or any(True for _ in module.parameters()):
+        if isinstance(module, NORMS) or list(module.parameters()):
             return None
     return None

@@ -19,20 +19,18 @@ Sources: Bengio, "How auto-encoders could provide credit assignment in deep netw
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.credit.base import Credit, serves_one_rule
+from beyondprop.credit.base import Credit
 from beyondprop.credit.inverses import InverseFactory, apply, mirror
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim.factories import OptimizerFactory, adam
-from beyondprop.stages.chain import Chain, Trace
-from beyondprop.stages.losses import LossPoint
-from beyondprop.stages.stage import Pullback, add_to_gradient
+from beyondprop.stages import Chain, LossPoint, Pullback, Trace
+from beyondprop.stages.stage import add_to_gradient
 
 
 class TargetPropagation(Credit):
@@ -54,7 +52,6 @@ class TargetPropagation(Credit):
 
     Raises:
         UnsupportedModelError: if a stage has no default inverse; the message names it.
-        ValueError: if an argument is out of its range; the message has the range.
     """
 
     takes_difference: bool = False
@@ -81,14 +78,11 @@ class TargetPropagation(Credit):
         self.seed = _checks.at_least("seed", seed, 0)
         self.epoch = 0
         self._is_taught = False
-        self._names: list[str] = []
         self.inverses: dict[str, nn.Module] = {}
         """The inverses by the name of the stage that they invert: every hidden stage but the first."""
 
     def bind(self, chain: Chain) -> None:
-        """Build the inverses."""
-        serves_one_rule(self, is_bound=bool(self._names))
-        self._names = [stage.name for stage in chain]
+        super().bind(chain)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(self.seed)
             for below, stage in zip(chain, list(chain)[1:-1], strict=False):
@@ -100,6 +94,7 @@ class TargetPropagation(Credit):
                     )
                 like = stage.parameters[0]
                 self.inverses[stage.name] = module.to(device=like.device, dtype=like.dtype)
+        self.modules = {f"inverse of {name}": module for name, module in self.inverses.items()}
         parameters = [p for module in self.inverses.values() for p in module.parameters() if p.requires_grad]
         if parameters:
             self.optimizers = (self._optimizer_factory(parameters),)
@@ -119,7 +114,7 @@ class TargetPropagation(Credit):
             if std > 0:
                 wanted = wanted + std * torch.randn_like(wanted)
                 image = pullback.at(wanted).output
-            parameters = [p for p in self.inverses[self._names[index]].parameters() if p.requires_grad]
+            parameters = [p for p in self.inverses[self._chain[index].name].parameters() if p.requires_grad]
             if not parameters:
                 continue
             with torch.enable_grad():
@@ -130,7 +125,6 @@ class TargetPropagation(Credit):
                     add_to_gradient(p, gradient, scale)
 
     def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
-        """Take a step along the gradient at the last stage, the way of the inverse at every other."""
         if loss is not None:
             return pullback(delta).mul_(self.step_size)
         with torch.no_grad():
@@ -140,7 +134,7 @@ class TargetPropagation(Credit):
             return moved - pullback.input
 
     def _invert(self, index: int, h: Tensor, like: Tensor) -> Tensor:
-        name = self._names[index]
+        name = self._chain[index].name
         inverse = self.inverses[name]
         try:
             # Differences of inverses are small: whole precision also under autocast.
@@ -172,19 +166,9 @@ class TargetPropagation(Credit):
             )
 
     def end_epoch(self) -> None:
-        """Count an epoch, for the noise."""
         self.epoch += 1
 
-    def to(self, device: torch.device | str) -> None:
-        for module in self.inverses.values():
-            module.to(device)
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, module in self.inverses.items():
-            yield from ((f"inverse of {name}", p) for p in module.parameters())
-
     def state_dict(self) -> dict[str, object]:
-        """Return the inverses and the count of epochs."""
         return {"epoch": self.epoch, "inverses": {n: dict(m.state_dict()) for n, m in self.inverses.items()}}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -197,11 +181,6 @@ class TargetPropagation(Credit):
 
 
 class DifferenceTargetPropagation(TargetPropagation):
-    """Target propagation whose inverses need not be exact: a target moves as the inverse moves.
-
-    See `TargetPropagation` for the arguments.
-
-    Source: Lee, Zhang, Fischer & Bengio, ECML 2015, equation 15.
-    """
+    """Target propagation whose inverses need not be exact: a target moves as the inverse moves (equation 15)."""
 
     takes_difference = True

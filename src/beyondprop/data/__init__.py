@@ -1,8 +1,4 @@
-"""Real data sets and one's own, as tensors: `load("mnist")`, `read_file("wine.csv:target=quality")`, `from_arrays(x, y)`.
-
-Files of named sets are looked for in the `root` argument, in `$BEYONDPROP_DATA` and in the user's cache, and are
-downloaded from the set's public home otherwise. Every byte that is used is checked against a known SHA-256.
-"""
+"""Real data sets and one's own: `load("mnist")`, `read_file("wine.csv:target=quality")`, `from_arrays(x, y)`."""
 
 from __future__ import annotations
 

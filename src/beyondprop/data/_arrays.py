@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.data._dataset import KINDS, Dataset
+from beyondprop.data._dataset import KINDS, Dataset, split_rows
 
 Array = NDArray[Any]
 
@@ -22,24 +22,32 @@ _BLOCK = 4096  # rows that are scaled at once: in float64 they are never all in 
 
 
 @dataclass(slots=True)
-class Rows:
-    """Inputs and targets as they came, and what messages call them.
+class Values:
+    """Inputs or targets of some rows, and what messages call them.
 
     Attributes:
-        x: Inputs `(N, ...)`.
-        y: Targets `(N,)` or `(N, k)`, numbers or text.
-        features: The names of the columns of `x`, where there are any.
-        targets: The names of the targets, where there are any.
-        part: `""`, or `"_test"` for rows that are given for the test.
+        key: `"x"` or `"y"`, with `"_test"` for rows that are given for the test.
+        array: Inputs `(N, ...)`, or targets `(N,)` or `(N, k)`, numbers or text.
+        names: The names of the columns, where there are any.
         where: What a row goes by: `where(3) == "row 3"`.
     """
 
-    x: Array
-    y: Array
-    features: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-    part: str = ""
+    key: str
+    array: Array
+    names: tuple[str, ...] = ()
     where: Callable[[int], str] = "row {}".format
+
+    def check(self, accepted: Array, rule: str) -> None:
+        """Raise an error that names the first value, its row and its column, where not all are accepted."""
+        if accepted.all():
+            return
+        row, *at = np.argwhere(~accepted.reshape(self.array.shape))[0].tolist()
+        value = self.array[(row, *at)]
+        place = f", at {tuple(at)}" if len(at) > 1 else ""
+        if len(at) == 1 and (self.names or self.array.shape[1] > 1):
+            place = f", column {self.names[at[0]] if self.names else at[0]!r}"
+        value = value.item() if isinstance(value, np.generic) else value
+        raise ValueError(f"{self.key} has {value!r} in {self.where(row)}{place}; its values {rule}.")
 
 
 def from_arrays(
@@ -72,55 +80,45 @@ def from_arrays(
         TypeError: Something is no array of numbers, or of labels.
         ValueError: Rows, values or arguments do not fit; the message names the row, counted from 0, and the column.
     """
-    held: Any = test
-    if isinstance(test, torch.utils.data.Dataset):
-        held = _taken("_test", test)
-    elif isinstance(test, tuple | list):
-        if len(test) != 2:
-            raise ValueError(f"test must be a pair (x_test, y_test) where it is rows, got {len(test)} of them.")
-        held = _taken("_test", *test)
-    return assemble(_taken("", x, y), held, name=name, seed=seed, standardize=standardize, kind=kind)
-
-
-def assemble(
-    rows: Rows,
-    test: Rows | float | None,
-    *,
-    name: str,
-    seed: int = 0,
-    standardize: bool = True,
-    kind: str | None = None,
-) -> Dataset:
-    """Check and encode rows, split them where no test rows are given, and scale both parts; see `from_arrays`."""
-    parts = [rows, test] if isinstance(test, Rows) else [rows]
-    x = [_inputs(part) for part in parts]
+    held: Any = (test, None) if isinstance(test, torch.utils.data.Dataset) else test
+    parts = [_taken("", x, y)]
+    if isinstance(held, tuple | list):
+        if len(held) != 2:
+            raise ValueError(f"test must be a pair (x_test, y_test) where it is rows, got {len(held)} of them.")
+        parts.append(_taken("_test", *held))
+    inputs = [_inputs(*part) for part in parts]
     if kind is not None:
         _checks.one_of("kind", kind, KINDS)
-    y, classes = _targets(parts, kind)
-    if not isinstance(test, Rows):
-        train, held = _split(len(rows.y), test, _checks.at_least("seed", seed, 0))
-        x, y = ([whole[0][train], whole[0][held]][: 1 + bool(len(held))] for whole in (x, y))
-    elif x[0].shape[1:] != x[1].shape[1:] or y[0].shape[1:] != y[1].shape[1:]:
-        found = ", of y ".join(f"{one.shape[1:]} and {two.shape[1:]}" for one, two in (x, y))
+    targets, classes = _targets([part[1] for part in parts], kind)
+    features = [part[0].names for part in parts]
+    if len(parts) == 1:
+        generator = torch.Generator().manual_seed(_checks.at_least("seed", seed, 0))
+        accepted = "test must be a share in (0, 1), a number of rows in 0 … {last}, None or rows of its own"
+        halves = split_rows(len(inputs[0]), 0 if held is None else held, 0, generator, accepted)
+        inputs, targets = ([whole[0][half.numpy()] for half in halves if len(half)] for whole in (inputs, targets))
+    elif any(one.shape[1:] != two.shape[1:] for one, two in (inputs, targets)):
+        found = ", of y ".join(f"{one.shape[1:]} and {two.shape[1:]}" for one, two in (inputs, targets))
         raise ValueError(f"Rows for training and for the test must have equal shapes; those of x are {found}.")
-    elif rows.features and test.features and rows.features != test.features:
-        raise ValueError(f"x_test must have the columns {rows.features}, in this order, got {test.features}.")
-    missing = np.setdiff1d(np.arange(len(classes)), y[0])
+    elif all(features) and features[0] != features[1]:
+        raise ValueError(f"x_test must have the columns {features[0]}, in this order, got {features[1]}.")
+    missing = np.setdiff1d(np.arange(len(classes)), targets[0])
     if len(missing):
         raise ValueError(
             f"The class {classes[missing[0]]!r} of {name!r} has no training row, only test rows; take another seed, fewer "
             "test rows, or leave its rows out."
         )
-    x = _scaled(x, standardize, tuple(range(1 if x[0].ndim == 2 else x[0].ndim)))
+    inputs = _scaled(inputs, standardize, tuple(range(1 if inputs[0].ndim == 2 else inputs[0].ndim)))
     if not classes:
-        y = _scaled(y, standardize, (0,))
-    tensors = [torch.from_numpy(value) for pair in zip(x, y, strict=True) for value in pair]
-    targets = () if classes else rows.targets
-    return Dataset(name, *tensors, classes=classes, targets=targets, features=rows.features)
+        targets = _scaled(targets, standardize, (0,))
+    tensors = [torch.from_numpy(value) for pair in zip(inputs, targets, strict=True) for value in pair]
+    names = () if classes else parts[0][1].names
+    return Dataset(name, *tensors, classes=classes, targets=names, features=features[0])
 
 
-def _taken(part: str, x: Any, y: Any = None) -> Rows:
+def _taken(part: str, x: Any, y: Any) -> tuple[Values, Values]:
     """Take NumPy arrays and names out of whatever holds them."""
+    if isinstance(x, Values):  # of a file
+        return x, y
     if isinstance(x, torch.utils.data.Dataset):
         if y is not None or not hasattr(x, "__len__"):
             raise TypeError(
@@ -133,7 +131,7 @@ def _taken(part: str, x: Any, y: Any = None) -> Rows:
     elif y is None:
         raise TypeError(f"y{part} is missing; only a torch Dataset goes without.")
     try:
-        return Rows(_array(x), _array(y), _names(x), _names(y), part)
+        return Values(f"x{part}", _array(x), _names(x)), Values(f"y{part}", _array(y), _names(y))
     except ValueError as error:  # NumPy's, of rows that differ in length
         raise ValueError(f"x{part} and y{part} must have rows of one shape: {error}") from error
 
@@ -153,120 +151,87 @@ def _names(value: Any) -> tuple[str, ...]:
     return () if name is None else (str(name),)
 
 
-def _inputs(rows: Rows) -> Array:
+def _inputs(x: Values, y: Values) -> Array:
     """Return the inputs as finite numbers with two dimensions or more, in their own dtype."""
-    x, y, part = rows.x, rows.y, rows.part
-    for key, array in (("x", x), ("y", y)):
-        if array.ndim == 0 or not array.size:
-            raise ValueError(f"{key}{part} must have rows, got an array of shape {array.shape}.")
-    if len(x) != len(y):
-        raise ValueError(f"x{part} has {len(x)} rows and y{part} has {len(y)}; they must be rows of one set.")
-    if x.ndim == 1:
-        x = x[:, None]
-    if rows.features and len(rows.features) != x.shape[-1]:
-        raise ValueError(f"x{part} has {x.shape[-1]} columns and {len(rows.features)} names for them.")
-    return _numbers(f"x{part}", x, rows.features, rows.where)
+    for values in (x, y):
+        if values.array.ndim == 0 or not values.array.size:
+            raise ValueError(f"{values.key} must have rows, got an array of shape {values.array.shape}.")
+    if len(x.array) != len(y.array):
+        raise ValueError(
+            f"{x.key} has {len(x.array)} rows and {y.key} has {len(y.array)}; they must be rows of one set."
+        )
+    if x.array.ndim == 1:
+        x.array = x.array[:, None]
+    if x.names and len(x.names) != x.array.shape[-1]:
+        raise ValueError(f"{x.key} has {x.array.shape[-1]} columns and {len(x.names)} names for them.")
+    return _numbers(x)
 
 
-def _numbers(key: str, array: Array, names: tuple[str, ...], where: Callable[[int], str]) -> Array:
-    """Return an array of finite numbers, or raise an error that names the first value that is none."""
-    if array.dtype.kind not in "biufOUST":
-        raise TypeError(f"{key} must hold numbers, got {array.dtype}.")
-    if array.dtype.kind not in "biuf":
-        flat = array.astype(object).reshape(-1)
-        is_number = np.fromiter((isinstance(v, Real | np.bool_) or _missing(v) for v in flat), bool, len(flat))
-        if not is_number.all():
-            raise ValueError(_complaint(key, array, is_number, names, where, "must be numbers"))
-        array = np.array([np.nan if _missing(v) else float(v) for v in flat]).reshape(array.shape)
+def _numbers(values: Values) -> Array:
+    """Return finite numbers, or raise an error that names the first value that is none."""
+    kind = values.array.dtype.kind
+    if kind not in "biufOUST":
+        raise TypeError(f"{values.key} must hold numbers, got {values.array.dtype}.")
+    if kind not in "biuf":
+        flat = values.array.astype(object).reshape(-1)
+        values.check(np.array([isinstance(v, Real | np.bool_) or _missing(v) for v in flat]), "must be numbers")
+        numbers = [np.nan if _missing(v) else float(v) for v in flat]
+        values.array = np.array(numbers).reshape(values.array.shape)
     with np.errstate(invalid="ignore"):
-        accepted = np.abs(array) <= _LARGEST  # NaN is not
-    if not accepted.all():
-        raise ValueError(_complaint(key, array, accepted, names, where, "must be finite numbers of at most 3.4e38"))
-    return array
-
-
-def _complaint(
-    key: str, array: Array, accepted: Array, names: tuple[str, ...], where: Callable[[int], str], rule: str
-) -> str:
-    row, *at = np.argwhere(~accepted.reshape(array.shape))[0].tolist()
-    value = array[(row, *at)]
-    place = ""
-    if len(at) == 1 and (names or array.shape[1] > 1):
-        place = f", column {names[at[0]] if names else at[0]!r}"
-    elif len(at) > 1:
-        place = f", at {tuple(at)}"
-    return f"{key} has {value.item() if isinstance(value, np.generic) else value!r} in {where(row)}{place}; its values {rule}."
+        accepted = np.abs(values.array) <= _LARGEST  # NaN is not
+    values.check(accepted, "must be finite numbers of at most 3.4e38")
+    return values.array
 
 
 def _missing(value: Any) -> bool:
     """Whether a value stands for none: None, NaN, or the `NA` and `NaT` of pandas, which is not imported here."""
-    return (
-        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
-    )
+    is_nan = isinstance(value, float) and value != value
+    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
-def _targets(parts: list[Rows], kind: str | None) -> tuple[list[Array], tuple[str, ...]]:
+def _targets(parts: list[Values], kind: str | None) -> tuple[list[Array], tuple[str, ...]]:
     """Return labels in int64 and the names of the classes, or numbers `(N, k)` and no name."""
-    values = [_typed(part) for part in parts]
+    for part in parts:
+        part.array = _typed(part)
     if kind is None:
-        kind = KINDS[all(array.dtype.kind == "f" for array in values)]
-    keys = [f"y{part.part}" for part in parts]
+        kind = KINDS[all(part.array.dtype.kind == "f" for part in parts)]
     if kind == "regression":
-        shaped = [array[:, None] if array.ndim == 1 else array for array in values]
-        for key, array in zip(keys, shaped, strict=True):
-            if array.ndim != 2:
-                raise ValueError(f"{key} must be numbers of shape (N,) or (N, k), got shape {array.shape}.")
-        numbers = zip(keys, shaped, parts, strict=True)
-        return [_numbers(key, array, part.targets, part.where) for key, array, part in numbers], ()
-    labels: list[Array] = []
-    for key, array, part in zip(keys, values, parts, strict=True):
+        for part in parts:
+            if part.array.ndim == 1:
+                part.array = part.array[:, None]
+            if part.array.ndim != 2:
+                raise ValueError(f"{part.key} must be numbers of shape (N,) or (N, k), got shape {part.array.shape}.")
+        return [_numbers(part) for part in parts], ()
+    for part in parts:
+        array = part.array
         if array.size != len(array):
             raise ValueError(
-                f"{key} must be labels of shape (N,), got {array.dtype} of shape {array.shape}; integers are numbers to "
-                "predict with kind='regression', and one-hot rows become labels by argmax(1)."
+                f"{part.key} must be labels of shape (N,), got {array.dtype} of shape {array.shape}; integers are "
+                "numbers to predict with kind='regression', and one-hot rows become labels by argmax(1)."
             )
-        label = array.reshape(-1)
-        if label.dtype.kind == "f":
-            label = _numbers(key, label, (), part.where)
-            if not (whole := label == np.floor(label)).all():
-                raise ValueError(_complaint(key, label, whole, (), part.where, "must be whole numbers to be labels"))
-            label = label.astype(np.int64)
-        labels.append(label)
-    found, codes = np.unique(np.concatenate(labels), return_inverse=True)
+        part.array = array.reshape(-1)
+        if array.dtype.kind == "f":
+            part.check(np.floor(_numbers(part)) == part.array, "must be whole numbers to be labels")
+            part.array = part.array.astype(np.int64)
+    found, codes = np.unique(np.concatenate([part.array for part in parts]), return_inverse=True)
     if len(found) < 2:
         raise ValueError(f"y has one class only, {found[0]!s}; a classification needs two or more.")
-    return np.split(codes.astype(np.int64), [len(labels[0])])[: len(parts)], tuple(map(str, found))
+    return np.split(codes.astype(np.int64), [len(parts[0].array)])[: len(parts)], tuple(map(str, found))
 
 
-def _typed(rows: Rows) -> Array:
+def _typed(targets: Values) -> Array:
     """Return targets as booleans, integers, floating numbers or text: objects become what they are."""
-    y, key = rows.y, f"y{rows.part}"
-    if y.dtype.kind in "biuf":
-        return y
-    if y.dtype.kind not in "OUST":
-        raise TypeError(f"{key} must hold numbers or labels, got {y.dtype}.")
-    flat = y.astype(object).reshape(-1)
-    present = np.fromiter((not _missing(v) for v in flat), bool, len(flat))
-    if not present.all():
-        raise ValueError(_complaint(key, y, present, rows.targets, rows.where, "must be given in every row"))
-    for types, dtype in (((bool, np.bool_), np.bool_), (Integral, np.int64), ((Real,), np.float64)):
+    array = targets.array
+    if array.dtype.kind in "biuf":
+        return array
+    if array.dtype.kind not in "OUST":
+        raise TypeError(f"{targets.key} must hold numbers or labels, got {array.dtype}.")
+    flat = array.astype(object).reshape(-1)
+    targets.check(np.array([not _missing(v) for v in flat]), "must be given in every row")
+    for types, dtype in ((bool | np.bool_, np.bool_), (Integral, np.int64), (Real, np.float64)):
         if all(isinstance(v, types) for v in flat):
-            return flat.astype(dtype).reshape(y.shape)
-    return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in flat]).reshape(y.shape)
-
-
-def _split(rows: int, test: float | None, seed: int) -> tuple[Array, Array]:
-    """Return the numbers of the training rows and of the test rows, both rising."""
-    count: Any = 0 if test is None else test
-    if isinstance(count, float) and 0 < count < 1:
-        count = round(count * rows) or -1  # a share that gives no row is refused
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < rows:
-        raise ValueError(
-            f"test must be a share in (0, 1), a number of rows in 0 … {rows - 1}, None or rows of its own, and leave a row "
-            f"or more on both sides, got {test!r} of {rows} rows."
-        )
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
-    return np.sort(order[count:]), np.sort(order[:count])
+            return flat.astype(dtype).reshape(array.shape)
+    return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in flat]).reshape(array.shape)
 
 
 def _scaled(parts: list[Array], standardize: bool, axes: tuple[int, ...]) -> list[NDArray[np.float32]]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.data import _cifar
-from beyondprop.data._arrays import Rows, assemble
+from beyondprop.data import _images
+from beyondprop.data._arrays import Values, from_arrays
 from beyondprop.data._dataset import Dataset
 from beyondprop.data._files import DataFile, Progress, Source, user_cache
-from beyondprop.data._idx import read_idx
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +25,8 @@ class DatasetInfo:
     """What is known of a data set without loading it.
 
     Attributes:
-        name: The name for `load`.
-        description: One line.
-        train_size: Rows in the training part.
-        test_size: Rows in the test part.
         input_shape: The shape of one input: `(channels, height, width)`, or `(features,)` for rows.
         classes: The label names; empty for regression.
-        home_page: Where it comes from.
         license: Its license as far as its authors state one.
         download_bytes: The size of its files; 0 for one that is embedded.
         has_download: Whether `load` can fetch it; False for a sample that is nowhere public.
@@ -55,9 +49,6 @@ class DatasetInfo:
     def outputs(self) -> int:
         """How many numbers a network answers a row with."""
         return len(self.classes or self.targets)
-
-
-_Loader = Callable[[DatasetInfo, Source, bool], Dataset]
 
 
 def names() -> list[str]:
@@ -108,11 +99,7 @@ def load(
 
 def at_hand(name: str) -> bool:
     """Return whether `load` would find the set's files without downloading; their content is not looked at."""
-    info = describe(name)
-    if not info.download_bytes:
-        return True
-    folders = [place / info.name for place in Source().places()]
-    return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+    return not describe(name).download_bytes or any(any((place / name).glob("*")) for place in Source().places())
 
 
 def _diabetes(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
@@ -120,8 +107,8 @@ def _diabetes(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
     from sklearn.datasets import load_diabetes
 
     found: Any = load_diabetes(scaled=False)
-    rows = Rows(found["data"], found["target"], tuple(found["feature_names"]), info.targets)
-    return assemble(rows, info.test_size, name=info.name, standardize=standardize, kind="regression")
+    x, y = Values("x", found["data"], tuple(found["feature_names"])), Values("y", found["target"], info.targets)
+    return from_arrays(x, y, name=info.name, test=info.test_size, standardize=standardize, kind="regression")
 
 
 def _digits(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
@@ -130,14 +117,10 @@ def _digits(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(pixels).float().div_(16).reshape(-1, *info.input_shape)
-    y = torch.from_numpy(labels).long()
+    images = pixels.reshape(-1, *info.input_shape) / 16
     # The set has no published split; this one is stratified and fixed.
-    train, test = map(
-        torch.from_numpy,
-        train_test_split(np.arange(len(labels)), test_size=info.test_size, stratify=labels, random_state=0),
-    )
-    return Dataset(info.name, x[train], y[train], x[test], y[test], info.classes)
+    x, x_test, y, y_test = train_test_split(images, labels, test_size=info.test_size, stratify=labels, random_state=0)
+    return from_arrays(x, y, name=info.name, test=(x_test, y_test), standardize=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +133,13 @@ class _MnistFamily:
     std: float
 
     def __call__(self, info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
+        arrays = []
         stems = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-        x_train, y_train, x_test, y_test = (
-            read_idx(source.obtain(DataFile(info.name, file, sha256, tuple(m + file for m in self.mirrors))))
-            for file, sha256 in zip((f"{stem}-ubyte.gz" for stem in stems), self.sha256, strict=True)
-        )
-        mean, std = ((self.mean,), (self.std,)) if standardize else ((0.0,), (1.0,))
-        return Dataset(
-            info.name,
-            _standardized(x_train[:, None], mean, std),
-            torch.from_numpy(y_train).long(),
-            _standardized(x_test[:, None], mean, std),
-            torch.from_numpy(y_test).long(),
-            info.classes,
-        )
+        for stem, sha256 in zip(stems, self.sha256, strict=True):
+            name = f"{stem}-ubyte.gz"
+            file = DataFile(info.name, name, sha256, tuple(mirror + name for mirror in self.mirrors))
+            arrays.append(_images.read_idx(source.obtain(file)))
+        return _of_arrays(info, arrays, (self.mean,), (self.std,), standardize)
 
 
 _CIFAR10_ARCHIVE = DataFile(
@@ -171,37 +147,38 @@ _CIFAR10_ARCHIVE = DataFile(
     "cifar-10-python.tar.gz",
     "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+    also="or, in the same folders, labels.npz with train_00.webp, …, test_00.webp, … (lossless strips)",
 )
 
 
 def _cifar10(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
-    arrays = _cifar10_arrays(source)
-    mean, std = (0.0,) * 3, (1.0,) * 3
-    if standardize:
-        mean, std = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
-    return Dataset(
-        info.name,
-        _standardized(arrays["train_images"], mean, std),
-        torch.from_numpy(arrays["train_labels"]).long(),
-        _standardized(arrays["test_images"], mean, std),
-        torch.from_numpy(arrays["test_labels"]).long(),
-        info.classes,
+    folders = [place / _CIFAR10_ARCHIVE.folder for place in source.places()]
+    forms = [folder / name for folder in folders for name in (_CIFAR10_ARCHIVE.name, "labels.npz")]
+    first = next(filter(os.path.isfile, forms), None)
+    if first is not None and first.name == "labels.npz":
+        arrays = _images.read_strips(first.parent, user_cache() / _CIFAR10_ARCHIVE.folder)
+    else:
+        arrays = _images.read_archive(source.obtain(_CIFAR10_ARCHIVE))
+    mean, std = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
+    return _of_arrays(info, arrays.values(), mean, std, standardize)
+
+
+def _of_arrays(
+    info: DatasetInfo, arrays: Iterable[_images.Bytes], mean: Sequence[float], std: Sequence[float], standardize: bool
+) -> Dataset:
+    """Return a set of pixels and labels for training, then pixels and labels for the test."""
+    if not standardize:
+        mean = std = ()
+    shape = (-1, *info.input_shape)
+    tensors = (
+        torch.from_numpy(array).long() if array.ndim == 1 else _standardized(array.reshape(shape), mean, std)
+        for array in arrays
     )
+    return Dataset(info.name, *tensors, classes=info.classes)
 
 
-def _cifar10_arrays(source: Source) -> dict[str, NDArray[np.uint8]]:
-    for place in source.places():
-        folder = place / _CIFAR10_ARCHIVE.folder
-        if os.path.isfile(folder / _CIFAR10_ARCHIVE.name):
-            break
-        if os.path.isfile(folder / "labels.npz"):
-            return _cifar.read_strips(folder, user_cache() / _CIFAR10_ARCHIVE.folder)
-    also = "or, in the same folders, labels.npz with train_00.webp, …, test_00.webp, … (lossless strips)"
-    return _cifar.read_archive(source.obtain(_CIFAR10_ARCHIVE, also=also))
-
-
-def _standardized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`(pixels / 255 - mean) / std` by channel, for pixels `(N, C, H, W)` of any memory layout."""
+def _standardized(pixels: _images.Bytes, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """`(pixels / 255 - mean) / std` by channel, or `pixels / 255`, for `(N, C, H, W)` of any memory layout."""
     # Contiguous, which a conversion of channels-last pixels would not be, and free of the global defaults.
     x = torch.empty(pixels.shape, dtype=torch.float32, device="cpu")
     x.copy_(torch.from_numpy(pixels)).div_(255)
@@ -232,127 +209,101 @@ def _higgs(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
 
 
 _TEN_DIGITS = tuple("0123456789")
+_CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-_CATALOG: dict[str, tuple[DatasetInfo, _Loader]] = {
+_of_mnist_form = partial(DatasetInfo, train_size=60_000, test_size=10_000, input_shape=(1, 28, 28))
+
+_CATALOG: dict[str, tuple[DatasetInfo, Callable[[DatasetInfo, Source, bool], Dataset]]] = {
     info.name: (info, loader)
-    for info, loader in (
-        (
-            DatasetInfo(
-                name="diabetes",
-                description="Progression of diabetes from 10 measurements, regression; embedded in scikit-learn",
-                train_size=353,
-                test_size=89,
-                input_shape=(10,),
-                classes=(),
-                home_page="https://www4.stat.ncsu.edu/~boos/var.select/diabetes.html",
-                license="none stated; cite Efron et al. 2004",
-                download_bytes=0,
-                targets=("progression",),
+    for info, loader in {
+        DatasetInfo(
+            name="diabetes",
+            description="Progression of diabetes from 10 measurements, regression; embedded in scikit-learn",
+            train_size=353,
+            test_size=89,
+            input_shape=(10,),
+            classes=(),
+            home_page="https://www4.stat.ncsu.edu/~boos/var.select/diabetes.html",
+            license="none stated; cite Efron et al. 2004",
+            download_bytes=0,
+            targets=("progression",),
+        ): _diabetes,
+        DatasetInfo(
+            name="digits",
+            description="Handwritten digits, 8x8 grey; embedded in scikit-learn, nothing to download",
+            train_size=1437,
+            test_size=360,
+            input_shape=(1, 8, 8),
+            classes=_TEN_DIGITS,
+            home_page="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+            license="CC BY 4.0",
+            download_bytes=0,
+        ): _digits,
+        DatasetInfo(
+            name="higgs",
+            description="A sample of HIGGS: 20,971 of 11 million simulated particle collisions",
+            train_size=18000,
+            test_size=2971,
+            input_shape=(28,),
+            classes=("background", "signal"),
+            home_page="https://archive.ics.uci.edu/dataset/280/higgs",
+            license="CC BY 4.0",
+            download_bytes=1_509_337,
+            has_download=False,
+        ): _higgs,
+        _of_mnist_form(
+            name="mnist",
+            description="Handwritten digits, 28x28 grey",
+            classes=_TEN_DIGITS,
+            home_page="http://yann.lecun.com/exdb/mnist/",
+            license="CC BY-SA 3.0",
+            download_bytes=11_594_722,
+        ): _MnistFamily(
+            mirrors=(
+                "https://ossci-datasets.s3.amazonaws.com/mnist/",
+                "https://storage.googleapis.com/cvdf-datasets/mnist/",
             ),
-            _diabetes,
+            sha256=(
+                "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+                "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+                "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+            ),
+            mean=0.1307,
+            std=0.3081,
         ),
-        (
-            DatasetInfo(
-                name="digits",
-                description="Handwritten digits, 8x8 grey; embedded in scikit-learn, nothing to download",
-                train_size=1437,
-                test_size=360,
-                input_shape=(1, 8, 8),
-                classes=_TEN_DIGITS,
-                home_page="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
-                license="CC BY 4.0",
-                download_bytes=0,
+        _of_mnist_form(
+            name="fashion-mnist",
+            description="Pictures of clothes, 28x28 grey, harder than mnist",
+            classes=_CLOTHES,
+            home_page="https://github.com/zalandoresearch/fashion-mnist",
+            license="MIT",
+            download_bytes=30_878_645,
+        ): _MnistFamily(
+            mirrors=(
+                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
             ),
-            _digits,
+            sha256=(
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+            ),
+            mean=0.2860,
+            std=0.3530,
         ),
-        (
-            DatasetInfo(
-                name="higgs",
-                description="A sample of HIGGS: 20,971 of 11 million simulated particle collisions",
-                train_size=18000,
-                test_size=2971,
-                input_shape=(28,),
-                classes=("background", "signal"),
-                home_page="https://archive.ics.uci.edu/dataset/280/higgs",
-                license="CC BY 4.0",
-                download_bytes=1_509_337,
-                has_download=False,
-            ),
-            _higgs,
-        ),
-        (
-            DatasetInfo(
-                name="mnist",
-                description="Handwritten digits, 28x28 grey",
-                train_size=60000,
-                test_size=10000,
-                input_shape=(1, 28, 28),
-                classes=_TEN_DIGITS,
-                home_page="http://yann.lecun.com/exdb/mnist/",
-                license="CC BY-SA 3.0",
-                download_bytes=11_594_722,
-            ),
-            _MnistFamily(
-                mirrors=(
-                    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-                    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-                ),
-                sha256=(
-                    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-                    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-                    "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-                    "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-                ),
-                mean=0.1307,
-                std=0.3081,
-            ),
-        ),
-        (
-            DatasetInfo(
-                name="fashion-mnist",
-                description="Pictures of clothes, 28x28 grey, harder than mnist",
-                train_size=60000,
-                test_size=10000,
-                input_shape=(1, 28, 28),
-                classes=(
-                    *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
-                    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
-                ),
-                home_page="https://github.com/zalandoresearch/fashion-mnist",
-                license="MIT",
-                download_bytes=30_878_645,
-            ),
-            _MnistFamily(
-                mirrors=(
-                    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-                ),
-                sha256=(
-                    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-                    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-                    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-                    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-                ),
-                mean=0.2860,
-                std=0.3530,
-            ),
-        ),
-        (
-            DatasetInfo(
-                name="cifar10",
-                description="Photographs of animals and vehicles, 32x32 color",
-                train_size=50000,
-                test_size=10000,
-                input_shape=(3, 32, 32),
-                classes=(
-                    *("airplane", "automobile", "bird", "cat", "deer"),
-                    *("dog", "frog", "horse", "ship", "truck"),
-                ),
-                home_page="https://www.cs.toronto.edu/~kriz/cifar.html",
-                license="none stated; cite the 2009 report",
-                download_bytes=170_498_071,
-            ),
-            _cifar10,
-        ),
-    )
+        DatasetInfo(
+            name="cifar10",
+            description="Photographs of animals and vehicles, 32x32 color",
+            train_size=50000,
+            test_size=10000,
+            input_shape=(3, 32, 32),
+            classes=_THINGS,
+            home_page="https://www.cs.toronto.edu/~kriz/cifar.html",
+            license="none stated; cite the 2009 report",
+            download_bytes=170_498_071,
+        ): _cifar10,
+    }.items()
 }

@@ -68,15 +68,15 @@ class Dataset:
         _checks.batch(x, y)
         if not x.is_floating_point():
             raise TypeError(f"x_{part} must be floating point, got {x.dtype}.")
+        got = f"got {y.dtype} of shape {tuple(y.shape)}"
         if not self.classes:
-            if not y.is_floating_point() or y.ndim != 2:
-                raise TypeError(
-                    f"y_{part} must be floating point of shape (N, k), got {y.dtype} of shape {tuple(y.shape)}; labels "
-                    "need the names of their classes."
-                )
-            return
+            if y.is_floating_point() and y.ndim == 2:
+                return
+            raise TypeError(
+                f"y_{part} must be floating point of shape (N, k), {got}; labels need the names of their classes."
+            )
         if y.dtype != torch.int64 or y.ndim != 1:
-            raise TypeError(f"y_{part} must be int64 of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.")
+            raise TypeError(f"y_{part} must be int64 of shape (N,), {got}.")
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= len(self.classes):
             raise ValueError(
@@ -118,14 +118,10 @@ class Dataset:
         Raises:
             TypeError: `dtype` is not floating point.
         """
-        parts = {key: getattr(self, key) for key in ("x_train", "y_train", "x_test", "y_test")}
-        return replace(
-            self,
-            **{
-                key: value if value is None else value.to(device, dtype if value.is_floating_point() else None)
-                for key, value in parts.items()
-            },
-        )
+        keys = ("x_train", "y_train", "x_test", "y_test")
+        parts = {key: part for key in keys if (part := getattr(self, key)) is not None}
+        moved = {key: part.to(device, dtype if part.is_floating_point() else None) for key, part in parts.items()}
+        return replace(self, **moved)
 
     def split_validation(self, fraction_or_count: float, *, generator: torch.Generator) -> Dataset:
         """Return a set for tuning: rows held out of the training part take the place of the test rows.
@@ -142,37 +138,33 @@ class Dataset:
             TypeError: `generator` is not a `torch.Generator`.
             ValueError: The amount is out of range.
         """
-        rows = len(self.y_train)
-        count = fraction_or_count
-        if isinstance(count, float) and 0 < count < 1:
-            count = round(count * rows)
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < rows:
-            raise ValueError(
-                f"fraction_or_count must be a float in (0, 1) or an int in 1 … {rows - 1}, and leave a row "
-                f"or more on both sides, got {fraction_or_count!r} of {rows} rows."
-            )
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-        order = torch.randperm(rows, generator=generator, device=generator.device)
-        held_out = order[:count].sort().values.to(self.x_train.device)
-        kept = order[count:].sort().values.to(self.x_train.device)
-        return replace(
-            self,
-            x_train=self.x_train.index_select(0, kept),
-            y_train=self.y_train.index_select(0, kept),
-            x_test=self.x_train.index_select(0, held_out),
-            y_test=self.y_train.index_select(0, held_out),
+        accepted = "fraction_or_count must be a float in (0, 1) or an int in 1 … {last}"
+        halves = split_rows(len(self.y_train), fraction_or_count, 1, generator, accepted)
+        kept, held_out = (rows.to(self.x_train.device) for rows in halves)
+        x, y = self.x_train, self.y_train
+        return replace(self, x_train=x[kept], y_train=y[kept], x_test=x[held_out], y_test=y[held_out])
+
+
+def split_rows(rows: int, amount: Any, least: int, generator: torch.Generator, accepted: str) -> tuple[Tensor, Tensor]:
+    """Draw `amount` of the rows, a share or a number >= `least`; return the others and those, both in rising order.
+
+    `accepted` begins the message of the error for any other amount, with `{last}` for the largest number.
+    """
+    count = amount
+    if isinstance(amount, float) and 0 < amount < 1:
+        count = round(amount * rows) or -1  # a share that gives no row is refused
+    if isinstance(count, bool) or not isinstance(count, int) or not least <= count < rows:
+        raise ValueError(
+            f"{accepted.format(last=rows - 1)}, and leave a row or more on both sides, got {amount!r} of {rows} rows."
         )
+    order = torch.randperm(rows, generator=generator, device=generator.device)
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def batches(
-    x: Tensor,
-    y: Tensor,
-    batch_size: int,
-    *,
-    generator: torch.Generator | None,
-    drop_last: bool = False,
-    start: int = 0,
+    x: Tensor, y: Tensor, batch_size: int, *, generator: torch.Generator | None, drop_last: bool = False, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch over the rows of `x` and `y`, as copies gathered on the tensors' own device.
 
@@ -197,12 +189,9 @@ def batches(
     _checks.at_least("batch_size", batch_size, 1)
     _checks.at_least("start", start, 0)
     rows = x.shape[0]
-    if drop_last:
-        if rows < batch_size:
-            raise ValueError(f"drop_last leaves no batch: {rows} rows are fewer than batch_size={batch_size}.")
-        used = rows - rows % batch_size
-    else:
-        used = rows
+    if drop_last and rows < batch_size:
+        raise ValueError(f"drop_last leaves no batch: {rows} rows are fewer than batch_size={batch_size}.")
+    used = rows - rows % batch_size if drop_last else rows
     count = -(-used // batch_size)
     if start > count:
         raise ValueError(f"start must be <= {count}, the number of batches in this epoch, got {start}.")

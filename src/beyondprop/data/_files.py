@@ -29,10 +29,10 @@ class DataFile:
 
     Attributes:
         folder: Its folder under a data root, for example `"mnist"`.
-        name: Its file name.
-        sha256: The SHA-256 of its bytes, in hexadecimal.
+        sha256: Of its bytes, in hexadecimal.
         urls: Where it can be downloaded, tried in this order; empty where it is nowhere.
         hint: Where such a file comes from, for files without a download.
+        also: What else would serve, for the message where nothing is found.
     """
 
     folder: str
@@ -40,6 +40,7 @@ class DataFile:
     sha256: str
     urls: tuple[str, ...]
     hint: str = ""
+    also: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,8 @@ class Source:
         given = [self.root, Path(environment).expanduser() if environment else None, user_cache()]
         return list(dict.fromkeys(place for place in given if place is not None))
 
-    def obtain(self, file: DataFile, *, also: str = "") -> Path:
+    def obtain(self, file: DataFile) -> Path:
         """Return the path of a verified copy of `file`; what is missing goes to `root` or the user's cache.
-
-        Args:
-            file: What to look for.
-            also: What else would have served, for the message when nothing is found.
 
         Raises:
             DataIntegrityError: The first copy found has the wrong SHA-256.
@@ -74,15 +71,13 @@ class Source:
                 return path
         target = (self.root or user_cache()) / file.folder / file.name
         failures: list[str] = []
-        if self.download:
-            for url in file.urls:
-                try:
-                    download(url, target, file.sha256, self.progress)
-                except (OSError, HTTPException, DataIntegrityError) as error:
-                    failures.append(f"{url}: {error or type(error).__name__}")
-                else:
-                    return target
-        looked = [str(path) for path in candidates] + ([also] if also else [])
+        for url in file.urls if self.download else ():
+            try:
+                download(url, target, file.sha256, self.progress)
+                return target
+            except (OSError, HTTPException, DataIntegrityError) as error:
+                failures.append(f"{url}: {error or type(error).__name__}")
+        looked = [*map(str, candidates), *filter(None, [file.also])]
         tried = "Downloads failed" if self.download else "Downloading is switched off (download=False)"
         source = f"Get it from {file.urls[0]}" if file.urls else f"It has no public download. {file.hint} Get it"
         raise DataUnavailableError(
@@ -127,15 +122,13 @@ def download(url: str, target: Path, sha256: str, progress: Progress | None) -> 
     with urlopen(request, timeout=_TIMEOUT) as response, atomic_file(target) as out:
         length = response.headers.get("Content-Length")
         total = int(length) if length else None
-        done = 0
-        if progress is not None:
-            progress(done, total, target.name)
+        done, report = 0, progress or (lambda *call: None)
+        report(done, total, target.name)
         while chunk := response.read(_CHUNK):
             out.write(chunk)
             digest.update(chunk)
             done += len(chunk)
-            if progress is not None:
-                progress(done, total, target.name)
+            report(done, total, target.name)
         # Inside the context, so that what is short or wrong is deleted and never gets its name.
         if total is not None and done < total:
             raise ConnectionError(f"the connection ended after {done} of {total} bytes")

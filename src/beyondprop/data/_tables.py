@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -13,14 +13,14 @@ from zipfile import BadZipFile
 import numpy as np
 
 from beyondprop import _checks
-from beyondprop.data._arrays import Array, Rows, assemble
+from beyondprop.data._arrays import Array, Values, from_arrays
 from beyondprop.data._dataset import KINDS, Dataset
 
-Column = Sequence[str] | Array
+Columns = dict[str, Sequence[str] | Array]
+Where = Callable[[int], str]
 
-_TEXT = (".csv", ".tsv", ".txt")
 _OPTIONS = {
-    **dict.fromkeys(_TEXT, ("target", "drop", "test", "seed", "kind", "sep")),
+    **dict.fromkeys((".csv", ".tsv", ".txt"), ("target", "drop", "test", "seed", "kind", "sep")),
     ".parquet": ("target", "drop", "test", "seed", "kind"),
     ".npz": ("x", "y", "target", "test", "seed", "kind"),
 }
@@ -60,19 +60,18 @@ def read_file(form: str) -> Dataset:
     options = _options(parts, _OPTIONS[suffix])
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    test: Rows | float = _number("test", options["test"]) if "test" in options else 0.2
-    kind = options.get("kind")
-    if kind is not None:
-        _checks.one_of("kind", kind, KINDS)
+    test: Any = _number("test", options.get("test", "0.2"))
     if suffix == ".npz":
-        rows, held = _from_npz(path, options)
-        if held is not None and "test" in options:
+        kind = options.get("kind")
+        x, y, *held = _from_npz(path, options)
+        if held and "test" in options:
             raise ValueError(f"{path.name} has x_test and y_test; the option test= would take their place.")
-        test = test if held is None else held
+        test = held or test
     else:
-        columns, lines = _from_parquet(path) if suffix == ".parquet" else _from_text(path, options.get("sep"))
-        rows, kind = _table(path.name, columns, lines, options, kind)
-    return assemble(rows, test, name=path.name, seed=int(_number("seed", options.get("seed", "0"))), kind=kind)
+        columns, where = _from_parquet(path) if suffix == ".parquet" else _from_text(path, options.get("sep"))
+        x, y, kind = _table(path.name, columns, where, options)
+    seed = int(_number("seed", options.get("seed", "0")))
+    return from_arrays(x, y, name=path.name, test=test, seed=seed, kind=kind)
 
 
 def _parted(form: str) -> tuple[str, list[str]]:
@@ -100,33 +99,31 @@ def _number(key: str, text: str) -> int | float:
         raise ValueError(f"{key} must be a number, got {text!r}.") from None
 
 
-def _from_text(path: Path, sep: str | None) -> tuple[dict[str, Column], list[str]]:
+def _from_text(path: Path, sep: str | None) -> tuple[Columns, Where]:
     """Return the columns of a file as text by their names, and what each row goes by."""
     try:
         text = path.read_bytes().decode("utf-8-sig")  # a byte order mark is no part of the first name
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} must be text in UTF-8: {error}.") from None
-    if sep is not None:
-        sep = _SEPARATORS.get(sep, sep)
-        if len(sep) != 1:
-            raise ValueError(f"sep must be one character or {', '.join(_SEPARATORS)}, got {sep!r}.")
-    else:
+    if sep is None:
         head = text.lstrip("\r\n").partition("\n")[0]
         sep = max(",;\t", key=lambda sep: len(next(_reader(head, sep), ())))
+    elif len(sep := _SEPARATORS.get(sep, sep)) != 1:
+        raise ValueError(f"sep must be one character or {', '.join(_SEPARATORS)}, got {sep!r}.")
     records: list[list[str]] = []
     lines: list[str] = []
     end, reader = 0, _reader(text, sep, strict=True)
     try:
         for record in reader:
             if record:  # no blank line
-                records.append(record)
+                records.append([value.strip() for value in record])
                 lines.append(f"line {end + 1} of {path.name}")
             end = reader.line_num
     except csv.Error as error:
         raise ValueError(f"line {end + 1} of {path.name} cannot be read: {error}.") from None
     if len(records) < 2:
         raise ValueError(f"{path.name} must have a line of column names and rows after it, got {len(records)} lines.")
-    names = [name.strip() for name in records[0]]
+    names = records[0]
     if len(names) == 1:
         raise ValueError(f"{path.name} has the single column {names[0]!r}; name its separator with sep=.")
     if all(_floats([name]) is not None for name in names):
@@ -140,15 +137,14 @@ def _from_text(path: Path, sep: str | None) -> tuple[dict[str, Column], list[str
     for record, line in zip(records, lines, strict=True):
         if len(record) != len(names):
             raise ValueError(f"{line} has {len(record)} values; the first line has {len(names)} names.")
-    columns = zip(*records[1:], strict=True)
-    return dict(zip(names, columns, strict=True)), lines[1:]
+    return dict(zip(names, zip(*records[1:], strict=True), strict=True)), lines[1:].__getitem__
 
 
 def _reader(text: str, sep: str, *, strict: bool = False) -> Any:
     return csv.reader(io.StringIO(text, newline=""), delimiter=sep, skipinitialspace=True, strict=strict)
 
 
-def _from_parquet(path: Path) -> tuple[dict[str, Column], list[str]]:
+def _from_parquet(path: Path) -> tuple[Columns, Where]:
     try:
         from pyarrow import parquet  # type: ignore[import-not-found]
 
@@ -161,20 +157,24 @@ def _from_parquet(path: Path) -> tuple[dict[str, Column], list[str]]:
             columns = dict(pandas.read_parquet(path).items())
         except ImportError:
             raise ImportError(f"Reading {path.name} needs pyarrow or pandas: pip install pyarrow.") from None
-    found: dict[str, Column] = {}
+    found: Columns = {}
     for name, column in columns.items():
         array = np.asarray(column.to_numpy())
         if array.dtype.kind in "biuf":
             found[str(name)] = array.astype(np.float64)
         else:
-            found[str(name)] = ["" if value is None else str(value) for value in array]
-    return found, [f"row {row} of {path.name}" for row in range(len(next(iter(found.values()), ())))]
+            found[str(name)] = ["" if value is None else str(value).strip() for value in array]
+    return found, lambda row: f"row {row} of {path.name}"
 
 
-def _table(
-    file: str, columns: dict[str, Column], lines: list[str], options: dict[str, str], kind: str | None
-) -> tuple[Rows, str]:
+def _table(file: str, columns: Columns, where: Where, options: dict[str, str]) -> tuple[Values, Values, str]:
     """Return the inputs and targets of a table, and the kind that the targets are."""
+
+    def refusal(name: str, is_wrong: Callable[[str], bool], rule: str) -> ValueError:
+        row, value = next((row, value) for row, value in enumerate(columns[name]) if is_wrong(value))
+        found = "no value" if value in _MISSING else repr(value)
+        return ValueError(f"{where(row)} has {found} in column {name!r}; {rule}.")
+
     known = ", ".join(columns)
     if "target" not in options:
         raise ValueError(f"{file} needs target=COLUMN, one of: {known}.")
@@ -184,46 +184,31 @@ def _table(
             raise ValueError(f"{file} has no column {name!r}{_checks.hint(name, columns)}. Its columns: {known}.")
         if name in chosen[:index]:
             raise ValueError(f"The column {name!r} of {file} is named twice in target= and drop=.")
-    inputs = {name: _floats(column) for name, column in columns.items() if name not in chosen}
+    numbers: dict[str, Any] = {name: _floats(column) for name, column in columns.items() if name not in dropped}
+    inputs = [name for name in numbers if name not in targets]
     if not inputs:
         raise ValueError(f"{file} has no column for inputs besides {', '.join(chosen)}.")
-    if texts := [name for name, values in inputs.items() if values is None]:
-        row, value = _first_text(columns[texts[0]])
-        found = "no value" if value in _MISSING else f"{value!r}"
-        raise ValueError(
-            f"{lines[row]} has {found} in column {texts[0]!r}; inputs must be numbers; "
-            f"drop={','.join([*dropped, *texts])} leaves out every such column."
-        )
-    y, kind = _target(columns, lines, targets, kind)
-    x = np.stack([values for values in inputs.values() if values is not None], 1)
-    return Rows(x, y, tuple(inputs), tuple(targets), where=lines.__getitem__), kind
-
-
-def _target(columns: dict[str, Column], lines: list[str], targets: list[str], kind: str | None) -> tuple[Array, str]:
-    """Return the targets `(N,)` or `(N, k)`, and the kind that they are where `kind` does not say."""
-    numbers: list[Array] = []
+    if texts := [name for name in inputs if numbers[name] is None]:
+        drop = ",".join([*dropped, *texts])
+        raise refusal(texts[0], _is_text, f"inputs must be numbers; drop={drop} leaves out every such column")
+    kind = options.get("kind")
     for name in targets:
-        values = _floats(columns[name])
-        if values is not None:
-            numbers.append(values)
-            continue
-        text = [str(value).strip() for value in columns[name]]
-        if missing := [row for row, value in enumerate(text) if value in _MISSING]:
-            raise ValueError(
-                f"{lines[missing[0]]} has no value in column {name!r}; a target must have one in every row."
-            )
-        if kind == "regression" or len(targets) > 1:
-            row, value = _first_text(text)
-            raise ValueError(f"{lines[row]} has {value!r} in column {name!r}; targets of a regression must be numbers.")
-        return np.array(text), "classification"
-    if len(numbers) > 1:
-        return np.stack(numbers, 1), kind or "regression"
-    values = np.unique(numbers[0])
-    labels = len(values) <= min(_FEW, len(lines) // 2) and bool((values == np.floor(values)).all())
-    return numbers[0], kind or KINDS[not labels]
+        if numbers[name] is None and not _MISSING.isdisjoint(columns[name]):
+            raise refusal(name, _MISSING.__contains__, "a target must have one in every row")
+        if numbers[name] is None and (kind == "regression" or len(targets) > 1):
+            raise refusal(name, _is_text, "targets of a regression must be numbers")
+    if numbers[targets[0]] is None:
+        y, found = np.array(columns[targets[0]]), "classification"
+    else:
+        y = np.stack([numbers[name] for name in targets], 1)
+        values = np.unique(y)
+        is_label = len(values) <= min(_FEW, len(y) // 2) and (values == np.floor(values)).all()
+        found = KINDS[len(targets) > 1 or not is_label]
+    x = np.stack([numbers[name] for name in inputs], 1)
+    return Values("x", x, tuple(inputs), where), Values("y", y, tuple(targets), where), kind or found
 
 
-def _floats(column: Column) -> Array | None:
+def _floats(column: Sequence[str] | Array) -> Array | None:
     """Return a column as numbers, or None where a value is text or missing."""
     if isinstance(column, np.ndarray):
         return column
@@ -235,13 +220,12 @@ def _floats(column: Column) -> Array | None:
     return None if np.isnan(values).any() or "_" in "".join(column) else values
 
 
-def _first_text(column: Column) -> tuple[int, str]:
-    """Return the first value of a column that is no number, after its row."""
-    return next((row, value.strip()) for row, value in enumerate(column) if _floats([value]) is None)
+def _is_text(value: str) -> bool:
+    return _floats([value]) is None
 
 
-def _from_npz(path: Path, options: dict[str, str]) -> tuple[Rows, Rows | None]:
-    """Return the arrays of a file: all rows or those for training, and those for the test where there are any."""
+def _from_npz(path: Path, options: dict[str, str]) -> list[Values]:
+    """Return inputs and targets: of all rows or those for training, and of those for the test where there are any."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -250,11 +234,11 @@ def _from_npz(path: Path, options: dict[str, str]) -> tuple[Rows, Rows | None]:
     if "y" in options and "target" in options:
         raise ValueError(f"y= and target= both name the targets of {path.name}; one is enough.")
     split = "_train" if "x" not in options and "x_train" in arrays else ""
-    x, y = options.get("x", f"x{split}"), options.get("y", options.get("target", f"y{split}"))
-    pairs = [(x, y), ("x_test", "y_test")] if split and "x_test" in arrays else [(x, y)]
-    for name in (name for pair in pairs for name in pair):
+    names = {"x": options.get("x", f"x{split}"), "y": options.get("y", options.get("target", f"y{split}"))}
+    if split and "x_test" in arrays:
+        names |= {"x_test": "x_test", "y_test": "y_test"}
+    for name in names.values():
         if name not in arrays:
             known = ", ".join(arrays)
             raise ValueError(f"{path.name} has no array {name!r}{_checks.hint(name, arrays)}. Its arrays: {known}.")
-    rows = [Rows(arrays[x], arrays[y], part=part) for (x, y), part in zip(pairs, ("", "_test"), strict=False)]
-    return rows[0], rows[1] if len(rows) > 1 else None
+    return [Values(key, arrays[name]) for key, name in names.items()]

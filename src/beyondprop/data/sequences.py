@@ -14,12 +14,8 @@ ADDING_CHANCE = 1 / 6
 def adding(rows: int, steps: int = 100, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw the adding problem: `(rows, steps, 2)` numbers in [0, 1) with marks, and `(rows, 1)` sums of the two marked ones.
 
-    One mark is in the first half, one in the second; a net that answers 1 throughout has the mean squared error 1/6.
-
-    Args:
-        rows: sequences.
-        steps: their length, >= 2.
-        generator: the random numbers' source; None: torch's global one.
+    One mark is in the first half, one in the second, of 2 steps or more; a net that answers 1 throughout has the mean
+    squared error 1/6. Numbers come from `generator`, by default from torch's global one.
 
     Source: Hochreiter & Schmidhuber, "Long Short-Term Memory", Neural Computation 9, 1997, with the marks of Le, Jaitly &
     Hinton 2015, arXiv 1504.00941.

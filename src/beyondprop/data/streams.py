@@ -22,13 +22,7 @@ SETTINGS = ("class-incremental", "domain-incremental")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StreamTask:
-    """One task of a stream.
-
-    Attributes:
-        name: what it is, for tables.
-        train_size: training rows.
-        num_classes: of this task alone.
-    """
+    """One task of a stream: its name for tables, and the numbers of its own training rows and classes."""
 
     name: str
     train_size: int
@@ -40,12 +34,7 @@ class StreamTask:
     _order: Tensor | None  # of the flattened inputs
 
     def batches(self, batch_size: int, *, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every training row once, in an order that `generator` draws, gathered batch by batch.
-
-        Args:
-            batch_size: rows in a batch; the last has what is left.
-            generator: a CPU generator.
-        """
+        """Yield every training row once, in an order that a CPU generator draws, gathered batch by batch."""
         _checks.at_least("batch_size", batch_size, 1)
         order = self._train_rows[torch.randperm(self.train_size, generator=generator)]
         for rows in order.to(self._data.x_train.device).split(batch_size):
@@ -78,7 +67,27 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[StreamTask]: ...
 
 
-class SplitStream:
+class _DatasetStream:
+    """The tasks made of one data set, with `input_shape` of one input and as many outputs as `num_classes`."""
+
+    num_classes: int
+    _tasks: Sequence[StreamTask]
+
+    def __init__(self, dataset: Dataset, tasks: int) -> None:
+        if not dataset.classes or dataset.y_test is None:
+            raise ValueError(f"A stream needs a data set with classes and test rows, got {dataset!r}.")
+        _checks.at_least("tasks", tasks, 1)
+        self.dataset = dataset
+        self.input_shape = dataset.input_shape
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[StreamTask]:
+        return iter(self._tasks)
+
+
+class SplitStream(_DatasetStream):
     """A data set cut by its classes: each task has some of them, and no two tasks share one.
 
     In the class-incremental setting labels are the data set's own: the network has an output for every class and is asked,
@@ -103,42 +112,28 @@ class SplitStream:
     def __init__(
         self, dataset: Dataset, tasks: int = 5, setting: str = "class-incremental", *, seed: int | None = None
     ) -> None:
-        _check_rows(dataset)
-        _checks.at_least("tasks", tasks, 1)
+        super().__init__(dataset, tasks)
         self.setting: str = _checks.one_of("setting", setting, SETTINGS)
-        if dataset.num_classes % tasks:
+        count = dataset.num_classes
+        if count % tasks:
             raise ValueError(
-                f"tasks must divide the {dataset.num_classes} classes of {dataset.name!r}, each with as many, got {tasks}."
+                f"tasks must divide the {count} classes of {dataset.name!r}, each with as many, got {tasks}."
             )
-        if self.setting == "domain-incremental" and tasks == dataset.num_classes:
+        is_local = setting == "domain-incremental"
+        if is_local and tasks == count:
             raise ValueError(
                 f"tasks must leave each task two classes or more where labels are counted within the task, got {tasks} for the "
                 f"{tasks} classes of {dataset.name!r}."
             )
-        classes = torch.arange(dataset.num_classes)
+        classes = torch.arange(count)
         if seed is not None:
-            classes = classes[torch.randperm(len(classes), generator=_generator(seed))]
-        self.dataset = dataset
+            generator = torch.Generator().manual_seed(_checks.at_least("seed", seed, 0))
+            classes = classes[torch.randperm(count, generator=generator)]
         self.classes: list[list[int]] = classes.view(tasks, -1).tolist()
-        self._tasks = [self._task(own) for own in self.classes]
+        self.num_classes = count // tasks if is_local else count
+        self._tasks = [self._task(own, is_local) for own in self.classes]
 
-    @property
-    def num_classes(self) -> int:
-        """Outputs that a network needs."""
-        return self.dataset.num_classes if self.setting == "class-incremental" else len(self.classes[0])
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
-        return self.dataset.input_shape
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __iter__(self) -> Iterator[StreamTask]:
-        return iter(self._tasks)
-
-    def _task(self, own: Sequence[int]) -> StreamTask:
+    def _task(self, own: Sequence[int], is_local: bool) -> StreamTask:
         data = self.dataset
         wanted = torch.tensor(own)
         train, test = (torch.isin(y.cpu(), wanted).nonzero().squeeze(1) for y in (data.y_train, data.y_test))
@@ -146,13 +141,13 @@ class SplitStream:
         if not len(train) or not len(test):
             raise ValueError(f"Task {name} of {data.name!r} has {len(train)} training and {len(test)} test rows.")
         labels = torch.arange(data.num_classes)
-        if self.setting == "domain-incremental":
+        if is_local:
             labels = torch.full_like(labels, -1)
             labels[wanted] = torch.arange(len(own))
         return StreamTask(name, len(train), len(own), data, train, test, labels, None)
 
 
-class PermutedStream:
+class PermutedStream(_DatasetStream):
     """A data set whose inputs are shuffled by another permutation in every task; labels stay (domain-incremental).
 
     Permuted MNIST, Goodfellow et al. 2013 (arXiv 1312.6211). The first task has the inputs as they are.
@@ -162,52 +157,20 @@ class PermutedStream:
         tasks: how many, >= 1.
         seed: of the permutations.
         train_size: training rows of a task, drawn anew for each; None takes all.
-
-    Raises:
-        ValueError: if an argument is out of its range.
     """
 
     def __init__(self, dataset: Dataset, tasks: int = 10, *, seed: int = 0, train_size: int | None = None) -> None:
-        _check_rows(dataset)
-        _checks.at_least("tasks", tasks, 1)
+        super().__init__(dataset, tasks)
         rows = len(dataset.y_train)
-        if train_size is not None and not 1 <= _checks.at_least("train_size", train_size, 1) <= rows:
+        if train_size is not None and _checks.at_least("train_size", train_size, 1) > rows:
             raise ValueError(f"train_size must be <= {rows}, the training rows of {dataset.name!r}, got {train_size}.")
-        self.dataset = dataset
-        generator = _generator(seed)
+        generator = torch.Generator().manual_seed(_checks.at_least("seed", seed, 0))
         features = dataset.x_train[0].numel()
         orders = [None, *(torch.randperm(features, generator=generator) for _ in range(tasks - 1))]
-        labels, test = torch.arange(dataset.num_classes), torch.arange(len(dataset.y_test))
+        self.num_classes = dataset.num_classes
+        labels, test = torch.arange(self.num_classes), torch.arange(len(dataset.y_test))
         self._tasks = []
         for index, order in enumerate(orders):
-            train = torch.arange(rows)
-            if train_size is not None:
-                train = torch.randperm(rows, generator=generator)[:train_size]
-            name = "as it is" if order is None else f"permutation {index}"
-            task = StreamTask(name, len(train), dataset.num_classes, dataset, train, test, labels, order)
-            self._tasks.append(task)
-
-    @property
-    def num_classes(self) -> int:
-        """Outputs that a network needs."""
-        return self.dataset.num_classes
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
-        return self.dataset.input_shape
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __iter__(self) -> Iterator[StreamTask]:
-        return iter(self._tasks)
-
-
-def _check_rows(dataset: Dataset) -> None:
-    if not dataset.classes or dataset.y_test is None:
-        raise ValueError(f"A stream needs a data set with classes and test rows, got {dataset!r}.")
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_checks.at_least("seed", seed, 0))
+            name = f"permutation {index}" if index else "as it is"
+            train = torch.arange(rows) if train_size is None else torch.randperm(rows, generator=generator)[:train_size]
+            self._tasks.append(StreamTask(name, len(train), self.num_classes, dataset, train, test, labels, order))

@@ -23,41 +23,7 @@ if TYPE_CHECKING:
     )
     from beyondprop.lab.training import Alignment, History, StreamResult, Training, alignment, fit, run_stream
 
-_HOMES = {
-    "beyondprop.lab.comparing.comparison": (
-        "compare",
-        "resume",
-    ),
-    "beyondprop.lab.comparing.member": ("Contender",),
-    "beyondprop.lab.comparing.settings": ("Settings",),
-    "beyondprop.lab.registry": (
-        "NetSpec",
-        "RuleSpec",
-        "TaskSpec",
-        "register",
-    ),
-    "beyondprop.lab.tasks": (
-        "AddingTask",
-        "Classification",
-        "ContinualTask",
-        "Metric",
-        "Reconstruction",
-        "Regression",
-        "RowsTask",
-        "Task",
-        "evaluate",
-    ),
-    "beyondprop.lab.training": (
-        "Alignment",
-        "History",
-        "StreamResult",
-        "Training",
-        "alignment",
-        "fit",
-        "run_stream",
-    ),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOMES = ("comparing.settings", "registry", "tasks", "training", "comparing.member", "comparing.comparison")
 
 __all__ = [
     "AddingTask",
@@ -88,10 +54,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
-    return value
+    # Loaded when asked for, lightest home first: the command line's settings shall not wait for torch.
+    if name in __all__:
+        for home in map(importlib.import_module, (f"{__name__}.{home}" for home in _HOMES)):
+            if hasattr(home, name):
+                value = globals()[name] = getattr(home, name)
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -10,20 +10,10 @@ from torch import nn
 
 from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
 from beyondprop.lab.registry import Build, RuleSpec, register
-from beyondprop.optim.affine_projection import AffineProjection
-from beyondprop.optim.factories import adam
-from beyondprop.optim.locoprop import LocoProp
-from beyondprop.rules.altmin import AltMin
-from beyondprop.rules.backprop import Backprop
-from beyondprop.rules.base import LearningRule
-from beyondprop.rules.local import LocalRule
-from beyondprop.rules.offline.admm import ADMM
-from beyondprop.rules.offline.altmin import OfflineAltMin
-from beyondprop.rules.offline.bcd import BCD
-from beyondprop.rules.offline.mac import MAC
-from beyondprop.rules.targetprop import DifferenceTargetProp
-from beyondprop.solvers.descent import Descent
-from beyondprop.solvers.memory import Memory
+from beyondprop.optim import AffineProjection, LocoProp, adam
+from beyondprop.rules import AltMin, Backprop, DifferenceTargetProp, LearningRule, LocalRule
+from beyondprop.rules.offline import ADMM, BCD, MAC, OfflineAltMin
+from beyondprop.solvers import Descent, Memory
 from beyondprop.stages.losses import LossFunction
 
 
@@ -47,17 +37,13 @@ def _published(preset: Callable[..., LearningRule]) -> Build:
     return lambda model, loss, lr: preset(model, loss, weight_solver=partial(torch.optim.Adam, lr=lr))
 
 
-def _row_loss(loss: LossFunction, of_labels: str) -> str:
-    return of_labels if isinstance(loss, nn.CrossEntropyLoss) else "squared"
-
-
 _AM = "Choromanska et al., ICML 2019, arXiv 1806.09077"
 _LOCOPROP = "Amid, Anil & Warmuth, AISTATS 2022, arXiv 2106.06199"
 _ADAM_GRID, _SGD_GRID, _LOCOPROP_GRID = (3e-4, 1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1, 3e-1), (1e-5, 3e-5, 1e-4, 3e-4)
 
 # fmt: off
 # name, title, summary, source, build, lr, grid, schedule, whole set, home, page
-_ROWS = (
+for _row in (
     ("am-adam", "AM-Adam", "alternating minimization, line-search codes, Adam weight steps", f"{_AM}, Algorithm 2.1",
      lambda model, loss, lr: AltMin(model, loss, adam(lr)), 3e-3, _ADAM_GRID, None, False, "AltMin", "altmin"),
     ("am-adam-unit", "AM-Adam, unit damping", "as am-adam, with the published damping of 1 below blocks of layers, too",
@@ -111,8 +97,9 @@ _ROWS = (
     ("admm", "ADMM",
      "no gradients: least squares, closed-form codes, a multiplier on the output, hinge loss on one-hot labels",
      "Taylor et al., ICML 2016, arXiv 1605.02026, Algorithm 1",
-     lambda model, loss, lr: ADMM(model, loss, output_loss=_row_loss(loss, "hinge"), beta=1 / lr, gamma=10 / lr),
-     1.0, (0.3, 1.0, 3.0, 10.0), "constant", True, "ADMM", "offline"),
+     lambda model, loss, lr: ADMM(
+         model, loss, output_loss="hinge" if isinstance(loss, nn.CrossEntropyLoss) else "squared", beta=1 / lr, gamma=10 / lr
+     ), 1.0, (0.3, 1.0, 3.0, 10.0), "constant", True, "ADMM", "offline"),
     ("fa", "Feedback alignment", "errors through fixed random tensors in place of the weights, Adam weight steps",
      "Lillicrap et al., Nature Communications 2016",
      lambda model, loss, lr: LocalRule(model, loss, FeedbackAlignment(), Descent(adam(lr))),
@@ -124,7 +111,6 @@ _ROWS = (
     ("dtp", "Difference target propagation", "targets through learned inverses, Adam weight steps",
      "Lee et al., ECML 2015, arXiv 1412.7525", lambda model, loss, lr: DifferenceTargetProp(model, loss, adam(lr)),
      3e-3, _ADAM_GRID, None, False, "DifferenceTargetProp", "targetprop"),
-)
-# fmt: on
-for _row in _ROWS:
+):
     register(RuleSpec(*_row))
+# fmt: on

@@ -14,15 +14,25 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import nn
 
 from beyondprop import _checks
+from beyondprop.data import Progress
 from beyondprop.rules.base import LearningRule
 from beyondprop.stages.losses import LossFunction
 
 Build = Callable[[nn.Module, LossFunction, float], LearningRule]
-Progress = Callable[[int, int | None, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class RuleSpec:
+class _Named:
+    kind: ClassVar[str]
+    name: str
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c.isspace() or c in "/=:," for c in self.name):
+            raise ValueError(f"name must be a word without spaces, '/', '=', ':' and ',', got {self.name!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSpec(_Named):
     """A learning rule as the command line knows it.
 
     Attributes:
@@ -35,12 +45,12 @@ class RuleSpec:
         grid: learning rates that `--tune` tries, the same number for every rule.
         schedule: learning-rate schedule where none is given; None: the run's own.
         whole_set: whether a step takes the whole training set: one step an epoch, its rows in one order.
+        cost: time of a step in units of the run's own: it trains for 1 / cost of the run's epochs.
         home: public name of what it builds, such as `"AltMin"`.
         page: the page of the documentation that explains it.
     """
 
     kind: ClassVar[str] = "rule"
-    name: str
     title: str
     summary: str
     source: str
@@ -51,14 +61,16 @@ class RuleSpec:
     whole_set: bool = False
     home: str = ""
     page: str = ""
+    cost: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        _Named.__post_init__(self)
         _checks.positive("lr", self.lr)
+        _checks.positive("cost", self.cost)
 
 
 @dataclass(frozen=True, slots=True)
-class NetSpec:
+class NetSpec(_Named):
     """A family of networks as the command line knows it.
 
     Attributes:
@@ -70,18 +82,14 @@ class NetSpec:
     """
 
     kind: ClassVar[str] = "net"
-    name: str
     form: str
     summary: str
     build: Callable[[str, Sequence[int], int], nn.Module]
     loss: LossFunction | None = None
 
-    def __post_init__(self) -> None:
-        _check_name(self.name)
-
 
 @dataclass(frozen=True, slots=True)
-class TaskSpec:
+class TaskSpec(_Named):
     """A kind of task as the command line knows it.
 
     Attributes:
@@ -93,16 +101,12 @@ class TaskSpec:
     """
 
     kind: ClassVar[str] = "task"
-    name: str
     form: str
     summary: str
     load: Callable[[str, Progress | None], Any]
 
-    def __post_init__(self) -> None:
-        _check_name(self.name)
 
-
-Spec = TypeVar("Spec", RuleSpec, NetSpec, TaskSpec)
+Spec = TypeVar("Spec", bound=_Named)
 
 
 class Table(Generic[Spec]):
@@ -110,13 +114,11 @@ class Table(Generic[Spec]):
 
     def __init__(self, kind: type[Spec], built_in: str) -> None:
         self.kind = kind.kind
-        self._built_in: str | None = built_in
+        self._built_in = built_in
         self.rows: dict[str, Spec] = {}
 
     def _load(self) -> dict[str, Spec]:
-        if self._built_in is not None:
-            module, self._built_in = self._built_in, None
-            importlib.import_module(module)  # when somebody looks
+        importlib.import_module(self._built_in)  # when somebody looks, and once
         return self.rows
 
     def get(self, name: str) -> Spec:
@@ -195,8 +197,3 @@ def load_file(where: str) -> ModuleType:
     spec.loader.exec_module(module)
     _files[key] = module
     return module
-
-
-def _check_name(name: str) -> None:
-    if not name or any(c.isspace() or c in "/=:," for c in name):
-        raise ValueError(f"name must be a word without spaces, '/', '=', ':' and ',', got {name!r}.")

@@ -34,9 +34,6 @@ from torch import Tensor
 
 from beyondprop import _checks
 
-CURVATURES = ("published", "strong")
-COUPLINGS = ("random", "aligned")
-
 
 @dataclass(frozen=True, slots=True)
 class BlockConstants:
@@ -73,7 +70,7 @@ class BlockConstants:
         _checks.positive("mu", self.mu)
         _checks.non_negative("gamma", self.gamma)
         _checks.at_least("blocks", self.blocks, 1)
-        _checks.one_of("curvature", self.curvature, CURVATURES)
+        _checks.one_of("curvature", self.curvature, ("published", "strong"))
         if self.mu < self.lam:
             raise ValueError(f"mu must be >= lam={self.lam:g}, got {self.mu:g}.")
         if not self.is_admissible and not self.force:
@@ -167,7 +164,7 @@ def quadratic(
     _checks.at_least("dim", dim, 2)
     _checks.at_least("repeats", repeats, 1)
     _checks.positive("distance", distance)
-    _checks.one_of("coupling", coupling, COUPLINGS)
+    _checks.one_of("coupling", coupling, ("random", "aligned"))
     count, gamma = constants.blocks, constants.gamma
 
     def normal(*shape: int) -> Tensor:

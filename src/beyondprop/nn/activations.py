@@ -40,7 +40,7 @@ def _leaky_relu(module: nn.LeakyReLU) -> Activation:
 def _softplus(module: nn.Softplus) -> Activation:
     beta, threshold = module.beta, module.threshold
     return Activation(
-        lambda z: F.softplus(z, beta, threshold),
+        module.forward,
         # Beyond the threshold torch computes the identity, whose slope is exactly 1.
         lambda z, a: torch.where(z * beta > threshold, 1.0, torch.sigmoid(z * beta)).to(z.dtype),
     )
@@ -54,11 +54,6 @@ def gelu_slope(z: Tensor, approximate: str) -> Tensor:
     return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
 
-def _gelu(module: nn.GELU) -> Activation:
-    form = module.approximate
-    return Activation(lambda z: F.gelu(z, approximate=form), lambda z, a: gelu_slope(z, form))
-
-
 def _hardtanh(module: nn.Hardtanh) -> Activation:
     low, high = module.min_val, module.max_val
     return Activation(lambda z: z.clamp(low, high), lambda z, a: ((z > low) & (z < high)).to(z.dtype))
@@ -70,7 +65,7 @@ _FACTORIES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Tanh: lambda m: Activation(torch.tanh, lambda z, a: 1 - a * a, needs_input=False),
     nn.Sigmoid: lambda m: Activation(torch.sigmoid, lambda z, a: a * (1 - a), needs_input=False),
     nn.Softplus: _softplus,
-    nn.GELU: _gelu,
+    nn.GELU: lambda m: Activation(m.forward, lambda z, a: gelu_slope(z, m.approximate)),
     nn.Hardtanh: _hardtanh,
     nn.ReLU6: _hardtanh,
     nn.Hardsigmoid: lambda m: Activation(F.hardsigmoid, lambda z, a: ((z > -3) & (z < 3)).to(z.dtype) / 6),

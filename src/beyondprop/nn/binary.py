@@ -21,26 +21,12 @@ TargetRule = Callable[[Tensor, Tensor], Tensor]
 """Maps inputs z and targets in {-1, 0, 1} (0: none) to factors >= 0 on the deltas, all of one shape."""
 
 
-def _hardtanh(z: Tensor, target: Tensor) -> Tensor:
-    del target
-    return (z.abs() <= 1).to(z.dtype)
-
-
-def _identity(z: Tensor, target: Tensor) -> Tensor:
-    del target
-    return torch.ones_like(z)
-
-
-def _tanh(z: Tensor, target: Tensor) -> Tensor:
-    del target
-    return 1 - z.tanh().square_()
-
-
-def _hinge(z: Tensor, target: Tensor) -> Tensor:
-    return (z * target <= 1).to(z.dtype)
-
-
-TARGET_RULES: dict[str, TargetRule] = {"hardtanh": _hardtanh, "identity": _identity, "tanh": _tanh, "hinge": _hinge}
+TARGET_RULES: dict[str, TargetRule] = {
+    "hardtanh": lambda z, target: (z.abs() <= 1).to(z.dtype),
+    "identity": lambda z, target: torch.ones_like(z),
+    "tanh": lambda z, target: 1 - z.tanh().square_(),
+    "hinge": lambda z, target: (z * target <= 1).to(z.dtype),
+}
 """Target rules by name.
 
 | name | factor | where it is from |
@@ -139,9 +125,7 @@ class _Thresholded(torch.autograd.Function):
         return gradient * ctx.kept, None
 
 
-def _closed_form(module: Threshold) -> Activation:
-    return Activation(module.send, lambda z, a: module.factors(z, torch.zeros_like(z)), factors=module.factors)
-
-
 for _kind in (Sign, Step):
-    register_closed_form(_kind, _closed_form)
+    register_closed_form(
+        _kind, lambda m: Activation(m.send, lambda z, a: m.factors(z, torch.zeros_like(z)), factors=m.factors)
+    )

@@ -1,13 +1,28 @@
-"""Functions of tensors that layers, optimizers and stages share."""
+"""Functions of tensors and modules that layers, optimizers and stages share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode, and give every module its own mode back."""
+    # Each module's own: a part of a model may be in evaluation mode during training, too.
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def patches(features: Tensor, conv: Any, *, padding: Sequence[int] | None = None) -> Tensor:

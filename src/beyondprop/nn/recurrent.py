@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.nn.activations import closed_form
 
-OUTPUTS = ("last", "all")
-
 
 class ElmanCell(nn.Module):
     """`c_t = W x_t + U f(c_{t-1}) + b`: the state is the pre-activation, which is where alternating minimization has its codes.
@@ -94,7 +92,7 @@ class Recurrent(nn.Module):
                     f"cell must be a module with the attribute {name}, such as nn.GRUCell, got {type(cell).__name__}."
                 )
         self.cell: Any = cell
-        self.outputs = _checks.one_of("outputs", outputs, OUTPUTS)
+        self.outputs = _checks.one_of("outputs", outputs, ("last", "all"))
 
     @property
     def state_size(self) -> int:
@@ -102,21 +100,17 @@ class Recurrent(nn.Module):
         return self.cell.hidden_size * (2 if isinstance(self.cell, nn.LSTMCell) else 1)
 
     def advance(self, x: Tensor, state: Tensor) -> Tensor:
-        """Map an input `(N, input_size)` and a state `(N, state_size)` to the next state.
-
-        Raises:
-            ValueError: if the cell returns something else.
-        """
-        if not isinstance(self.cell, nn.LSTMCell):
-            after = self.cell(x, state)
-            if not isinstance(after, Tensor) or after.shape != state.shape:
-                found = f"shape {tuple(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
-                raise ValueError(
-                    f"{type(self.cell).__name__} must return the next state, of the last one's shape {tuple(state.shape)}, "
-                    f"got {found}."
-                )
-            return after
-        return torch.cat(self.cell(x, tuple(state.chunk(2, 1))), 1)
+        """Map an input `(N, input_size)` and a state `(N, state_size)` to the next; `ValueError` if the cell returns none."""
+        if isinstance(self.cell, nn.LSTMCell):
+            return torch.cat(self.cell(x, tuple(state.chunk(2, 1))), 1)
+        after = self.cell(x, state)
+        if not isinstance(after, Tensor) or after.shape != state.shape:
+            found = f"shape {tuple(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
+            raise ValueError(
+                f"{type(self.cell).__name__} must return the next state, of the last one's shape {tuple(state.shape)}, "
+                f"got {found}."
+            )
+        return after
 
     def forward(self, x: Tensor) -> Tensor:
         """Map sequences `(N, T, input_size)` to the last state, or to all.

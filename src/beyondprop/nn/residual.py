@@ -40,11 +40,7 @@ class Residual(nn.Module):
 
 
 def joined(skip: Tensor, branch: Tensor) -> Tensor:
-    """Return `skip + branch`.
-
-    Raises:
-        ValueError: if their shapes differ; a sum that broadcasts is no skip.
-    """
+    """Return `skip + branch`; `ValueError` if their shapes differ: a sum that broadcasts is no skip."""
     if skip.shape != branch.shape:
         raise ValueError(
             f"Residual adds its skip, of shape {tuple(skip.shape)}, to its branch, of shape {tuple(branch.shape)}: these must "

@@ -26,7 +26,6 @@ class Patches(nn.Module):
         self.size = _checks.at_least("size", size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to rows of patches."""
         return F.unfold(x, self.size, stride=self.size).transpose(1, 2)
 
     def extra_repr(self) -> str:

@@ -13,11 +13,12 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
-from beyondprop.optim._units import Batch, Call, Layer, Unit, find_layers, find_units, unwrapped
+from beyondprop.optim._maps import LayerMap
+from beyondprop.optim._units import Batch, Call, find_layers, find_units, unwrapped
 
 
 class Capture:
-    """Records the calls of a model's Linear, Conv and Embedding layers through hooks.
+    """Records the calls of a model's Linear, Conv and Embedding layers through hooks, from `attach` on.
 
     A forward hook leaves the call with the autograd graph; when the gradient of the layer's output arrives there, the call is
     put on its unit's list. Whatever is never differentiated (evaluation, `no_grad`, the first pass of a checkpointed block)
@@ -26,33 +27,33 @@ class Capture:
     Args:
         model: any module; a `DistributedDataParallel` is looked into.
         exclude: names of modules, or patterns such as `"head.*"`, that are left alone.
-        outputs: whether outputs are wanted, too; `output_layers` can be narrowed down later.
-        gradients: whether the gradients at outputs are wanted.
 
-    Raises:
-        UnsupportedModelError: if a layer cannot be captured; the message has its name.
-        ValueError: if an excluded name fits no module, or nothing is left to capture.
+    Attributes:
+        output_layers: names of layers of which outputs are wanted, too.
+        gradients: whether the gradients at outputs are wanted.
+        root: the module inside wrappers.
+        group: process group whose ranks have parts of the batch.
+        others: names and parameters that are not captured.
     """
 
-    def __init__(
-        self, model: nn.Module, exclude: Iterable[str] = (), *, outputs: bool = False, gradients: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, exclude: Iterable[str] = ()) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        self.gradients = gradients
+        self.gradients = False
+        self.output_layers: set[str] = set()
         self.on_start: Callable[[], None] | None = None
-        self.on_arrival: Callable[[Layer], None] | None = None
+        self.on_arrival: Callable[[LayerMap], None] | None = None
         self.nodes: dict[str, list[Any]] = {}  # autograd nodes of outputs, for as long as `watched` has the layer
         self.watched: set[str] = set()
-        self.root = unwrapped(model)
+        self.root, self.group = unwrapped(model)
         self.layers = find_layers(self.root, tuple(exclude))
         self.units = find_units(self.root, self.layers)
-        self.output_layers = {layer.name for layer in self.layers} if outputs else set()
         self._unit_of = {layer.name: unit for unit in self.units for layer in unit.layers}
+        taken = {p for unit in self.units for p in unit.parameters}
+        self.others = [(name, p) for name, p in self.root.named_parameters() if p not in taken]
         self._batch: Batch | None = None
         self._last: Batch | None = None
         self._handles: list[RemovableHandle] = []
-        self.attach()
 
     def attach(self) -> None:
         """Install the hooks."""
@@ -66,8 +67,8 @@ class Capture:
         # The copied modules carry inert hooks; they get live ones of their own. Calls belong to the graph of the original.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in _NOT_COPIED})
-        new._handles, new.nodes, new._batch, new._last = [], {}, None, None
+        own: dict[str, Any] = {"_handles": [], "nodes": {}, "_batch": None, "_last": None, "group": self.group}
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in own} | own)
         for unit in new.units:
             unit.calls.clear()
         if self._handles:
@@ -103,11 +104,7 @@ class Capture:
         if not any(bool(g.any()) for g in gradients):
             self.clear()  # of a step that was skipped: its gradients have been thrown away
 
-    def finish(self) -> None:
-        """Note that the model's call is over."""
-        self._batch = None
-
-    def record(self, layer: Layer, x: Any, z: Any) -> Tensor | None:
+    def record(self, layer: LayerMap, x: Any, z: Any) -> Tensor | None:
         """Leave one call with the graph of its output; return the output that takes its place."""
         if not (torch.is_grad_enabled() and isinstance(z, Tensor) and z.requires_grad and isinstance(x, Tensor)):
             return None
@@ -125,42 +122,36 @@ class Capture:
             del self.nodes[layer.name][:-_NODES]
         kept = z.detach() if layer.name in self.output_layers else None
         batch = self._batch or (self._last if inside else None) or Batch(x.shape[0] if x.ndim else 1)
-        call = Call(layer, x.detach(), x._version, kept, z._version, None, batch)
-        z.register_hook(_Arrival(self, unit, call))
+        call = Call(layer, x.detach(), x._version, kept, z._version, batch)
+        alive = weakref.ref(self)
+
+        def arrive(gradient: Tensor) -> None:
+            capture = alive()
+            if capture is None:
+                return
+            if capture.on_arrival is not None and layer.name in capture.watched:
+                capture.on_arrival(layer)
+            if capture.gradients:
+                call.gradient = gradient.detach()
+            unit.calls.append(call)
+
+        z.register_hook(arrive)
         return z
 
-    def arrived(self, unit: Unit, call: Call, gradient: Tensor) -> None:
-        """Take a call whose output has got its gradient."""
-        if self.on_arrival is not None and call.layer.name in self.watched:
-            self.on_arrival(call.layer)
-        if self.gradients:
-            call.gradient = gradient.detach()
-        unit.calls.append(call)
-
-    def check(self, others: Iterable[tuple[str, nn.Parameter]], *, ranks: bool = False) -> None:
-        """Raise unless all gradients can be used; nothing has been changed then.
-
-        Args:
-            others: names and parameters that are not captured.
-            ranks: whether other ranks have parts of the batch: a layer's calls may all be theirs.
-
-        Raises:
-            NonFiniteError: if a gradient is not finite.
-            UnsupportedModelError: if a gradient is sparse or came about without a call of its layer, or a layer's input or
-                weight is no longer what it was.
-        """
+    def check(self) -> None:
+        """Raise `NonFiniteError` or `UnsupportedModelError` unless all gradients can be used; nothing has been changed then."""
         named = [(unit.name, p) for unit in self.units for p in unit.parameters]
         for name, p in named:
             if p.grad is not None and p.grad.layout is not torch.strided:
                 raise UnsupportedModelError(
                     f"The gradient of {name!r} is sparse; dense ones are needed. Build its Embedding with sparse=False."
                 )
-        named += list(others)
+        named += self.others
         # A sum is finite if its terms are, but for an overflow, which is as bad.
         sums = [_sum(p.grad) for _, p in named if p.grad is not None]
         for unit in self.units:
             for layer in unit.layers:
-                if layer.module._parameters.get("weight") is not layer.parameters[0]:
+                if layer.module._parameters.get("weight") is not layer.weight:
                     raise UnsupportedModelError(
                         f"The weight of layer {layer.name!r} is no longer the parameter that it was: it was replaced, pruned "
                         "or parametrized. Build the optimizer after that."
@@ -171,7 +162,9 @@ class Capture:
                         f"The input of layer {call.layer.name!r} was written over between the forward pass and step(). Give "
                         "the model a copy of a buffer that is used again."
                     )
-            if not ranks and not unit.calls and any(p.grad is not None and bool(p.grad.any()) for p in unit.parameters):
+            if unit.calls or self.group is not None:  # in a group, all calls may be other ranks'
+                continue
+            if any(p.grad is not None and bool(p.grad.any()) for p in unit.parameters):
                 raise UnsupportedModelError(
                     f"Layer {unit.name!r} has a gradient, but none of its forward calls was captured since the last step: "
                     "its weight was used directly, its output was not part of the backward pass, or the model was "
@@ -186,14 +179,13 @@ class Capture:
             )
 
 
-_NOT_COPIED = ("_handles", "nodes", "_batch", "_last")
 _NODES = 64  # calls of a layer in one pass that its transfer function is looked for behind
 
 
 class _Hook:
     """A forward hook that does not keep its capture alive and is inert in copies of the model."""
 
-    def __init__(self, capture: Capture | None, layer: Layer | None) -> None:
+    def __init__(self, capture: Capture | None, layer: LayerMap | None) -> None:
         self.capture = None if capture is None else weakref.ref(capture)
         self.layer = layer
 
@@ -201,7 +193,6 @@ class _Hook:
     # at the first call. By then torch.optim has done so.
     @_disable_dynamo
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
-        del module
         capture = None if self.capture is None else self.capture()
         if capture is None:
             return None
@@ -211,22 +202,11 @@ class _Hook:
         if len(arguments) == 2:
             capture.start(arguments)
         else:
-            capture.finish()
+            capture._batch = None  # the model's call is over
         return None
 
     def __reduce__(self) -> Any:  # copying asks for it, too
         return _Hook, (None, None)
-
-
-class _Arrival:
-    """A hook on a layer's output."""
-
-    def __init__(self, capture: Capture, unit: Unit, call: Call) -> None:
-        self.capture, self.unit, self.call = weakref.ref(capture), unit, call
-
-    def __call__(self, gradient: Tensor) -> None:
-        if (capture := self.capture()) is not None:
-            capture.arrived(self.unit, self.call, gradient)
 
 
 def _in_backward() -> bool:

@@ -17,7 +17,6 @@ _RESHAPES = {f"{name}Backward" for name in (
     "View", "UnsafeView", "ReshapeAlias", "Transpose", "T", "Permute", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy",
 )}
 # fmt: on
-_COMPILED = "compiled"
 _PLAIN = {
     "ReluBackward": "relu",
     "TanhBackward": "tanh",
@@ -59,60 +58,50 @@ def _node(tensor: Tensor) -> Any:
 def find_transfer(nodes: Iterable[Any], users: dict[Any, list[Any]], own: LayerMap) -> Transfer | None:
     """Return the transfer function behind a layer's outputs; the identity where there is none that all its calls share.
 
-    None where what follows is inside compiled code.
-
-    Args:
-        nodes: autograd nodes of the outputs.
-        users: from `consumers`.
-        own: the layer's map, for the number and the dimension of its units.
+    None where what follows is inside compiled code. `nodes` are those of the outputs, `users` comes from `consumers`.
     """
-    found = [_behind(node, users, own) for node in nodes]
-    if any(other is not None and other[0] == _COMPILED for other in found):
+    found = {_behind(node, users, own) for node in nodes}
+    if None in found:
         return None
-    first = found[0] if found else None
-    if first is None or any(other != first for other in found):
-        return transfer("identity")
-    name, settings = first
-    return transfer(name, **settings)
+    return found.pop() if len(found) == 1 else transfer("identity")
 
 
-def _behind(node: Any, users: dict[Any, list[Any]], own: LayerMap) -> tuple[str, dict[str, Any]] | None:
+def _behind(node: Any, users: dict[Any, list[Any]], own: LayerMap) -> Transfer | None:
     while True:
         using = list({id(user): user for user in users.get(node, ())}.values())
         if len(using) != 1:
-            return None  # a sum, a normalisation, attention: what follows is no function of this output alone
+            return transfer("identity")  # a sum, a normalisation, attention: no function of this output alone
         node = using[0]
         name = node.name().rstrip("0123456789")  # the number tells variants apart, such as in-place ones
         if name not in _RESHAPES:
             return _named(name, node, own)
 
 
-def _named(name: str, node: Any, own: LayerMap) -> tuple[str, dict[str, Any]] | None:
+def _named(name: str, node: Any, own: LayerMap) -> Transfer | None:
     if name in _PLAIN:
-        return _PLAIN[name], {}
+        return transfer(_PLAIN[name])
     if name.startswith("CompiledFunction"):
-        return _COMPILED, {}
-    if name == "LeakyReluBackward":
-        slope = float(node._saved_negative_slope)
-        return ("leaky_relu", {"negative_slope": slope}) if slope >= 0 else None
+        return None
+    if name == "LeakyReluBackward" and node._saved_negative_slope >= 0:
+        return transfer("leaky_relu", negative_slope=float(node._saved_negative_slope))
     if name == "SoftplusBackward":
-        return "softplus", {"beta": float(node._saved_beta), "threshold": float(node._saved_threshold)}
+        return transfer("softplus", beta=float(node._saved_beta), threshold=float(node._saved_threshold))
     if name == "GeluBackward":
-        return ("gelu" if node._saved_approximate == "none" else "gelu_tanh"), {}
-    if name in ("SoftmaxBackward", "LogSoftmaxBackward"):
-        shape = list(node._input_metadata[0].shape)
-        dim = int(node._saved_dim)
-        dim = dim - 2**64 if dim >= 2**63 else dim  # saved as an unsigned number
-        return ("softmax", {}) if _is_over_units(shape, dim % len(shape), own) else None
-    return None
+        return transfer("gelu" if node._saved_approximate == "none" else "gelu_tanh")
+    if name in ("SoftmaxBackward", "LogSoftmaxBackward") and _is_over_units(node, own):
+        return transfer("softmax")
+    return transfer("identity")
 
 
-def _is_over_units(shape: list[int], dim: int, own: LayerMap) -> bool:
+def _is_over_units(node: Any, own: LayerMap) -> bool:
     """Whether a softmax is over a layer's units; reshapes may lie between, so that they are known by their number."""
+    shape = list(node._input_metadata[0].shape)
+    dim = int(node._saved_dim)
+    dim = (dim - 2**64 if dim >= 2**63 else dim) % len(shape)  # saved as an unsigned number
     if shape[dim] != own.units:
         return False
     if shape.count(own.units) == 1:
         return True
-    if own.features == 1 and len(shape) == own.module.weight.ndim:
+    if own.features == 1 and len(shape) == own.weight.ndim:
         return dim == 1
     return own.features == -1 and dim == len(shape) - 1

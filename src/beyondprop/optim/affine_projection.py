@@ -12,7 +12,10 @@ input factor of K-FAC (FOOF, Benzing 2022; ISAAC, Petersen et al. 2023).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,13 +23,10 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
-from beyondprop.optim import _ranks
 from beyondprop.optim._capture import Capture
-from beyondprop.optim._local import total_moments, whole
-from beyondprop.optim._units import Unit, uncaptured
-from beyondprop.optim.projection import RowMoments, solve_dual, solve_primal
-
-SIDES = ("smaller", "inputs", "samples")
+from beyondprop.optim._local import sum_over_ranks, total_moments
+from beyondprop.optim._units import Unit
+from beyondprop.optim.projection import RowMoments, joined, parted, solve_dual, solve_primal
 
 
 class AffineProjection:
@@ -80,14 +80,14 @@ class AffineProjection:
         self.nonfinite = _checks.one_of("nonfinite", nonfinite, ("raise", "keep"))
         self.damping = _checks.non_negative("damping", damping)
         self.reduction = _checks.one_of("reduction", reduction, ("mean", "sum"))
-        self.side = _checks.one_of("side", side, SIDES)
+        self.side = _checks.one_of("side", side, ("smaller", "inputs", "samples"))
         if not (isinstance(forgetting, int | float) and 0 < forgetting <= 1):
             raise ValueError(f"forgetting must be in (0, 1], got {forgetting!r}.")
         self.forgetting = float(forgetting)
         self.refresh = _checks.at_least("refresh", refresh, 1)
         self.rows = _checks.share("rows", rows)
-        self._group = _ranks.group_of(model)
-        estimated = forgetting < 1 or rows is not None or self._group is not None
+        self._capture = Capture(model, exclude)
+        estimated = forgetting < 1 or rows is not None or self._capture.group is not None
         if side == "samples" and estimated:
             raise ValueError(
                 "side='samples' has no running or estimated X^T X and no sum over ranks; use side='inputs' or 'smaller' "
@@ -95,18 +95,16 @@ class AffineProjection:
             )
         if refresh > 1 and forgetting == 1:
             raise ValueError(f"refresh={refresh} needs a running X^T X: pass forgetting < 1.")
-        self._capture = Capture(model, exclude, gradients=self.side != "inputs" and not estimated)
-        self._others = uncaptured(model, self._capture.units)
         for unit in self._capture.units:
-            kinds = {(type(layer.module), layer.map.groups, layer.map.fan_in) for layer in unit.layers}
-            shared = {tuple(id(p) for p in layer.parameters) for layer in unit.layers}
-            if len(kinds) > 1 or len(shared) > 1:
-                self._capture.remove()
+            kinds = {(type(layer.module), layer.groups, layer.fan_in, *layer.parameters) for layer in unit.layers}
+            if len(kinds) > 1:
                 raise UnsupportedModelError(
                     f"Layers {unit.name!r} share a parameter but have no common linear system: they use it in different "
                     f"shapes or beside different ones. Pass exclude={[layer.name for layer in unit.layers]!r}."
                 )
         self._running: dict[str, _Running] = {}
+        self._capture.gradients = side != "inputs" and not estimated
+        self._capture.attach()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -118,14 +116,14 @@ class AffineProjection:
         """
         try:
             try:
-                self._capture.check(self._others, ranks=self._group is not None)
+                self._capture.check()
             except NonFiniteError:
                 if self.nonfinite == "keep":
                     return
                 raise
             solved = []
             for unit in self._capture.units:
-                if (unit.calls or self._group is not None) and any(p.grad is not None for p in unit.parameters):
+                if (unit.calls or self._capture.group is not None) and any(p.grad is not None for p in unit.parameters):
                     try:
                         solved.append((unit, self._solve(unit)))
                     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -134,95 +132,83 @@ class AffineProjection:
             found = [(unit.name, g.sum().isfinite()) for unit, new in solved for g in new if g is not None]
             if found and not bool(torch.stack([good.to(found[0][1].device) for _, good in found]).all()):
                 raise _unsolvable(next(name for name, good in found if not bool(good)))
-            for unit, new in solved:
-                for p, g in zip(unit.layers[0].parameters, new, strict=False):
-                    if p.grad is not None and g is not None:
+            for unit, (weight, bias) in solved:
+                for p, g in ((unit.layers[0].weight, weight), (unit.layers[0].bias, bias)):
+                    if p is not None and p.grad is not None and g is not None:
                         p.grad.copy_(g)
         finally:
             self._capture.clear()
 
     def _solve(self, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
         """Return a unit's new gradients, in the shapes of weight and bias; None where there was none."""
-        own = unit.layers[0].map
-        p, q = own.module.weight, getattr(own.module, "bias", None)
-        wanted = (p.grad is not None, q is not None and q.grad is not None)
-        samples = max(self._samples(unit), 1.0)
+        own, calls = unit.layers[0], unit.calls
+        p, q = own.weight, own.bias
+        samples = torch.tensor(float(sum(b.samples for b in {call.batch for call in calls})), device=p.device)
+        sum_over_ranks([samples], self._capture.group)
+        samples = max(float(samples), 1.0)
         factor = samples if self.reduction == "mean" else 1.0
-        weight = own.matrix(torch.zeros_like(p) if p.grad is None else p.grad) * factor
-        bias = q.grad.view(own.groups, -1) * factor if q is not None and q.grad is not None else None
-        if not wanted[0]:  # the bias alone: its one input is 1
+        bias = None if q is None or q.grad is None else q.grad.view(own.groups, -1) * factor
+        if p.grad is None:  # the bias alone: its one input is 1
             assert bias is not None
-            rows = self._moments(unit, samples).rows
-            weight, bias = None, bias / (rows + self.damping)
-        elif self._capture.gradients and self._over_samples(unit):
+            assert q is not None
+            return None, (bias / (self._moments(unit, samples).rows + self.damping)).view(q.shape)
+        weight = own.matrix(p.grad) * factor
+        # The system of an embedding over inputs is diagonal.
+        is_dual = self._capture.gradients and not own.one_hot
+        if is_dual and (self.side == "samples" or sum(own.count(call.x) for call in calls) < own.fan_in):
             rows, deltas = self._rows(unit, weight)
-            damping = self.damping * (rows.square().sum((-2, -1)) / rows.shape[1] + wanted[1])
-            weight, bias = solve_dual(rows, deltas, damping, bias=wanted[1])
+            damping = self.damping * (rows.square().sum((-2, -1)) / rows.shape[1] + (bias is not None))
+            weight, bias = solve_dual(rows, deltas, damping, bias=bias is not None)
         else:
             weight, bias = self._over_inputs(unit, weight, bias, samples)
-        return (
-            None if weight is None else own.unmatrix(weight),
-            None if bias is None or q is None else bias.reshape(q.shape),
-        )
-
-    def _over_samples(self, unit: Unit) -> bool:
-        own = unit.layers[0].map
-        if isinstance(own.module, nn.Embedding):
-            return False  # its system over inputs is diagonal
-        return self.side == "samples" or sum(own.count(call.x) for call in unit.calls) < own.fan_in
+        return own.unmatrix(weight), None if bias is None or q is None else bias.reshape(q.shape)
 
     def _over_inputs(
         self, unit: Unit, weight: Tensor, bias: Tensor | None, samples: float
     ) -> tuple[Tensor, Tensor | None]:
-        moments = self._moments(unit, samples)
-        damping = self.damping * (moments.mean_square() + (bias is not None))
-        if moments.inner.ndim == 2:  # diagonal
+        moments, has_bias = self._moments(unit, samples), bias is not None
+        damping = self.damping * (moments.mean_square() + has_bias)
+        if unit.layers[0].one_hot:
             return weight / (moments.inner + damping.unsqueeze(-1)).clamp_min(_TINY).unsqueeze(-2), None
         running = self._running.get(unit.name)
         if running is None:
             return solve_primal(weight, bias, moments, damping)
-        inputs = moments.inner.shape[-1] + (bias is not None)
-        if running.inverse is None or running.inverse.shape[-1] != inputs or (running.steps - 1) % self.refresh == 0:
-            running.inverse = _inverse(moments, damping, bias is not None) * samples
-        whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
-        new = whole @ running.inverse.to(whole) / samples
-        return (new, None) if bias is None else (new[..., :-1], new[..., -1])
+        n = moments.inner.shape[-1] + has_bias
+        if running.inverse is None or running.inverse.shape[-1] != n or (running.steps - 1) % self.refresh == 0:
+            identity = torch.eye(n, dtype=damping.dtype, device=damping.device).expand(len(damping), n, n)
+            running.inverse = joined(*solve_primal(*parted(identity, has_bias), moments, damping)) * samples
+        return parted(joined(weight, bias) @ running.inverse.to(weight) / samples, has_bias)
 
     def _moments(self, unit: Unit, samples: float) -> RowMoments:
         """Return X^T X of the batch, or its running average."""
-        total = unit.layers[0].map.no_moments() if not unit.calls else None
+        found = []
         for layer in unit.layers:
-            own = layer.map
-            inputs = [own.prepare(whole(c.x, own.module.weight)) for c in unit.calls if c.layer is layer]
-            if inputs:
-                found = total_moments(own, inputs, self.rows, mirror=False)
-                total = found if total is None else total + found
-        assert total is not None
-        _ranks.sum_(total, self._group)
+            inputs = [call.prepared() for call in unit.calls if call.layer is layer]
+            found.append(total_moments(layer, inputs, self.rows, mirror=False))
+        total = reduce(operator.add, found)
+        sum_over_ranks(total, self._capture.group)
         if self.forgetting == 1:
             return total
-        running = self._running.setdefault(unit.name, _Running())
-        return running.update(total.scaled(1 / samples), self.forgetting).scaled(samples)
-
-    def _samples(self, unit: Unit) -> float:
-        batches = {id(call.batch): call.batch.samples for call in unit.calls}
-        total = torch.tensor(float(sum(batches.values())), device=unit.parameters[0].device)
-        _ranks.sum_([total], self._group)
-        return float(total)
+        new = total.scaled(1 / samples)
+        running = self._running.setdefault(unit.name, _Running(new))
+        if running.steps:
+            parts = zip(running.moments, new, strict=True)
+            running.moments = RowMoments(*(old.to(part).lerp(part, self.forgetting) for old, part in parts))
+        running.steps += 1
+        return running.moments.scaled(samples)
 
     def _rows(self, unit: Unit, weight: Tensor) -> tuple[Tensor, Tensor]:
         inputs, outputs = [], []
         for call in unit.calls:
-            own = call.layer.map
             assert call.gradient is not None
-            inputs.append(own.rows(own.prepare(whole(call.x, weight))))
-            outputs.append(own.positions(own.prepare_output(call.gradient.to(weight.dtype))))
+            inputs.append(call.layer.rows(call.prepared()))
+            outputs.append(call.layer.positions(call.layer.prepare_output(call.gradient.to(weight.dtype))))
         rows, deltas = torch.cat(inputs, 1), torch.cat(outputs, 1)
         return rows, deltas * _scale(unit.name, weight, rows, deltas)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running moments by layer; empty without memory."""
-        return {name: running.state_dict() for name, running in self._running.items()}
+        return {name: vars(running) | {"moments": tuple(running.moments)} for name, running in self._running.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -233,49 +219,26 @@ class AffineProjection:
         names = [unit.name for unit in self._capture.units]
         if not set(state) <= set(names):
             raise ValueError(f"This state has moments of layers {sorted(state)}, this model has the layers {names}.")
-        self._running = {name: _Running.of(saved) for name, saved in state.items()}
+        self._running = {
+            name: _Running(RowMoments(*saved["moments"]), saved["inverse"], int(saved["steps"]))
+            for name, saved in state.items()
+        }
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model; `step` then has nothing to project."""
         self._capture.remove()
 
 
+@dataclass
 class _Running:
     """A layer's moments per sample, averaged over batches with forgetting, and the inverse of the damped X^T X."""
 
-    def __init__(self, moments: RowMoments | None = None, inverse: Tensor | None = None, steps: int = 0) -> None:
-        self.moments, self.inverse, self.steps = moments, inverse, steps
-
-    def update(self, new: RowMoments, forgetting: float) -> RowMoments:
-        if self.moments is not None:
-            new = RowMoments(
-                *(old.to(part).lerp(part, forgetting) for old, part in zip(self.moments, new, strict=True))
-            )
-        self.moments = new
-        self.steps += 1
-        return new
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.moments is not None
-        return {"moments": tuple(self.moments), "inverse": self.inverse, "steps": self.steps}
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> _Running:
-        return cls(RowMoments(*state["moments"]), state["inverse"], int(state["steps"]))
+    moments: RowMoments
+    inverse: Tensor | None = None
+    steps: int = 0
 
 
 _TINY = 1e-30
-
-
-def _inverse(moments: RowMoments, damping: Tensor, bias: bool) -> Tensor:
-    """Return `(X^T X + damping I)^-1`, with the column of ones last."""
-    n = moments.inner.shape[-1] + bias
-    identity = torch.eye(n, dtype=moments.inner.dtype, device=moments.inner.device).expand(len(moments.inner), n, n)
-    if not bias:
-        return solve_primal(identity, None, moments, damping)[0]
-    weight, border = solve_primal(identity[..., :-1], identity[..., -1], moments, damping)
-    assert border is not None
-    return torch.cat([weight, border.unsqueeze(-1)], -1)
 
 
 def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor) -> Tensor:

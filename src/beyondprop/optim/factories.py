@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,4 @@ def adam(lr: float = 3e-3) -> OptimizerFactory:
 def centered_rmsprop(lr: float, **settings: float) -> OptimizerFactory:
     """Return a factory of a centered `RMSProp` whose second moment starts at 0, with the settings of Lee et al., ECML 2015."""
     own: dict[str, Any] = {"alpha": 0.95, "momentum": 0.9, "eps": 1e-3, "initial": 0.0} | settings
-
-    def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return RMSProp(parameters, lr, centered=True, **own)
-
-    return build
+    return partial(RMSProp, lr=lr, centered=True, **own)

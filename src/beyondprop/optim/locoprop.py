@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.optim import _graph, _ranks
+from beyondprop.optim import _graph, matching
 from beyondprop.optim._capture import Capture
 from beyondprop.optim._local import LOSSES, LocalProblem, bound, keep_finite, whole_precision
-from beyondprop.optim._units import Layer, Unit, uncaptured
+from beyondprop.optim._maps import LayerMap
+from beyondprop.optim._units import Unit
 from beyondprop.optim.factories import OptimizerFactory
-from beyondprop.optim.matching import Transfer, transfer
+from beyondprop.optim.matching import Transfer
 from beyondprop.optim.rmsprop import RMSProp
 
 LocalOptimizer = Callable[..., torch.optim.Optimizer]
@@ -124,97 +125,84 @@ class LocoProp(torch.optim.Optimizer):
         self.local_schedule = local_schedule
         if local_optimizer is None:
             local_optimizer = partial(RMSProp, alpha=alpha, momentum=momentum, eps=eps)
-            local_optimizer([torch.zeros(1)], lr=lr)  # checks them, before any hook is installed
         elif not callable(local_optimizer):
             raise TypeError(
                 f"local_optimizer must be callable with parameters and lr=, got {type(local_optimizer).__name__}."
             )
-        self._capture = Capture(model, exclude, outputs=True)
-        try:
-            self._build(model, defaults, local_optimizer, base, dict(layers or {}), dict(transfer or {}))
-        except BaseException:
-            self._capture.remove()
-            raise
-
-    def _build(
-        self,
-        model: nn.Module,
-        defaults: dict[str, Any],
-        factory: LocalOptimizer,
-        base: OptimizerFactory | None,
-        layers: dict[str, Mapping[str, Any]],
-        transfers: dict[str, str | Transfer],
-    ) -> None:
+        self._capture = Capture(model, exclude)
         names = [layer.name for layer in self._capture.layers]
-        for what, patterns in (("layers", layers), ("transfer", transfers)):
+        for what, patterns in (("layers", layers or {}), ("transfer", transfer or {})):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"{what} has {pattern!r}, which fits no captured layer; these are {names}.")
-        self._group = _ranks.group_of(model)
-        self._others = uncaptured(model, self._capture.units)
         self._locals: list[torch.optim.Optimizer] = []
         for unit in self._capture.units:
             settings = dict(defaults)
-            for pattern, own in layers.items():
+            for pattern, own in (layers or {}).items():
                 if any(fnmatchcase(layer.name, pattern) for layer in unit.layers):
                     settings |= own
             _check_settings(settings)
-            local = factory(unit.parameters, lr=settings["lr"])
+            local = local_optimizer(unit.parameters, lr=settings["lr"])
             _check_optimizer("local_optimizer", local)
             if len(local.param_groups) != 1:
                 raise ValueError(
                     f"local_optimizer must return an optimizer with one parameter group, got {len(local.param_groups)}; "
                     "settings of single layers go into layers=."
                 )
-            local.param_groups[0].update({"name": unit.name} | {key: settings[key] for key in SETTINGS})
+            local.param_groups[0].update({"name": unit.name} | settings)
             self._locals.append(local)
         self._base = None
-        if self._others:
-            self._base = (base or torch.optim.Adam)([p for _, p in self._others])
+        if self._capture.others:
+            self._base = (base or torch.optim.Adam)([p for _, p in self._capture.others])
             _check_optimizer("base", self._base)
             for group in self._base.param_groups:
                 group.setdefault("name", "base")
-        owned = [o for o in (*self._locals, self._base) if o is not None]
-        super().__init__([group for o in owned for group in o.param_groups], {})
-        self.defaults = dict(defaults)
-        self._share(owned)
-        self._transfers: dict[str, Transfer] = {}
+        super().__init__([group for o in self._owned() for group in o.param_groups], {})
+        self.defaults = defaults
+        self._share()
+        self._transfers = {
+            name: f if isinstance(f, Transfer) else matching.transfer(f)
+            for pattern, f in (transfer or {}).items()
+            for name in names
+            if fnmatchcase(name, pattern)
+        }
         self._compiled: set[str] = set()
-        for name in names:
-            for pattern, f in transfers.items():
-                if fnmatchcase(name, pattern):
-                    self._transfers[name] = f if isinstance(f, Transfer) else transfer(f)
+        self._watch()
         self._capture.on_start = self._watch
         self._capture.on_arrival = self._read_graph
-        self._watch()
+        self._capture.attach()
 
-    def _share(self, owned: list[torch.optim.Optimizer]) -> None:
+    def _owned(self) -> list[torch.optim.Optimizer]:
+        return self._locals if self._base is None else [*self._locals, self._base]
+
+    def _share(self) -> None:
         """Let the optimizers inside work on the groups and the state of this one."""
         groups = list(self.param_groups)
-        for optimizer in owned:
+        for optimizer in self._owned():
             count = len(optimizer.param_groups)
             optimizer.param_groups, groups = groups[:count], groups[count:]
             optimizer.state = self.state
 
     def _watch(self) -> None:
         """Tell the capture of which layers the transfer function is yet to be found, and of which outputs are wanted."""
-        curved = {layer.name for u, g in self._solved() for layer in u.layers if g["loss"] != "squared"}
+        solved = zip(self._capture.units, self.param_groups, strict=False)
+        curved = {layer.name for unit, group in solved for layer in unit.layers if group["loss"] != "squared"}
         self._capture.watched = curved - set(self._transfers)
         self._capture.output_layers = curved - {n for n, f in self._transfers.items() if f.is_identity}
 
-    def _read_graph(self, layer: Layer) -> None:
+    def _read_graph(self, layer: LayerMap) -> None:
         capture = self._capture
         users = _graph.consumers()
         for other in capture.layers:
-            nodes = capture.nodes.get(other.name) if other.name in capture.watched else None
-            used = [n for n in nodes or () if n in users]
-            if nodes is not None and (used or other is layer):
-                found = _graph.find_transfer(used, users, other.map) if used else None
-                if found is not None:
-                    self._transfers[other.name] = found
-                elif used:
+            used = [node for node in capture.nodes.get(other.name, ()) if node in users]
+            if used:
+                found = _graph.find_transfer(used, users, other)
+                if found is None:
                     self._compiled.add(other.name)
-                del capture.nodes[other.name]
+                else:
+                    self._transfers[other.name] = found
+            if used or other is layer:
+                capture.nodes.pop(other.name, None)
         self._watch()
 
     @property
@@ -222,33 +210,28 @@ class LocoProp(torch.optim.Optimizer):
         """The transfer function behind each layer, by the layer's name; of layers with the squared loss, those given."""
         return {layer.name: f.name for layer in self._capture.layers if (f := self._transfers.get(layer.name))}
 
-    def _solved(self) -> list[tuple[Unit, dict[str, Any]]]:
-        return list(zip(self._capture.units, self.param_groups, strict=False))
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Solve every layer's local problem and step the base optimizer; see `torch.optim.Optimizer.step`.
-
-        Args:
-            closure: called once before, with gradients enabled; it shall clear them, compute the loss and call `backward`.
+        """Solve every layer's local problem and step the base optimizer; `closure` as of `torch.optim.Optimizer.step`.
 
         Raises:
             NonFiniteError: if a gradient is not finite; no weight was changed.
             UnsupportedModelError: if a gradient is sparse or has no captured call; no weight was changed.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         try:
-            self._capture.check(self._others, ranks=self._group is not None)
-            self._check_known()
+            self._capture.check()
+            if unknown := self._compiled & self._capture.watched:
+                raise UnsupportedModelError(
+                    f"What follows the layers {sorted(unknown)} is inside compiled code. Name it, such as "
+                    f"transfer={{{min(unknown)!r}: 'relu'}}, or 'identity' for the squared loss."
+                )
             self._step_base()  # first: where it refuses a gradient, nothing has been written
             with whole_precision(self.param_groups[0]["params"][0].device):
                 diverged = [
                     (unit, fine)
-                    for (unit, group), local in zip(self._solved(), self._locals, strict=True)
-                    if (fine := self._solve(unit, group, local)) is not None
+                    for unit, local in zip(self._capture.units, self._locals, strict=True)
+                    if (fine := self._solve(unit, local)) is not None
                 ]
         finally:
             self._capture.clear()
@@ -256,12 +239,13 @@ class LocoProp(torch.optim.Optimizer):
             self._restart([unit for unit, fine in diverged if not bool(fine)])
         return loss
 
-    def _solve(self, unit: Unit, group: dict[str, Any], local: torch.optim.Optimizer) -> Tensor | None:
+    def _solve(self, unit: Unit, local: torch.optim.Optimizer) -> Tensor | None:
         """Make a unit's local steps; return whether its weights are finite, None where it had no gradient."""
         found = {p: p.grad for p in unit.parameters if p.grad is not None}
         if not found:
             return None
         before = {p: p.detach().clone() for p in found}
+        (group,) = local.param_groups
         steps, lr = group["local_steps"], group["lr"]
         problem = None
         buffers = {p: torch.empty_like(p) for p in found}
@@ -273,7 +257,8 @@ class LocoProp(torch.optim.Optimizer):
                     torch.mul(gradient, group["target_lr"], out=buffers[p])
                 if step:
                     if problem is None:
-                        problem = self._problem(unit, group, before)
+                        of_group = group["loss"], self._transfers, steps, self.rows, self.gram, self._capture.group
+                        problem = LocalProblem(unit, before, *of_group)
                     problem.add_corrections(buffers, step)
                     if self.prox:
                         for p, buffer in buffers.items():
@@ -295,26 +280,15 @@ class LocoProp(torch.optim.Optimizer):
         try:
             self._base.step()
         except RuntimeError as error:
-            sparse = [name for name, p in self._others if p.grad is not None and p.grad.layout is not torch.strided]
+            sparse = [
+                name for name, p in self._capture.others if p.grad is not None and p.grad.layout is not torch.strided
+            ]
             if not sparse:
                 raise
             raise UnsupportedModelError(
                 f"The gradient of {sparse[0]!r} is sparse; {type(self._base).__name__}, the base optimizer, takes dense ones. "
                 "Pass a base that takes both, or build its Embedding with sparse=False."
             ) from error
-
-    def _check_known(self) -> None:
-        unknown = self._compiled & self._capture.watched
-        if unknown:
-            raise UnsupportedModelError(
-                f"What follows the layers {sorted(unknown)} is inside compiled code. Name it, such as "
-                f"transfer={{{min(unknown)!r}: 'relu'}}, or 'identity' for the squared loss."
-            )
-
-    def _problem(self, unit: Unit, group: dict[str, Any], before: dict[nn.Parameter, Tensor]) -> LocalProblem:
-        return LocalProblem(
-            unit, before, group["loss"], self._transfers, group["local_steps"], self.rows, self.gram, self._group
-        )
 
     def _restart(self, units: list[Unit]) -> None:
         for unit in units:
@@ -342,15 +316,11 @@ class LocoProp(torch.optim.Optimizer):
         if names != own:
             raise ValueError(f"This state has the groups {names}, this optimizer has {own}.")
         super().load_state_dict(state_dict)
-        self._share([o for o in (*self._locals, self._base) if o is not None])
+        self._share()
         self._watch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: groups come from the model's layers.
-
-        Raises:
-            TypeError: after construction, always.
-        """
+        """Refuse with a `TypeError`, once the optimizer is built: groups come from the model's layers."""
         if hasattr(self, "_transfers"):  # the base class adds groups before
             raise TypeError(
                 "LocoProp takes its parameters from its model; build a new one for a model with more layers."
@@ -365,10 +335,8 @@ class LocoProp(torch.optim.Optimizer):
         # Together with its model: the hooks of the copy are on the copied modules.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        # A scheduler replaces `step` by a function that is bound to the original; a process group is shared.
-        own = {key: value for key, value in self.__dict__.items() if key not in ("step", "_group")}
-        new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items()})
-        new._group = self._group
+        # A scheduler replaces `step` by a function that is bound to the original.
+        new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "step"})
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:

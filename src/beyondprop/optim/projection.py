@@ -79,6 +79,16 @@ def gram(rows: Tensor, *, mirror: bool = True) -> Tensor:
     return out
 
 
+def joined(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return weights `(groups, out, n)` with a bias `(groups, out)`, where there is one, as the last column."""
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
+
+
+def parted(whole: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Undo `joined`."""
+    return (whole[..., :-1], whole[..., -1]) if bias else (whole, None)
+
+
 def solve_primal(
     weight: Tensor, bias: Tensor | None, moments: RowMoments, damping: Tensor | float
 ) -> tuple[Tensor, Tensor | None]:
@@ -96,37 +106,24 @@ def solve_primal(
     inner, sums, rows = moments
     damping = torch.as_tensor(damping, dtype=inner.dtype, device=inner.device).expand(inner.shape[0])
     damped = bool((damping > 0).all())
-    if len(inner) > 1 and not damped:  # each group by itself
+    if len(inner) > 1 and not damped:
         parts = [
-            solve_primal(w, b, RowMoments(m, s, rows), d)
-            for w, b, m, s, d in zip(
-                weight.split(1),
-                [None] * len(inner) if bias is None else bias.split(1),
-                inner.split(1),
-                sums.split(1),
-                damping.split(1),
-                strict=True,
-            )
+            solve_primal(weight[g], None if bias is None else bias[g], RowMoments(inner[g], sums[g], rows), damping[g])
+            for g in (slice(group, group + 1) for group in range(len(inner)))
         ]
-        biases = [b for _, b in parts if b is not None]
-        return torch.cat([w for w, _ in parts]), torch.cat(biases) if biases else None
-    border = (rows + damping).view(-1, 1, 1)
-    if bias is not None and not damped:
-        # Without damping, elimination would leave the bias out of the least change.
-        joint = torch.cat([inner, sums.unsqueeze(-2)], -2)
-        ones = torch.cat([sums, rows.expand(len(sums), 1)], -1).unsqueeze(-1)
-        new = _pseudo_solve(torch.cat([joint, ones], -1), torch.cat([weight, bias.unsqueeze(-1)], -1).mT).mT
-        return new[..., :-1], new[..., -1]
-    if bias is not None:
-        # Schur complement of the column of ones.
-        share = (sums.unsqueeze(-2) / border).neg_()
-        weight = torch.baddbmm(weight, bias.unsqueeze(-1), share)
-        inner = torch.baddbmm(inner, sums.unsqueeze(-1), share)
-    else:
-        inner = inner.clone()
-    new = _solve(inner, weight.mT, damping).mT
+        return parted(torch.cat([joined(*part) for part in parts]), bias is not None)
     if bias is None:
-        return new, None
+        return _solve(inner.clone(), weight.mT, damping).mT, None
+    if not damped:
+        # Elimination would leave the bias out of the least change.
+        joint = torch.cat([inner, sums.unsqueeze(-2)], -2)
+        ones = torch.cat([sums, rows.expand(len(sums), 1)], -1)
+        return parted(_pseudo_solve(joined(joint, ones), joined(weight, bias).mT).mT, True)
+    # Schur complement of the column of ones.
+    border = (rows + damping).view(-1, 1, 1)
+    share = (sums.unsqueeze(-2) / border).neg_()
+    weight = torch.baddbmm(weight, bias.unsqueeze(-1), share)
+    new = _solve(torch.baddbmm(inner, sums.unsqueeze(-1), share), weight.mT, damping).mT
     return new, (bias - (new @ sums.unsqueeze(-1)).squeeze(-1)) / border.squeeze(-1)
 
 
@@ -147,17 +144,6 @@ def solve_dual(
     damping = torch.as_tensor(damping, dtype=rows.dtype, device=rows.device).expand(rows.shape[0])
     amended = _solve(gram(rows.mT, mirror=False).add_(float(bias)), deltas, damping)
     return amended.mT @ rows, amended.sum(-2) if bias else None
-
-
-def nlms(row: Tensor, delta: Tensor, damping: float = 0.0) -> Tensor:
-    """Return `delta row^T / (damping + |row|^2)`, `(out, n)`: normalised LMS, the case of one sample.
-
-    Args:
-        row: input `(n,)`.
-        delta: what the output should lose `(out,)`.
-        damping: >= 0.
-    """
-    return torch.outer(delta, row) / (damping + row.square().sum()).clamp_min(torch.finfo(row.dtype).tiny)
 
 
 def _solve(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from beyondprop.credit import code_solvers
-from beyondprop.credit.codes import Codes, CodeSolver
+from beyondprop.credit import Codes, code_solvers
+from beyondprop.credit.codes import CodeSolver
 from beyondprop.credit.damping import Damping
 from beyondprop.optim.factories import OptimizerFactory
 from beyondprop.rules.local import LocalRule
-from beyondprop.solvers.base import Solver
-from beyondprop.solvers.descent import Descent
+from beyondprop.solvers import Descent, Solver
 from beyondprop.stages.chain import Cuts
 from beyondprop.stages.losses import LossFunction
 
@@ -37,22 +36,11 @@ class AltMin(LocalRule):
         model: `nn.Sequential`, or any module with `cuts` naming its blocks; it stays yours and is trained in place.
         loss: `loss(output, y)`, mean or sum over the batch.
         weight_solver: a solver, or an optimizer factory for `Descent`; default Adam, lr 3e-3, one step.
-        code_solver: `"line_search"`, `"gradient"` (the exact backpropagation limit), `"cg"`, `"exact"` or a function; see
-            `credit.Codes`.
-        damping: r, weight of a hidden code's own penalty: a number >= 0, a `RelativeDamping`, or None: 1 below a stage with
-            one layer, `RelativeDamping(4)` below one of several; see `Codes`.
-        mu: > 0, weight of the top code's penalty; large mu = small step.
-        mu_growth: factor on mu at each `end_epoch`.
-        mu_limit: where the growth of mu ends.
-        normalize: keep deltas at the gradient's mean size at any depth.
-        code_l1: lambda_C >= 0, sparsity of the codes.
+        code_solver: `"line_search"`, `"gradient"` (the exact backpropagation limit), `"cg"`, `"exact"` or a function.
+        damping, mu, mu_growth, mu_limit, normalize: of `credit.Codes`.
+        code_l1: lambda_C >= 0, sparsity of the codes; `l1` of `credit.Codes`.
         weight_inputs: `"old"` (parallel stages) or `"new"` (the published order).
         cuts: where codes live; see `Chain`.
-        nonfinite: see `LearningRule`.
-
-    Raises:
-        UnsupportedModelError: if the model cannot be cut; the message names the module and the way out.
-        ValueError: if an argument is out of its range; the message has the range.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -109,18 +97,16 @@ class AltMin(LocalRule):
     def paper_lenet(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> AltMin:
         """Return the published settings for LeNet-5 (batch 128, 10 epochs).
 
-        One code step of size 1, mu 0.01 growing by 1.1 an epoch to 1.5, Adam 0.002; in delta form, see `paper_fc`.
+        As `paper_fc`, with one code step of size 1, mu 0.01 growing by 1.1 an epoch to 1.5, Adam 0.002.
         """
         settings: dict[str, Any] = {
             "code_solver": code_solvers.momentum(1, 1.0, momentum=0.0, mu_below=True),
             "mu": 0.01,
             "mu_growth": 1.1,
             "mu_limit": 1.5,
-            "normalize": False,
-            "weight_inputs": "new",
             "weight_solver": partial(torch.optim.Adam, lr=0.002),
         }
-        return cls(model, loss, **{**settings, **changes})
+        return cls.paper_fc(model, loss, **{**settings, **changes})
 
     @classmethod
     def paper_binary(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> AltMin:

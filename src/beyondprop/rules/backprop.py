@@ -36,7 +36,6 @@ class Backprop(LearningRule):
         optimizer: factory called with the trainable parameters, such as `partial(torch.optim.Adam, lr=1e-3)`, or an
             optimizer that holds them, `LocoProp` among them.
         preconditioner: rewrites the gradients before the optimizer steps.
-        nonfinite: see `LearningRule`.
 
     Example:
         >>> rule = Backprop(nn.Linear(2, 1), nn.MSELoss(), torch.optim.SGD)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from beyondprop import _checks
-from beyondprop.rules.guard import FiniteGuard, Snapshot, first_nonfinite, is_finite
+from beyondprop.rules.guard import FiniteGuard, Saved, first_nonfinite, is_finite, put_back
 from beyondprop.rules.watchdog import Watchdog
 from beyondprop.solvers.base import step_all
 from beyondprop.stages.losses import LossFunction, OutputLoss
@@ -122,18 +123,18 @@ class LearningRule(abc.ABC):
             NonFiniteError: if a NaN or Inf appears; weights, optimizer state and running statistics stay as they were.
         """
         self.check_batch(x, y)
-        snapshot, guard, parameters = self._snapshot(), self._guard, self._parameters
+        saved, guard, parameters = self._saved(), self._guard, self._parameters
         try:
             result = self.backward(x, y, diagnostics=diagnostics)
             guard.steps += 1
             if guard.defers(result.loss, self.optimizers) and self.defers_update:
-                guard.defer(self.update, result.loss, parameters, self.optimizers, snapshot)
+                guard.defer(self.update, result.loss, parameters, self.optimizers, saved)
             elif is_finite(result.loss, parameters):
                 self.update()
             else:
                 raise guard.error(result.loss, self.locate_nonfinite(x, y))
         except BaseException:
-            snapshot.restore()
+            put_back(saved)
             self.discard()
             raise
         for p in parameters:  # also those that no optimizer has
@@ -150,8 +151,8 @@ class LearningRule(abc.ABC):
     def forget(self) -> None:
         """Forget what `backward` gathered elsewhere than in gradients; a hook."""
 
-    def _snapshot(self) -> Snapshot:
-        return Snapshot([b for place, name in self._buffers if (b := place[name]) is not None])
+    def _saved(self) -> Saved:
+        return [(b, b.clone()) for place, name in self._buffers if (b := place[name]) is not None]
 
     def check_batch(self, x: Any, y: Tensor) -> None:
         """Raise where a batch is none that this rule takes."""
@@ -189,9 +190,8 @@ class LearningRule(abc.ABC):
         """Return the name of what was non-finite first among inputs, weights, activations and gradients, or None."""
         weights = [(name, p) for name, parameters in self._stages.items() for p in parameters]
         gradients = ((name, p.grad) for name, p in weights)
-        return first_nonfinite(
-            one_after_another((*_tensors("x", x), ("y", y)), weights, self.activations(x), gradients)
-        )
+        inputs = [(f"x{keystr(path)}", part) for path, part in tree_flatten_with_path(x)[0] if isinstance(part, Tensor)]
+        return first_nonfinite(one_after_another((*inputs, ("y", y)), weights, self.activations(x), gradients))
 
     def activations(self, x: Tensor) -> Iterable[tuple[str, Tensor | None]]:
         """Return what the rule computes from `x` `(N, ...)` by the stages' names, first stage first; a hook."""
@@ -219,7 +219,11 @@ class LearningRule(abc.ABC):
         for key, value in vars(self).items():
             object.__setattr__(twin, key, copy.deepcopy(value, memo))
         for own, copied in zip(self.optimizers, twin.optimizers, strict=True):
-            _complete(copied, own, memo)
+            if hasattr(type(own), "__deepcopy__"):
+                continue
+            for key, value in vars(own).items():  # what `torch.optim.Optimizer.__getstate__` leaves out
+                if key not in vars(copied) and key != "step":  # a scheduler's `step` is bound to the original
+                    vars(copied)[key] = copy.deepcopy(value, memo)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -285,19 +289,3 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     if not found:
         raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
     return found
-
-
-def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        return [(name, value)]
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
-    return [found for key, part in parts for found in _tensors(f"{name}[{key!r}]", part)]
-
-
-def _complete(copied: torch.optim.Optimizer, own: torch.optim.Optimizer, memo: dict[int, Any]) -> None:
-    """Give a copied optimizer the attributes that `torch.optim.Optimizer.__getstate__` leaves out."""
-    if hasattr(type(own), "__deepcopy__"):
-        return
-    for key, value in own.__dict__.items():
-        if key not in copied.__dict__ and key != "step":  # a scheduler's `step` is bound to the original
-            copied.__dict__[key] = copy.deepcopy(value, memo)

@@ -23,6 +23,7 @@ from beyondprop import _checks
 from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.stages.losses import LossFunction
+from beyondprop.stages.stage import add_to_gradient
 
 
 class OnlineEWC(LearningRule):
@@ -35,11 +36,6 @@ class OnlineEWC(LearningRule):
         strength: lambda >= 0 of the penalty; the loss is a mean over samples, so as many as a task has weigh it up.
         decay: gamma in [0, 1]: what is kept of the Fisher information of the tasks before.
         rate: in (0, 1]: weight of the newest batch in the present task's Fisher information.
-        nonfinite: see `LearningRule`.
-
-    Raises:
-        ValueError: if an argument is out of its range, or nothing requires a gradient.
-        TypeError: if the loss is another.
     """
 
     defers_update = False  # the Fisher information changes outside the optimizer
@@ -62,7 +58,7 @@ class OnlineEWC(LearningRule):
             )
         self.strength = _checks.non_negative("strength", strength)
         for name, value in (("decay", decay), ("rate", rate)):
-            if not 0 <= _checks.non_negative(name, value) <= 1:
+            if _checks.non_negative(name, value) > 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
         self.decay = decay
         self.rate = _checks.positive("rate", rate)
@@ -83,18 +79,13 @@ class OnlineEWC(LearningRule):
         self.loss.check(output, y)
         drawn = torch.multinomial(output.detach().nan_to_num().softmax(1), 1).squeeze(1)
         surprise = nn.functional.cross_entropy(output, drawn)
-        found = torch.autograd.grad(surprise, self._trained, retain_graph=True, allow_unused=True)
-        self._pending.append([
-            torch.zeros_like(p) if g is None else len(x) * g.square() for p, g in zip(self._trained, found, strict=True)
-        ])
+        found = torch.autograd.grad(surprise, self._trained, retain_graph=True, materialize_grads=True)
+        self._pending.append([len(x) * gradient.square() for gradient in found])
         loss = self.loss(output, y)
         (loss if scale == 1.0 else loss * scale).backward()
         with torch.no_grad():
             for p, fisher, anchor in zip(self._trained, self.fisher, self.anchor, strict=False):
-                pull = fisher * (p - anchor)
-                p.grad = (
-                    pull * (scale * self.strength) if p.grad is None else p.grad.add_(pull, alpha=scale * self.strength)
-                )
+                add_to_gradient(p, fisher * (p - anchor), scale * self.strength)
         return StepResult(loss.detach(), output.detach())
 
     @torch.no_grad()

@@ -11,27 +11,16 @@ from torch import Tensor
 from beyondprop.errors import NonFiniteError
 
 Optimizers = Sequence[torch.optim.Optimizer]
+Saved = list[tuple[Tensor, Tensor]]
+"""The model's buffers (running statistics) with copies from before a step; weights are written last and need none."""
 
 
-class Snapshot:
-    """The model's buffers (running statistics) before a step; weights need no copy, they are written last."""
-
-    def __init__(self, buffers: Sequence[Tensor]) -> None:
-        self.buffers = buffers
-        self.saved = [b.clone() for b in self.buffers]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the buffers back."""
-        for buffer, saved in zip(self.buffers, self.saved, strict=True):
-            buffer.copy_(saved)
-
-    @torch.no_grad()
-    def restore_where(self, flag: Tensor) -> None:
-        """Put the buffers back where `flag` (0-d bool) is true, without reading it."""
-        for buffer, saved in zip(self.buffers, self.saved, strict=True):
-            buffer.copy_(torch.where(flag, saved, buffer))
-        self.buffers, self.saved = (), []  # settled: an earlier step's error must not undo this one
+@torch.no_grad()
+def put_back(saved: Saved, where: Tensor | None = None) -> None:
+    """Give buffers their saved values, all or those of a step whose flag `where` (0-d bool) is true, without reading it."""
+    for buffer, value in saved:
+        buffer.copy_(value if where is None else torch.where(where, value, buffer))
+    saved.clear()  # settled: an earlier step's error must not undo this one
 
 
 class FiniteGuard:
@@ -55,7 +44,10 @@ class FiniteGuard:
         """
         if self.mode == "raise" or (self.mode is None and loss.device.type == "cpu"):
             return False
-        skips = all(_can_skip(optimizer) for optimizer in optimizers)
+        skips = all(
+            getattr(o, "_step_supports_amp_scaling", False) and all(group.get("fused") for group in o.param_groups)
+            for o in optimizers
+        )
         if not skips and self.mode == "deferred":
             raise ValueError(
                 'nonfinite="deferred" needs optimizers that can skip a step on the device: pass fused=True to '
@@ -70,7 +62,7 @@ class FiniteGuard:
         loss: Tensor,
         parameters: Sequence[Tensor],
         optimizers: Optimizers,
-        snapshot: Snapshot,
+        saved: Saved,
     ) -> None:
         """Call `update`, whose optimizers skip the step on the device if the loss or a gradient is not finite.
 
@@ -87,18 +79,14 @@ class FiniteGuard:
         finally:
             for optimizer in optimizers:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        snapshot.restore_where(bad)
-        event = None
+        put_back(saved, bad)
+        flag, event = bad, None
         if bad.is_cuda:
-            flag = bad.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
+            flag, event = bad.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-        else:
-            flag = bad
         self.pending.append((self.steps, flag, event))
         while self.pending and (self.pending[0][2] is None or self.pending[0][2].query()):
-            step, flag, _ = self.pending.pop(0)
-            self._check(step, flag)
+            self._check(*self.pending.pop(0)[:2])
 
     def wait(self) -> None:
         """Read all flags that are still under way."""
@@ -162,12 +150,6 @@ def _total(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 def _sum(values: Tensor) -> Tensor:
     return values.sum(dtype=torch.float32) if values.dtype in _HALF else values.sum()  # halves end at 65504
-
-
-def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
-        group.get("fused") for group in optimizer.param_groups
-    )
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:

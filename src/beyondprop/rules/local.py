@@ -13,8 +13,8 @@ from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_problem import tiny
 from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.solvers.base import Solver
-from beyondprop.stages.chain import Chain, Cuts
-from beyondprop.stages.losses import LossFunction
+from beyondprop.stages import Chain, LossFunction
+from beyondprop.stages.chain import Cuts
 
 
 class LocalRule(LearningRule):
@@ -28,11 +28,9 @@ class LocalRule(LearningRule):
         cuts: where stages end; see `Chain`.
         weight_inputs: `"old"`: a stage solves for its target at the input that it saw (all stages in parallel);
             `"new"`: at the input that the stage below should send (the published order; one more forward pass).
-        nonfinite: see `LearningRule`.
 
     Attributes:
-        teaches_credit: whether `backward` also gathers the gradients of weights that the credit learns itself, for the
-            next `update`; the targets of a batch come from those weights as they are before it.
+        teaches_credit: whether `backward` also lets the credit `learn`, for the next `update`, its own weights.
 
     Raises:
         UnsupportedModelError: if the model cannot be cut; the message names the module and the way out.
@@ -98,14 +96,15 @@ class LocalRule(LearningRule):
         self.credit.end_epoch()
 
     def activations(self, x: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield the codes, then the credit's own weights and their gradients."""
         for stage, pullback in zip(self.chain, self.chain.record(x).pullbacks, strict=True):
             yield stage.name, None if pullback is None else pullback.output
-        for name, weight in self.credit.named_weights():
-            yield from ((name, weight), (name, weight.grad))
+        for name, module in self.credit.modules.items():
+            for weight in module.parameters():
+                yield from ((name, weight), (name, weight.grad))
 
     def move(self, device: torch.device | str) -> None:
-        self.credit.to(device)
+        for module in self.credit.modules.values():
+            module.to(device)
 
     def own_state(self) -> dict[str, Any]:
         return {"credit": self.credit.state_dict(), "solver": self.solver.state_dict()}
@@ -124,5 +123,4 @@ def _at_moved_input(assignment: Assignment) -> Assignment:
 
 def _measure(assignment: Assignment) -> dict[str, Tensor]:
     output, delta = assignment.pullback.output.norm(), assignment.delta.norm()
-    floor = tiny(output)
-    return {"output_norm": output, "delta_norm": delta, "relative_delta": delta / output.clamp_min(floor)}
+    return {"output_norm": output, "delta_norm": delta, "relative_delta": delta / output.clamp_min(tiny(output))}

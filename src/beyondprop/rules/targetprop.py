@@ -13,6 +13,7 @@ Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015, arXiv 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropaga
 from beyondprop.errors import NonFiniteError
 from beyondprop.nn.binary import Sign, Threshold
 from beyondprop.optim.factories import OptimizerFactory, centered_rmsprop
-from beyondprop.rules.guard import named
+from beyondprop.rules.guard import is_finite, named, put_back
 from beyondprop.rules.local import LocalRule
-from beyondprop.solvers.base import Solver, step_all
-from beyondprop.solvers.descent import Descent
+from beyondprop.solvers import Descent, Solver
+from beyondprop.solvers.base import step_all
+from beyondprop.stages import LossFunction, Stage
 from beyondprop.stages.chain import Cuts, flatten
-from beyondprop.stages.losses import LossFunction
-from beyondprop.stages.stage import NORMS, Stage
+from beyondprop.stages.stage import NORMS
 
 
 class DifferenceTargetProp(LocalRule):
@@ -38,7 +39,6 @@ class DifferenceTargetProp(LocalRule):
 
     `optimizers` has the weights' optimizers first and the inverses' last: schedulers attached to all of them decay both,
     which is what a schedule over a run means; attach to `rule.solver.optimizers` or `rule.credit.optimizers` for one side.
-    An inverse's gradients are part of the check before every update, so that a step is whole or not at all for both.
 
     Args:
         model: `nn.Sequential`, or any module with `cuts` naming its blocks; it stays yours and is trained in place.
@@ -48,18 +48,10 @@ class DifferenceTargetProp(LocalRule):
         inverse_optimizer: factory over the inverses' parameters; default Adam, lr 1e-3.
         inverse_training: `"interleaved"`: every step trains the inverses on its batch, too, and its targets come from those
             of the step before; `"epoch"`: `begin_epoch` trains them on one whole pass (the published order), which
-            `training.fit` calls, and your own loop must.
+            `fit` calls, and your own loop must.
         difference: False leaves the difference out: target propagation.
-        step_size: > 0, of the top hidden target along each sample's gradient; see `TargetPropagation`.
-        noise: >= 0, of the inverses' training.
-        noise_halving: epochs after which the noise is halved; None: constant.
-        seed: >= 0, of the inverses' first weights.
+        step_size, noise, noise_halving, seed: of `TargetPropagation`.
         cuts: `"activation"`: stages end after their nonlinearity and pooling, see `activation_cuts`; or see `Chain`.
-        nonfinite: see `LearningRule`.
-
-    Raises:
-        UnsupportedModelError: if the model cannot be cut, or a stage has no default inverse; the message names it.
-        ValueError: if an argument is out of its range; the message has the range.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -114,28 +106,23 @@ class DifferenceTargetProp(LocalRule):
         """
         if self.inverse_training != "epoch" or not self.credit.optimizers:
             return
+        inverses = [p for inverse in self.credit.inverses.values() for p in inverse.parameters()]
         for x, y in batches:
-            _checks.batch(x, y)
-            self.check_input(x)
-            snapshot = self._snapshot()
+            self.check_batch(x, y)
+            saved = self._saved()
             try:
                 self.credit.learn(self.chain.record(x), 1.0)
-                self._check_inverses(x, y)
+                if not is_finite(torch.zeros((), device=x.device), inverses):
+                    where = self.locate_nonfinite(x, y) or "inverse"
+                    raise NonFiniteError(
+                        f"{named(where)} is not finite in the inverses' training. No inverse was changed by this batch. Check "
+                        "the inputs, or lower the inverses' learning rate.",
+                        where=where,
+                    )
                 step_all(self.credit.optimizers)
             finally:
-                snapshot.restore()
+                put_back(saved)
                 self.discard()
-
-    def _check_inverses(self, x: Tensor, y: Tensor) -> None:
-        groups = (group for optimizer in self.credit.optimizers for group in optimizer.param_groups)
-        sums = [p.grad.sum() for group in groups for p in group["params"] if p.grad is not None]
-        if sums and not bool(torch.stack(sums).sum().isfinite()):
-            where = self.locate_nonfinite(x, y) or "inverse"
-            raise NonFiniteError(
-                f"{named(where)} is not finite in the inverses' training. No inverse was changed by this batch. Check the "
-                "inputs, or lower the inverses' learning rate.",
-                where=where,
-            )
 
     @classmethod
     def paper_discrete(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> DifferenceTargetProp:
@@ -174,11 +161,10 @@ def discrete_network(widths: Sequence[int] = (784, 500, 500, 10)) -> nn.Sequenti
     """
     if len(widths) < 3:
         raise ValueError(f"widths must have an input, hidden layers and an output, got {tuple(widths)}.")
-    layers: list[nn.Module] = [nn.Flatten()]
-    for index in range(1, len(widths) - 1):
-        layers += [Sign()] if index > 1 else []
-        layers += [nn.Linear(widths[index - 1], widths[index]), nn.Tanh()]
-    model = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths[:-1]):
+        layers += [Sign(), nn.Linear(inputs, outputs), nn.Tanh()]
+    model = nn.Sequential(nn.Flatten(), *layers[1:], nn.Linear(widths[-2], widths[-1]))
     for module in model:
         if isinstance(module, nn.Linear):
             nn.init.orthogonal_(module.weight)
@@ -198,8 +184,7 @@ def activation_cuts(model: nn.Module) -> list[str]:
     ends: list[str] = []
     end: str | None = None
     for name, module in flatten(model, deep=True):
-        is_norm = isinstance(module, NORMS)
-        if any(True for _ in module.parameters()) and not is_norm:
+        if list(module.parameters()) and not isinstance(module, NORMS):
             ends += [end] if end is not None else []
             end = name
         elif end is not None and not isinstance(module, _STAY_ABOVE):

@@ -20,16 +20,17 @@ class Watchdog:
     published alternating-minimization code leaves all but its top three layers bit-identical to their initialisation.
     The one host read happens once an interval.
 
-    Args:
+    Attributes:
         interval: steps between two looks.
         threshold: relative change, root mean square, below which a stage counts as frozen.
         sample: weights looked at per parameter, evenly spread.
     """
 
-    def __init__(self, interval: int = 50, threshold: float = 1e-6, sample: int = 4096) -> None:
-        self.interval = interval
-        self.threshold = threshold
-        self.sample = sample
+    interval: int = 50
+    threshold: float = 1e-6
+    sample: int = 4096
+
+    def __init__(self) -> None:
         self.steps = 0
         self.frozen: set[str] = set()
         self._before: dict[str, Tensor] = {}
@@ -43,8 +44,7 @@ class Watchdog:
         """
         if self.steps % self.interval == 0:
             now = self._look(stages())
-            if self._before:
-                self._compare(now)
+            self._compare(now)
             self._before = now
         self.steps += 1
 
@@ -66,10 +66,9 @@ class Watchdog:
         if max(moved) < self.threshold:
             return  # nothing moves: a learning rate at the end of its schedule
         limit = min(self.threshold, max(moved) / 1000)
-        frozen = {n for n, m in zip(names, moved, strict=True) if m < limit}
-        for name in names:
-            if name in frozen - self.frozen:
-                change = moved[names.index(name)]
+        frozen = {n: m for n, m in zip(names, moved, strict=True) if m < limit}
+        for name, change in frozen.items():
+            if name not in self.frozen:
                 warnings.warn(
                     f"Stage {name!r} stands still: its weights changed by {change:.1e} of their size in {self.interval} "
                     f"steps, the most mobile stage by {max(moved):.1e}. Its delta may vanish on the way down: use "
@@ -77,7 +76,7 @@ class Watchdog:
                     FrozenStageWarning,
                     stacklevel=4,
                 )
-        self.frozen = frozen
+        self.frozen = set(frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step count and the sample that the next look compares with."""

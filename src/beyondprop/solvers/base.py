@@ -26,6 +26,7 @@ class Solver(abc.ABC):
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     defers_update: bool = True
     needs_codes: bool = True
+    _chain: Chain
 
     @abc.abstractmethod
     def bind(self, chain: Chain) -> None:

@@ -23,9 +23,6 @@ class Descent(Solver):
         output: factory of a second optimizer for the last stage; default: the same one serves all.
         local_steps: optimizer steps a batch, >= 1. Where a later one is not finite, all weights go back to those before the
             batch; the optimizer keeps what it saw in the steps before.
-
-    Raises:
-        ValueError: if `local_steps` is below 1.
     """
 
     def __init__(
@@ -45,8 +42,7 @@ class Descent(Solver):
         self._collected: list[tuple[Assignment, float]] = []
 
     def bind(self, chain: Chain) -> None:
-        serves_one_rule(self, is_bound=hasattr(self, "_chain"))
-        self._chain = chain
+        serves_one_rule(self, chain)
         stages = list(chain)
         below = stages if self._output_factory is None else stages[:-1]
         groups = [(self._factory, [p for s in below for p in s.parameters if p.requires_grad])]

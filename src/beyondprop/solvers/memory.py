@@ -14,22 +14,21 @@ the difference of two large sums.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beyondprop import _checks
 from beyondprop.credit.base import Assignment, serves_one_rule
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.solvers.base import Solver
-from beyondprop.stages.affine import AffinePullback, AffineStage
-from beyondprop.stages.chain import Chain
-from beyondprop.stages.pipeline import PipelinePullback, PipelineStage
-from beyondprop.stages.stage import Pullback, Stage
+from beyondprop.stages import AffineStage, Chain, PipelineStage, Pullback, Stage
+from beyondprop.stages.affine import AffinePullback
+from beyondprop.stages.pipeline import PipelinePullback
 
-METHODS = ("rls", "bcd")
+Affine = TypeVar("Affine", AffineStage, AffinePullback)
 REST_LR = 3e-3
 """Adam's, for weights without a memory, where no other optimizer is given."""
 
@@ -58,9 +57,6 @@ class Memory(Solver):
         limit: input size of a stage above which its n x n memory is announced with a warning.
         output_lr: step size of the last stage in `"bcd"`, which follows the gradient of the task loss, as published.
         rest: optimizer factory for weights without a memory; default Adam, lr 3e-3, with a warning where these are most.
-
-    Raises:
-        ValueError: if an argument is out of its range; the message has the range.
     """
 
     defers_update = False  # A, R and the weights change outside any torch optimizer
@@ -80,7 +76,7 @@ class Memory(Solver):
         output_lr: float = 0.1,
         rest: OptimizerFactory | None = None,
     ) -> None:
-        self.method = _checks.one_of("method", method, METHODS)
+        self.method = _checks.one_of("method", method, ("rls", "bcd"))
         self.lr = _checks.positive("lr", lr)
         self.damping = _checks.positive("damping", damping)
         if not 0 <= forgetting < 1:
@@ -95,22 +91,19 @@ class Memory(Solver):
         self._stages: dict[int, StageMemory] = {}
 
     def bind(self, chain: Chain) -> None:
-        """Make the memories; warns where a stage's memory is large, and where most weights have none."""
-        serves_one_rule(self, is_bound=bool(self._stages))
-        last = len(chain) - 1
+        serves_one_rule(self, chain)
         remembered, output, rest = [], [], []
         others: list[str] = []
         for index, stage in enumerate(chain):
             trainable = [p for p in stage.parameters if p.requires_grad]
-            if self.method == "bcd" and index == last:
+            if self.method == "bcd" and index == len(chain) - 1:
                 output = trainable
-            elif (top := _top(stage)) is not None and getattr(top.affine, "groups", 1) == 1 and trainable:
+            elif (top := _top(stage, AffineStage)) and getattr(top.affine, "groups", 1) == 1 and trainable:
                 memory = StageMemory(stage.name, top, self)
                 if memory.size > self.limit:
                     warnings.warn(
                         f"Stage {stage.name!r} has {memory.size} inputs: its memory takes "
-                        f"{memory.size**2 * 8 / 2**20:.0f} MiB. "
-                        f"Raise Memory(limit={self.limit}) to accept it, or use Descent.",
+                        f"{memory.size**2 * 8 / 2**20:.0f} MiB. Raise Memory(limit={self.limit}) to accept it, or use Descent.",
                         stacklevel=4,
                     )
                 self._stages[index] = memory
@@ -147,18 +140,11 @@ class Memory(Solver):
     def collect(self, assignment: Assignment, factor: float) -> None:
         assignment.pullback.add_gradients(assignment.delta, factor)
         memory = self._stages.get(assignment.index)
-        if memory is not None and (top := _top_at(assignment.pullback)) is not None:
+        if memory is not None and (top := _top(assignment.pullback, AffinePullback)) is not None:
             memory.collect(top, -factor)
 
     @torch.no_grad()
     def solve(self) -> None:
-        for memory in self._stages.values():
-            if memory.pending is not None and not bool(memory.pending.sum().isfinite()):
-                raise NonFiniteError(
-                    f"Stage {memory.name!r}: the second moments of its inputs are not finite. No weight was changed. "
-                    "Check the inputs.",
-                    where=memory.name,
-                )
         lr = self.optimizers[0].param_groups[0]["lr"]
         for memory in self._stages.values():
             memory.prepare()  # what can fail comes before what is changed
@@ -170,7 +156,6 @@ class Memory(Solver):
             memory.pending = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return every stage's memory by its index."""
         return {str(index): memory.state_dict() for index, memory in self._stages.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,124 +165,113 @@ class Memory(Solver):
             memory.load_state_dict(state[str(index)])
 
 
-def _top(stage: Stage) -> AffineStage | None:
-    """Return the Linear or Conv that a stage ends in, where it has no other weights."""
-    if isinstance(stage, PipelineStage):
-        return stage.top
-    return stage if isinstance(stage, AffineStage) else None
-
-
-def _top_at(pullback: Pullback) -> AffinePullback | None:
-    if isinstance(pullback, PipelinePullback):
-        return pullback.top
-    return pullback if isinstance(pullback, AffinePullback) else None
+def _top(whole: Stage | Pullback, kind: type[Affine]) -> Affine | None:
+    """Return the Linear or Conv that a stage ends in, where it has no other weights; likewise at an input."""
+    top = whole.top if isinstance(whole, PipelineStage | PipelinePullback) else whole
+    return top if isinstance(top, kind) else None
 
 
 class StageMemory:
-    """One stage's A, R and factor.
+    """One stage's A and what it is solved with.
 
     Attributes:
         size: n, the inputs of the weight matrix, with the constant where there is a bias.
-        moments: A `(n, n)`, averaged so that its scale does not grow.
-        residual: R `(out, n)`, averaged likewise (`"bcd"` only).
+        kept: `"moments"`, A `(n, n)`, averaged so that its scale does not grow; `"inverse"`, of the damped A (`"rls"`);
+            `"residual"`, R `(out, n)`, averaged as A is (`"bcd"`).
         steps: batches seen.
     """
 
     def __init__(self, name: str, stage: AffineStage, settings: Memory) -> None:
-        weight, self.bias = stage.affine.weight, stage.affine.bias
-        self.weight: nn.Parameter = weight
+        weight, bias = self.weight, self.bias = stage.weight, stage.bias
         self.name = name
         self.settings = settings
         self.inputs = weight[0].numel()
         # A frozen part has no column: the other's problem is its own.
         self.columns = slice(
             0 if weight.requires_grad else self.inputs,
-            self.inputs + 1 if self.bias is not None and self.bias.requires_grad else self.inputs,
+            self.inputs + 1 if bias is not None and bias.requires_grad else self.inputs,
         )
         self.size = self.columns.stop - self.columns.start
-        self.moments = weight.new_zeros(self.size, self.size)
-        self.inverse = weight.new_zeros(self.size, self.size)
-        self.residual = weight.new_zeros(weight.shape[0], self.size) if settings.method == "bcd" else None
+        own, rows = ("residual", len(weight)) if settings.method == "bcd" else ("inverse", self.size)
+        self.kept = {"moments": weight.new_zeros(self.size, self.size), own: weight.new_zeros(rows, self.size)}
         self.steps = 0
         self.pending: Tensor | None = None
         self._fresh: Tensor | None = None
 
     def collect(self, pullback: AffinePullback, weight: float) -> None:
-        """Add `weight * a^T a` of a batch to what the next `solve` takes in.
-
-        Raises:
-            ValueError: if the model has taken another dtype since the memory was made.
-        """
-        rows = pullback.feature_rows()[:, self.columns]
-        if rows.dtype != self.moments.dtype:
+        """Add `weight * a^T a` of a batch to what the next `solve` takes in."""
+        rows, dtype = pullback.feature_rows()[:, self.columns], self.kept["moments"].dtype
+        if rows.dtype != dtype:
             raise ValueError(
-                f"Stage {self.name!r} has inputs of dtype {rows.dtype}, its memory has {self.moments.dtype}: convert the model "
-                "before the rule is built."
+                f"Stage {self.name!r} has inputs of dtype {rows.dtype}, its memory has {dtype}: convert the model before the "
+                "rule is built."
             )
         if self.pending is None or self.pending.device != rows.device:
-            self.pending = torch.zeros_like(self.moments, device=rows.device)
+            self.kept = {name: tensor.to(rows.device) for name, tensor in self.kept.items()}
+            self.pending = torch.zeros_like(self.kept["moments"])
         self.pending.addmm_(rows.t(), rows, alpha=weight)
 
     def prepare(self) -> None:
         """Where it is time to, factorise what the memory will be with the batch; the memory itself stays.
 
         Raises:
-            NonFiniteError: if it has no factorisation.
+            NonFiniteError: if the batch's moments are not finite, or what comes of them has no factorisation.
         """
         self._fresh = None
-        if self.pending is None or self.residual is not None or self.steps % self.settings.refresh:
+        if self.pending is None:
             return
-        self._to(self.pending.device)
-        damped = torch.lerp(self.moments, self.pending, self._share)
+        if not bool(self.pending.sum().isfinite()):
+            raise self._refused("are not finite", "Check the inputs.")
+        if "residual" in self.kept or self.steps % self.settings.refresh:
+            return
+        damped = torch.lerp(self.kept["moments"], self.pending, self._share)
         damped.diagonal().add_(self.settings.damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if bool(failed):  # by rounding, unless the moments are not finite: as much more damping as rounding takes
             damped.diagonal().add_(torch.finfo(damped.dtype).eps * damped.diagonal().sum())
             factor, failed = torch.linalg.cholesky_ex(damped)
         if bool(failed):
-            raise NonFiniteError(
-                f"Stage {self.name!r}: the second moments of its inputs have no factorisation. No weight was changed. "
-                "Lower the learning rate, or raise damping.",
-                where=self.name,
-            )
+            raise self._refused("have no factorisation", "Lower the learning rate, or raise damping.")
         self._fresh = torch.cholesky_inverse(factor)
+
+    def _refused(self, what: str, advice: str) -> NonFiniteError:
+        message = f"Stage {self.name!r}: the second moments of its inputs {what}. No weight was changed. {advice}"
+        return NonFiniteError(message, where=self.name)
 
     def solve(self, lr: float) -> None:
         """Take the batch into the memory and turn the weights' `.grad` into the step to be made."""
         if self.pending is None:
             return
-        self._to(self.pending.device)
         share = self._share
         self.steps += 1
-        self.moments.lerp_(self.pending, share)
+        self.kept["moments"].lerp_(self.pending, share)
         self.pending = None
-        if self.residual is not None:
-            self.residual.lerp_(-self._gradient(), share)
-            self._descend_blocks(lr)
+        if "residual" in self.kept:
+            self.kept["residual"].lerp_(-self._gradient(), share)
+            self._descend_blocks(self.kept["moments"], self.kept["residual"], lr)
             return
         if self._fresh is not None:
-            self.inverse, self._fresh = self._fresh, None
-        self._write(self._gradient() @ self.inverse)
+            self.kept["inverse"], self._fresh = self._fresh, None
+        self._write(self._gradient() @ self.kept["inverse"])
 
     @property
     def _share(self) -> float:
         """The share of a batch in the memory after it."""
         return max(self.settings.forgetting, 1.0 / (self.steps + 1))
 
-    def _descend_blocks(self, lr: float) -> None:
+    def _descend_blocks(self, moments: Tensor, residual: Tensor, lr: float) -> None:
         """Minimise `Tr(dW A dW^T) / 2 - Tr(dW R^T) + damping |dW|^2 / 2` over the step dW, block by block."""
-        assert self.residual is not None
-        step, left = torch.zeros_like(self.residual), self.residual.clone()
+        step, left = torch.zeros_like(residual), residual.clone()
         for _ in range(self.settings.sweeps):
             for start in range(0, self.size, self.settings.block):
                 columns = slice(start, min(start + self.settings.block, self.size))
-                own = self.moments[columns, columns].clone()
+                own = moments[columns, columns].clone()
                 own.diagonal().add_(self.settings.damping)
                 right = left[:, columns] - self.settings.damping * step[:, columns]
                 change = torch.linalg.solve(own, right, left=False)
                 step[:, columns] += change
-                left.addmm_(change, self.moments[columns], alpha=-1.0)
-        self.residual.lerp_(left, lr)  # the optimizer makes lr of the step
+                left.addmm_(change, moments[columns], alpha=-1.0)
+        residual.lerp_(left, lr)  # the optimizer makes lr of the step
         self._write(-step)
 
     def _gradient(self) -> Tensor:
@@ -313,24 +287,14 @@ class StageMemory:
         if self.bias is not None and self.bias.grad is not None:
             self.bias.grad.copy_(gradient[:, -1])
 
-    def _to(self, device: torch.device) -> None:
-        if self.moments.device != device:
-            for name, kept in self._kept().items():
-                setattr(self, name, kept.to(device))
-
-    def _kept(self) -> dict[str, Tensor]:
-        kept = {"moments": self.moments, "inverse": self.inverse, "residual": self.residual}
-        return {name: tensor for name, tensor in kept.items() if tensor is not None}
-
     def state_dict(self) -> dict[str, Any]:
-        """Return A, its inverse and R."""
-        return {"steps": self.steps, **{name: kept.clone() for name, kept in self._kept().items()}}
+        """Return what is kept, and how many batches it has seen."""
+        return {"steps": self.steps, **{name: tensor.clone() for name, tensor in self.kept.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        if state["moments"].shape != self.moments.shape:
-            saved, own = tuple(state["moments"].shape), tuple(self.moments.shape)
+        saved, own = tuple(state["moments"].shape), tuple(self.kept["moments"].shape)
+        if saved != own:
             raise ValueError(f"This state has moments {saved}; stage {self.name!r} has {own}.")
         self.steps = int(state["steps"])
-        for name in self._kept():
-            setattr(self, name, state[name].to(self.weight.device, copy=True))
+        self.kept = {name: state[name].to(self.weight.device, copy=True) for name in self.kept}

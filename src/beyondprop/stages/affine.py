@@ -13,16 +13,13 @@ from beyondprop.nn.activations import Activation, closed_form
 from beyondprop.nn.functional import patches
 from beyondprop.stages.stage import Pullback, Stage, add_to_gradient
 
-_RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
+RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _GATE = torch.ops.aten.threshold_backward.grad_input  # zero where the value is not positive, in one pass
-_CONVS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class AffineStage(Stage):
-    """`output = W f(z) + b` with `f` elementwise (or the identity), reshaped where asked; no autograd.
-
-    `AffineStage.fits` says whether a run of modules has this form.
-    """
+    """`output = W f(z) + b` with `f` elementwise (or the identity), reshaped where asked; no autograd."""
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__(name, modules)
@@ -30,27 +27,22 @@ class AffineStage(Stage):
         # Looked up once: nn.Module finds attributes slowly, which shows in small steps.
         self.weight: nn.Parameter = self.affine.weight
         self.bias: nn.Parameter | None = self.affine.bias
-        self.reshapes = [m for m in self.modules[:-1] if isinstance(m, _RESHAPES)]
-        activation = [a for a in map(closed_form, self.modules[:-1]) if a is not None]
-        self.activation: Activation | None = activation[0] if activation else None
+        self.reshapes = [m for m in self.modules[:-1] if isinstance(m, RESHAPES)]
+        self.activation: Activation | None = next(filter(None, map(closed_form, self.modules[:-1])), None)
         self.is_linear = isinstance(self.affine, nn.Linear)
 
     @staticmethod
     def fits(modules: Sequence[nn.Module]) -> bool:
         """Whether closed forms serve this run of modules."""
         *inner, affine = modules
-        if type(affine) is not nn.Linear and type(affine) not in _CONVS:
+        is_conv = type(affine) in _CONVS and affine.padding_mode == "zeros" and not isinstance(affine.padding, str)
+        if not (is_conv or type(affine) is nn.Linear) or any(map(is_modified, modules)) or any(map(moves_batch, inner)):
             return False
-        if type(affine) in _CONVS and (affine.padding_mode != "zeros" or isinstance(affine.padding, str)):
-            return False
-        if any(map(is_modified, modules)) or any(map(moves_batch, inner)):
-            return False
-        rest = [m for m in inner if type(m) not in _RESHAPES]
+        rest = [m for m in inner if type(m) not in RESHAPES]
         return len(rest) <= 1 and all(closed_form(m) is not None for m in rest)
 
     def record(self, z: Tensor, *, push: bool = False) -> AffinePullback:
-        del push  # closed forms push tangents at no extra cost
-        return AffinePullback(self, z)
+        return AffinePullback(self, z)  # closed forms push tangents at no extra cost
 
 
 class AffinePullback(Pullback):
@@ -74,13 +66,8 @@ class AffinePullback(Pullback):
         self._slope: Tensor | None = None
 
     def _map(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.map.is_linear:
-            output = F.linear(features, weight, bias)
-        else:
-            affine = self.map.affine
-            convolve = _CONVS[type(affine)]
-            output = convolve(features, weight, bias, affine.stride, affine.padding, affine.dilation, affine.groups)
-        return whole(output, features)
+        apply = F.linear if self.map.is_linear else self.map.affine._conv_forward
+        return whole(apply(features, weight, bias), features)
 
     @property
     def slope(self) -> Tensor:
@@ -132,7 +119,10 @@ class AffinePullback(Pullback):
         weight, bias = stage.weight, stage.bias
         rows, features = cotangent, self.features
         if not stage.is_linear:
-            self._add_convolution_gradients(cotangent, factor)
+            if weight.requires_grad:
+                add_to_gradient(weight, self._convolution_backward(rows, weight, [False, True, False])[1], factor)
+            if bias is not None and bias.requires_grad:
+                add_to_gradient(bias, rows.flatten(2).sum((0, 2)), factor)
             return
         if rows.ndim != 2:
             rows, features = rows.reshape(-1, rows.shape[-1]), features.reshape(-1, features.shape[-1])
@@ -170,17 +160,8 @@ class AffinePullback(Pullback):
 
     def _convolution_backward(self, cotangent: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
         m = self.map.affine
-        sizes = None if m.bias is None else list(m.bias.shape)
         settings = (m.stride, m.padding, m.dilation, False, m.output_padding, m.groups)
-        return torch.ops.aten.convolution_backward(cotangent, self.features, weight, sizes, *settings, wanted)
-
-    def _add_convolution_gradients(self, cotangent: Tensor, factor: float) -> None:
-        weight, bias = self.map.weight, self.map.bias
-        if weight.requires_grad:
-            gradient = self._convolution_backward(cotangent, weight, [False, True, False])[1]
-            add_to_gradient(weight, gradient, factor)
-        if bias is not None and bias.requires_grad:
-            add_to_gradient(bias, cotangent.flatten(2).sum((0, 2)), factor)
+        return torch.ops.aten.convolution_backward(cotangent, self.features, weight, None, *settings, wanted)
 
 
 def whole(values: Tensor, like: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.binary import Threshold
+from beyondprop.nn.functional import evaluation_mode
 from beyondprop.stages.stage import Memo, Pullback, Stage, add_to_gradient, too_few_values
 from beyondprop.stages.weight_transport import Transport, check_met, counterpart
 
@@ -20,13 +22,13 @@ class BlockStage(Stage):
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__(name, modules)
-        leaves = [m for module in self.modules for m in module.modules()]
-        self.norms = [m for m in leaves if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.is_stochastic = any(not _is_deterministic(m) for m in leaves)
-        self._leaves = leaves
+        self._leaves = [m for module in self.modules for m in module.modules()]
+        self.norms = [m for m in self._leaves if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.is_stochastic = any(not _is_deterministic(m) for m in self._leaves)
         # In backpropagation a unit's delta is minus what comes back; here, deltas come as they are.
-        self.takes_targets = any(isinstance(m, Threshold) for m in leaves)
-        self._has_second_derivative: dict[tuple[bool, ...], bool] = {}
+        self.takes_targets = any(isinstance(m, Threshold) for m in self._leaves)
+        # Whether its pullback can be differentiated, by its modules' modes: fused kernels may serve one only.
+        self.has_second_derivative: dict[tuple[bool, ...], bool] = {}
         self._is_checked = False
         self._is_transport_checked = False
 
@@ -35,13 +37,9 @@ class BlockStage(Stage):
         return any(m.training or not m.track_running_stats for m in self.norms)
 
     @property
-    def has_second_derivative(self) -> bool | None:
-        """Whether its pullback can be differentiated; None until it was tried. Fused kernels may serve one mode only."""
-        return self._has_second_derivative.get(tuple(m.training for m in self._leaves))
-
-    @has_second_derivative.setter
-    def has_second_derivative(self, value: bool) -> None:
-        self._has_second_derivative[tuple(m.training for m in self._leaves)] = value
+    def modes(self) -> tuple[bool, ...]:
+        """Which of its modules are in training mode."""
+        return tuple(m.training for m in self._leaves)
 
     def record(self, z: Tensor, *, push: bool = False) -> Pullback:
         """Run the stage on `z`.
@@ -50,7 +48,7 @@ class BlockStage(Stage):
             UnsupportedModelError: if the stage overwrites its input, mixes samples, or returns no tensor of the batch.
             ValueError: if a channel's only value is to be normalised over the batch.
         """
-        state = _random_state(z.device) if self.is_stochastic else None
+        state = _generator(z.device).get_state() if self.is_stochastic else None
         pullback = BlockPullback(self, z, push, state)
         if not self._is_checked and z.shape[0] > 1 and z.is_floating_point():
             self._check_samples_are_apart(pullback)
@@ -93,19 +91,28 @@ class BlockStage(Stage):
             )
         return output
 
-    @torch.no_grad()
-    def replayed(self, state: Tensor | None, device: torch.device) -> _Replay:
+    @contextmanager
+    def replayed(self, state: Tensor | None, device: torch.device) -> Iterator[None]:
         """Return a context in which the stage draws the masks of `state` and leaves its statistics alone."""
         # Looked up now: moving a model to another device or dtype replaces its buffers.
-        return _Replay([b for module in self.modules for b in module.buffers()], state, device)
+        saved = [(buffer, buffer.clone()) for module in self.modules for buffer in module.buffers()]
+        present = None if state is None else _generator(device).get_state()
+        if state is not None:
+            _generator(device).set_state(state)
+        try:
+            yield
+        finally:
+            for buffer, value in saved:
+                # Through .data: the first run's graph has saved the buffer, and the value that it saw comes back.
+                buffer.data.copy_(value)
+            if present is not None:
+                _generator(device).set_state(present)
 
     def _check_samples_are_apart(self, pullback: BlockPullback) -> None:
         if any(not m.track_running_stats for m in self.norms):
             return  # these mix samples in either mode
-        modes = [m.training for m in self.norms]
-        for m in self.norms:  # batch statistics mix samples by right; anything else must not
-            m.training = False
-        try:
+        # Batch statistics mix samples by right; anything else must not.
+        with evaluation_mode(*self.norms):
             z = pullback.input.detach().requires_grad_()
             with torch.enable_grad(), self.replayed(pullback.random_state, z.device):
                 output = self.run(z)
@@ -114,9 +121,6 @@ class BlockStage(Stage):
             cotangent = torch.zeros_like(output)
             cotangent[0] = torch.linspace(0.5, 1.5, output[0].numel(), device=z.device).view_as(output[0])
             (gradient,) = torch.autograd.grad(output, z, cotangent, allow_unused=True)
-        finally:
-            for m, mode in zip(self.norms, modes, strict=True):
-                m.training = mode
         # NaN is no sign of mixing: 0 * NaN. The step refuses it by itself.
         if gradient is not None and bool((gradient[1:].nan_to_num(0.0) != 0).any()):
             raise UnsupportedModelError(
@@ -136,7 +140,7 @@ class BlockPullback(Pullback):
         self.stage = self.block = stage
         self.random_state = random_state
         self.weights = [p for p in stage.parameters if p.requires_grad]
-        known = stage.has_second_derivative if push else None
+        known = stage.has_second_derivative.get(stage.modes) if push else None
         self._pushes = push
         self._makes_dual = push and known is not False
         with torch.enable_grad():
@@ -191,7 +195,6 @@ class BlockPullback(Pullback):
         return gradient
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        del gated
         # The transpose of the pullback, by differentiating it with respect to its cotangent.
         stage = self.block
         nothing = tangent.new_zeros(self._shapes[1])
@@ -211,10 +214,10 @@ class BlockPullback(Pullback):
         except RuntimeError as error:
             if self._kept is None or not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
                 raise
-            stage.has_second_derivative = False
+            stage.has_second_derivative[stage.modes] = False
             return self._difference(tangent)
         # A backward that differentiates once is cut off without an error: the image is None.
-        stage.has_second_derivative = image is not None
+        stage.has_second_derivative[stage.modes] = image is not None
         return self._difference(tangent) if image is None else image.to(tangent.dtype)
 
     @torch.no_grad()
@@ -245,17 +248,12 @@ class BlockPullback(Pullback):
         return found
 
     def _weight_gradients(self, cotangent: Tensor) -> list[Tensor | None]:
-        own = self._own.find(cotangent)
-        return self._gradients(cotangent.to(self._like[1].dtype), self.weights) if own is None else own
+        return self._own.find(cotangent) or self._gradients(cotangent.to(self._like[1].dtype), self.weights)
 
     def at(self, z: Tensor, *, push: bool = False) -> BlockPullback:
         """Return the stage at another input; `push` says whether tangents will be pushed there, too."""
         with self.block.replayed(self.random_state, z.device):
             return BlockPullback(self.block, z, push, self.random_state)
-
-    def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
-        del before
-        return self.rerun()
 
 
 class _Start(torch.autograd.Function):
@@ -264,51 +262,22 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, anchor: Tensor) -> Tensor:
         """Return a view of `z` that requires a gradient because `anchor` does."""
-        del ctx, anchor
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         """End here: gradients are taken at this node."""
-        del ctx, gradients
         return None, None
 
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "not differentiable", "once_differentiable", "twice")
 
 
-class _Replay:
-    """Restores the random state of the first run on entry; the present one, and all buffers, on exit."""
-
-    def __init__(self, buffers: list[Tensor], state: Tensor | None, device: torch.device) -> None:
-        self.buffers, self.state, self.device = buffers, state, device
-
-    def __enter__(self) -> None:
-        self.saved = [b.clone() for b in self.buffers]
-        if self.state is not None:
-            self.present = _random_state(self.device)
-            _set_random_state(self.device, self.state)
-
-    def __exit__(self, *args: object) -> None:
-        with torch.no_grad():
-            for buffer, saved in zip(self.buffers, self.saved, strict=True):
-                # Through .data: the first run's graph has saved the buffer, and the value that it saw comes back.
-                buffer.data.copy_(saved)
-        if self.state is not None:
-            _set_random_state(self.device, self.present)
-
-
-def _random_state(device: torch.device) -> Tensor:
+def _generator(device: torch.device) -> torch.Generator:
+    """Return the generator that modules on this device draw from."""
     if device.type == "cpu":
-        return torch.get_rng_state()
-    return getattr(torch, device.type).get_rng_state(device)
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        getattr(torch, device.type).set_rng_state(state, device)
+        return torch.default_generator
+    return getattr(torch, device.type).default_generators[device.index]
 
 
 _DRAWING = (

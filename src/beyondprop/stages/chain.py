@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.nn.functional import evaluation_mode
 from beyondprop.nn.recurrent import Recurrent
-from beyondprop.stages.affine import AffineStage
+from beyondprop.stages.affine import RESHAPES, AffineStage
 from beyondprop.stages.block import BlockStage
 from beyondprop.stages.pipeline import PipelineStage
 from beyondprop.stages.recurrent import RecurrentStage
@@ -21,7 +22,6 @@ Cuts = str | Sequence[str] | Sequence[nn.Module]
 """Where stages end: `"linear"`, `"block"`, the names of the modules that end a stage, or the blocks themselves."""
 
 _AFFINE = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-_PLACE_HOLDERS = (nn.Flatten, nn.Unflatten, nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 Named = tuple[str, nn.Module]
@@ -122,7 +122,7 @@ class Chain:
         lowest = next((i for i, stage in enumerate(self.stages) if stage.is_trainable), len(self.stages))
         if not self._is_composition_of_model:
             self._check_composition(x)
-        self._check_unchanged()
+        self.check_unchanged()
         pullbacks: list[Pullback | None] = []
         z = x
         for index, stage in enumerate(self.stages):
@@ -139,7 +139,8 @@ class Chain:
                 pullbacks.append(pullback)
         return Trace(pullbacks, lowest, z)
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raise `UnsupportedModelError` where a module that closed forms do not call got a hook or another weight."""
         if sum(map(len, self._hooks)) > self._hooked:
             what = "got a hook"
         elif any(place.get(name) is not p for place, name, p in self._weights):
@@ -177,29 +178,20 @@ class Chain:
                     "parameter must be."
                 )
         for stage in self.stages:
-            self._check_head(stage)
-
-    @staticmethod
-    def _check_head(stage: Stage) -> None:
-        for name, module in zip(stage.names, stage.modules, strict=True):
-            if getattr(module, "inplace", False):
-                raise UnsupportedModelError(
-                    f"{type(module).__name__}(inplace=True) at {name!r}, head of stage {stage.name!r}, overwrites the code of "
-                    "the stage below; use inplace=False."
-                )
-            if not isinstance(module, _PLACE_HOLDERS):
-                return
+            for name, module in zip(stage.names, stage.modules, strict=True):
+                if getattr(module, "inplace", False):
+                    raise UnsupportedModelError(
+                        f"{type(module).__name__}(inplace=True) at {name!r}, head of stage {stage.name!r}, overwrites the "
+                        "code of the stage below; use inplace=False."
+                    )
+                if not isinstance(module, RESHAPES):
+                    break
 
     def _check_composition(self, x: Tensor) -> None:
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             expected, z = self.model(x), x
             for stage in self.stages:
                 z = stage.forward(z)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         same = isinstance(expected, Tensor) and expected.shape == z.shape
         if not (same and torch.allclose(expected, z, equal_nan=True)):
             raise UnsupportedModelError(
@@ -233,7 +225,12 @@ def _unfold(name: str, module: nn.Module) -> list[Named]:
     """Return what a plain Sequential applies, or the module itself."""
     if not _is_plain_sequential(module):
         return [(name, module)]
-    return [part for n, m in module._modules.items() if m is not None for part in _unfold(f"{name}.{n}", m)]
+    return [part for n, m in _children(module) for part in _unfold(f"{name}.{n}", m)]
+
+
+def _children(module: nn.Module) -> list[Named]:
+    """Return a module's children with their names; not `named_children`, which hides repetitions."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _cut(model: nn.Module, cuts: Cuts) -> list[list[Named]]:
@@ -252,13 +249,12 @@ def _cut(model: nn.Module, cuts: Cuts) -> list[list[Named]]:
     raise TypeError("cuts must be a list of names or a list of modules, not a mixture.")
 
 
-def flatten(model: nn.Module, *, deep: bool, prefix: str = "") -> list[Named]:
+def flatten(model: nn.Module, *, deep: bool) -> list[Named]:
     """Return the modules of an `nn.Sequential` in order, with their dotted names, as a chain cuts them.
 
     Args:
         model: the Sequential.
         deep: whether Sequentials inside it are taken apart, too; those with hooks or a forward pass of their own never are.
-        prefix: put before every name.
 
     Raises:
         UnsupportedModelError: if `model` is none, or has hooks or a forward pass of its own.
@@ -268,16 +264,8 @@ def flatten(model: nn.Module, *, deep: bool, prefix: str = "") -> list[Named]:
             f"{type(model).__name__} has a forward pass of its own and cannot be cut. Pass an nn.Sequential (its blocks may "
             "be any modules), or cuts=[block, block, ...] with the modules that make up its forward pass."
         )
-    found: list[Named] = []
-    for name, child in model._modules.items():  # not named_children, which hides repetitions
-        if child is None:
-            continue
-        dotted = f"{prefix}{name}"
-        if deep and _is_plain_sequential(child):
-            found += flatten(child, deep=True, prefix=dotted + ".")
-        else:
-            found.append((dotted, child))
-    return found
+    children = _children(model)
+    return [part for name, child in children for part in _unfold(name, child)] if deep else children
 
 
 def _is_plain_sequential(module: nn.Module) -> bool:
@@ -298,16 +286,12 @@ def _runs(modules: list[Named], *, one_affine: bool) -> list[list[Named]]:
             raise UnsupportedModelError(
                 f"{type(module).__name__} at {name!r} has no forward pass; put its modules into the Sequential themselves."
             )
-        if not any(True for _ in module.parameters()):
-            if one_affine and isinstance(module, NORMS) and runs and not pending:
-                runs[-1].append((name, module))  # a norm without weights of its own
-            else:
-                pending.append((name, module))
-        elif isinstance(module, NORMS):
-            if one_affine and runs and not pending and isinstance(runs[-1][-1][1], _AFFINE):
-                runs[-1].append((name, module))
-            else:
-                pending.append((name, module))
+        has_weights, is_norm = any(True for _ in module.parameters()), isinstance(module, NORMS)
+        may_join = one_affine and runs and not pending and (not has_weights or isinstance(runs[-1][-1][1], _AFFINE))
+        if is_norm and may_join:
+            runs[-1].append((name, module))
+        elif is_norm or not has_weights:
+            pending.append((name, module))
         else:
             runs.append([*pending, (name, module)])
             pending = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 _aten = torch.ops.aten
+_CLOSED = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
 Evaluated = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
@@ -65,7 +67,7 @@ class OutputLoss:
         reduction = getattr(loss, "reduction", "mean")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"loss must have reduction='mean' or 'sum', got reduction={reduction!r}.")
-        self.loss = loss
+        self.loss: Any = loss
         self.is_mean = reduction == "mean"
 
     def __call__(self, output: Tensor, y: Tensor) -> Tensor:
@@ -84,17 +86,22 @@ class OutputLoss:
             ValueError: if `y` does not fit `output` (device, dtype, shape), saying what is accepted.
         """
         self.check(output, y)
-        loss = self.loss
-        if isinstance(loss, nn.CrossEntropyLoss) and _plain_cross_entropy(loss, output, y):
-            evaluate = self._cross_entropy
-        elif isinstance(loss, nn.MSELoss) and _is_itself(loss, nn.MSELoss):
-            evaluate = self._mean_squared_error
-        elif isinstance(loss, nn.BCEWithLogitsLoss) and _plain_bce(loss):
-            evaluate = self._binary_cross_entropy
-        else:
-            evaluate = self._generic
-        value, cotangent, hessian = evaluate(output, y)
+        value, cotangent, hessian = self._form(output, y)(output, y)
         return LossPoint(value, cotangent, self.scale(output), hessian, lambda moved: self.at(moved, y))
+
+    def _form(self, output: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], Evaluated]:
+        loss, kind = self.loss, type(self.loss)
+        # Only what computes what its class says: no subclass, no hooks.
+        if kind not in _CLOSED or loss._forward_hooks or loss._forward_pre_hooks:
+            return self._generic
+        if kind is nn.MSELoss:
+            return self._mean_squared_error
+        if loss.weight is not None:
+            return self._generic
+        if kind is nn.BCEWithLogitsLoss:
+            return self._binary_cross_entropy if loss.pos_weight is None else self._generic
+        is_plain = loss.label_smoothing == 0.0 and output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+        return self._cross_entropy if is_plain else self._generic
 
     def check(self, output: Tensor, y: Tensor) -> None:
         """Raise `ValueError` where `y` cannot be the target of `output`."""
@@ -110,36 +117,30 @@ class OutputLoss:
                     )
             elif y.dtype != torch.int64:
                 raise ValueError(f"y has dtype {y.dtype}: cross-entropy takes int64 class indices; use y.long().")
-            elif y.shape != output.shape[:1] + output.shape[2:]:
-                wanted = tuple(output.shape[:1] + output.shape[2:])
+            elif y.shape != (wanted := output.shape[:1] + output.shape[2:]):
                 raise ValueError(
                     f"y has shape {tuple(y.shape)}; cross-entropy on the output {tuple(output.shape)} takes class indices of "
-                    f"shape {wanted}."
+                    f"shape {tuple(wanted)}."
                 )
-            elif y.device.type == "cpu" and y.numel() and self._is_beyond(y, output.shape[1]):
-                raise ValueError(
-                    f"y has labels from {int(y.min())} to {int(y.max())}; {output.shape[1]} outputs accept 0 to "
-                    f"{output.shape[1] - 1}."
-                )
+            elif y.device.type == "cpu" and y.numel():
+                least, most, last = *map(int, y.aminmax()), output.shape[1] - 1
+                # Where some are outside, those that are ignored may be all of them.
+                if (least < 0 or most > last) and bool(
+                    ((y < 0) | (y > last)).logical_and_(y != self.loss.ignore_index).any()
+                ):
+                    raise ValueError(f"y has labels from {least} to {most}; {last + 1} outputs accept 0 to {last}.")
         elif isinstance(self.loss, nn.MSELoss | nn.BCEWithLogitsLoss | nn.BCELoss):
+            kind = type(self.loss).__name__
             if y.dtype != output.dtype:
-                raise ValueError(
-                    f"y has dtype {y.dtype}, the output {output.dtype}: {_name(self.loss)} takes equal dtypes."
-                )
+                raise ValueError(f"y has dtype {y.dtype}, the output {output.dtype}: {kind} takes equal dtypes.")
             if y.shape != output.shape:
                 raise ValueError(
-                    f"y has shape {tuple(y.shape)}, the output {tuple(output.shape)}: {_name(self.loss)} takes equal shapes."
+                    f"y has shape {tuple(y.shape)}, the output {tuple(output.shape)}: {kind} takes equal shapes."
                 )
-
-    def _is_beyond(self, y: Tensor, classes: int) -> bool:
-        least, most = y.aminmax()
-        if int(least) >= 0 and int(most) < classes:
-            return False
-        return bool(((y < 0) | (y >= classes)).logical_and_(y != self.loss.ignore_index).any())  # type: ignore[attr-defined]
 
     def _cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
         # Autograd's own kernels, called directly: rows with ignore_index have no part in value, mean and gradient.
-        reduction, ignore = (1 if self.is_mean else 2), self.loss.ignore_index  # type: ignore[attr-defined]
+        reduction, ignore = (1 if self.is_mean else 2), self.loss.ignore_index
         rows = y.shape[0] if self.is_mean else 1
         log_p = torch.log_softmax(output, 1)
         value, total = _aten.nll_loss_forward(log_p, y, None, reduction, ignore)
@@ -191,27 +192,3 @@ class OutputLoss:
             return torch.zeros_like(v) if product is None else product / scale
 
         return value.detach(), gradient.detach() / scale, hessian
-
-
-def _plain_cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, y: Tensor) -> bool:
-    return (
-        _is_itself(loss, nn.CrossEntropyLoss)
-        and loss.weight is None
-        and loss.label_smoothing == 0.0
-        and output.ndim == 2
-        and y.ndim == 1
-        and not y.is_floating_point()
-    )
-
-
-def _plain_bce(loss: nn.BCEWithLogitsLoss) -> bool:
-    return _is_itself(loss, nn.BCEWithLogitsLoss) and loss.weight is None and loss.pos_weight is None
-
-
-def _is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module computes what its class says: no subclass, no hooks."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
-
-
-def _name(loss: object) -> str:
-    return type(loss).__name__

@@ -9,7 +9,7 @@ that is backpropagation through time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from beyondprop.nn.activations import closed_form
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.stages.affine import is_modified
-from beyondprop.stages.operations.base import RecordedRun
-from beyondprop.stages.operations.elementary import operation, operations
+from beyondprop.stages.pipeline import PipelineStage
 from beyondprop.stages.stage import Memo, Pullback, Stage
-from beyondprop.stages.time_steps import CellMoments, ElmanMoments, Heard
+from beyondprop.stages.time_steps import CellMoments, CellRun, ElmanRun, Heard
 
 Solve = Callable[[Pullback, Tensor, Tensor], Tensor]
 """Maps a moment (linearised at its state), the delta at its output and the gradient `J^T delta` to the state's delta."""
@@ -31,27 +30,29 @@ Solve = Callable[[Pullback, Tensor, Tensor], Tensor]
 class RecurrentStage(Stage):
     """A `Recurrent` layer among modules with closed forms.
 
-    `RecurrentStage.fits` says whether a run of modules has this form. Weights beside the layer get the gradient that
-    backpropagation inside the stage gives them; codes are the layer's states.
+    Weights beside the layer get the gradient that backpropagation inside the stage gives them; codes are the layer's states.
+
+    Attributes:
+        heads, tails: what comes before and after the layer.
+        activation: of an Elman cell.
+        moments: the layer's time steps; None: those of an Elman cell, in closed form.
     """
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__(name, modules)
         place = next(i for i, m in enumerate(self.modules) if type(m) is Recurrent)
         self.layer: Any = self.modules[place]
+        self.cell: Any = self.layer.cell
         self.is_block = False  # its time steps have codes of their own
         self.is_last = self.layer.outputs == "last"
-        self.width: int = self.layer.cell.hidden_size
-        self.heads, self.tails = operations(self.modules[:place]), operations(self.modules[place + 1 :])
-        for each in (*self.heads, *self.tails):
-            each.share(self)
-        cell = self.layer.cell
-        is_plain = type(cell) is ElmanCell and not is_modified(cell) and not is_modified(cell.activation)
-        known = closed_form(cell.activation) if is_plain else None
-        is_elman = known is not None and known.factors is None  # units with target rules go by autograd
-        self.moments = ElmanMoments(self) if is_elman else CellMoments(self)
-        if isinstance(self.moments, CellMoments):
-            self.moments.feedback = self.feedback
+        self.width: int = self.cell.hidden_size
+        self.heads, self.tails = PipelineStage(name, modules[:place]), PipelineStage(name, modules[place + 1 :])
+        self.heads.share(self)
+        self.tails.share(self)
+        is_plain = type(self.cell) is ElmanCell and not is_modified(self.cell) and not is_modified(self.cell.activation)
+        known = self.activation = closed_form(self.cell.activation) if is_plain else None
+        # Units with target rules go by autograd.
+        self.moments = CellMoments(self) if known is None or known.factors is not None else None
 
     @staticmethod
     def fits(modules: Sequence[nn.Module]) -> bool:
@@ -59,19 +60,13 @@ class RecurrentStage(Stage):
         layers = [m for m in modules if type(m) is Recurrent]
         if len(layers) != 1 or is_modified(layers[0]):
             return False
-        return all(m is layers[0] or operation(m) is not None for m in modules)
+        return PipelineStage.fits([m for m in modules if m is not layers[0]])
 
     @property
     def couples_batch(self) -> bool:
-        inside = isinstance(self.moments, CellMoments) and self.moments.couples_batch
-        return inside or any(o.couples_batch for o in (*self.heads, *self.tails))
+        return any(part.couples_batch for part in (self.moments, self.heads, self.tails) if part is not None)
 
     def record(self, z: Tensor, *, push: bool = False) -> RecurrentPullback:
-        """Run the stage on `z`.
-
-        Raises:
-            ValueError: if the sequence does not fit the cell.
-        """
         return RecurrentPullback(self, z, push)
 
     def read(self, states: Sequence[Tensor]) -> Tensor:
@@ -96,15 +91,15 @@ class RecurrentPullback(Pullback):
         self.stage = self.recurrent = stage
         self.input = z
         self.input_shape = z.shape
-        x, self.heads = RecordedRun.of(stage.heads, z, None if first is None else first.heads)
+        heads, run, tails = (None, None, None) if first is None else (first.heads, first.run, first.tails)
+        x, self.heads = stage.heads.run(z, heads)
         stage.layer.check_input(x)
         self._push = push
         self._solve: Solve | None = None if first is None else first._solve
         self._heard: float = 1.0 if first is None else first._heard
-        self.run: Any = stage.moments.unroll(x, push, None if first is None else first.run)
+        self.run: Any = ElmanRun(stage, x) if stage.moments is None else CellRun(stage.moments, x, push, run)
         self.states = self.run.states
-        shown = stage.read(self.states[1:])
-        self.output, self.tails = RecordedRun.of(stage.tails, shown, None if first is None else first.tails)
+        self.output, self.tails = stage.tails.run(stage.read(self.states[1:]), tails)
         self._swept: Memo[list[Tensor]] = Memo()
         self._driven: Memo[Tensor] = Memo()
 
@@ -126,7 +121,7 @@ class RecurrentPullback(Pullback):
 
     def _walk(self, of_output: Tensor, solve: Solve | None, heard: float) -> list[Tensor]:
         stage, run = self.recurrent, self.run
-        shown = self.tails.pull(of_output)
+        shown = self.tails(of_output)
         of_states = None if stage.is_last else shown.unbind(1)
         delta = self._of_state(shown if of_states is None else of_states[-1])
         deltas = [delta]
@@ -152,14 +147,13 @@ class RecurrentPullback(Pullback):
         `|delta - change|^2` at the output. Where that is the network's (`is_top`), it is no code but has the loss itself: the
         output follows the last moved state below it, and neither the last state's term nor the output's is counted.
         """
-        stage, found = self.recurrent, self._swept.find(delta)
-        deltas = self.sweep(delta) if found is None else found
-        x, _ = RecordedRun.of(stage.heads, self.input if input_delta is None else self.input + input_delta, self.heads)
+        stage, deltas = self.recurrent, self._swept.find(delta) or self.sweep(delta)
+        x, _ = stage.heads.run(self.input if input_delta is None else self.input + input_delta, self.heads)
         moved = [self.states[0], *(s + d for s, d in zip(self.states[1:], deltas, strict=True))]
         following = [self.run.advance(t + 1, x[:, t], before) for t, before in enumerate(moved[:-1])]
         if is_top:
             moved[-1] = following[-1]
-        output, _ = RecordedRun.of(stage.tails, stage.read(moved[1:]), self.tails)
+        output, _ = stage.tails.run(stage.read(moved[1:]), self.tails)
         far = torch.stack([a - b for a, b in zip(moved[1:], following, strict=True)], 1).flatten(1).square().sum(1)
         if not is_top:
             far += (delta - (output - self.output)).flatten(1).square().sum(1)
@@ -171,25 +165,23 @@ class RecurrentPullback(Pullback):
 
     def _at_layer(self, cotangent: Tensor) -> Tensor:
         """Return the gradient at what drives the layer: by its states' deltas where it was swept, else the Jacobian's own."""
-        deltas = self._swept.find(cotangent)
-        if deltas is None and self._solve is None:
-            deltas = self.sweep(cotangent)
-        if deltas is None:  # a solver of the code below asks
-            walked = self.run.walked
-            self._walk(cotangent, None, 1.0)
-            gradient = self.run.pull_inputs()
-            self.run.walked = walked
-            return gradient
+        if self._swept.find(cotangent) is None:
+            if self._solve is not None:  # a solver of the code below asks
+                walked = self.run.walked
+                self._walk(cotangent, None, 1.0)
+                gradient = self.run.pull_inputs()
+                self.run.walked = walked
+                return gradient
+            self.sweep(cotangent)
         gradient = self._driven.find(cotangent)
         if gradient is None:
             gradient = self.run.pull_inputs()
-            if self.heads.has_weights:  # they ask for it again
+            if self.recurrent.heads.lowest is not None:  # they ask for it again
                 self._driven.keep(cotangent, gradient)
         return gradient
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        """Pull by the deltas of the last sweep where it was for this cotangent, else by plain gradients."""
-        return self.heads.pull(self._at_layer(cotangent))
+        return self.heads(self._at_layer(cotangent))
 
     @property
     def head_shape(self) -> torch.Size:
@@ -199,7 +191,6 @@ class RecurrentPullback(Pullback):
         return self.heads.pull_head(cotangent)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        del gated
         states = self.run.push_inputs(self.heads.push(tangent))
         return self.tails.push(self.recurrent.read(states))
 
@@ -208,12 +199,8 @@ class RecurrentPullback(Pullback):
             self.sweep(cotangent)
         self.run.add_gradients(factor)
         self.tails.add_gradients(cotangent, factor)
-        if self.heads.has_weights:
+        if self.recurrent.heads.lowest is not None:
             self.heads.add_gradients(self._at_layer(cotangent), factor)
 
     def at(self, z: Tensor) -> RecurrentPullback:
         return RecurrentPullback(self.recurrent, z, self._push, first=self)
-
-    def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
-        del before
-        return self.rerun()

@@ -59,8 +59,7 @@ class Pullback(abc.ABC):
 
     def forget(self, name: str) -> None:
         """Drop `input` or `output`, so that the code's memory is free before the step ends."""
-        if name in vars(self):
-            delattr(self, name)
+        vars(self).pop(name, None)
 
     @property
     def is_closed_form(self) -> bool:
@@ -98,16 +97,12 @@ class Pullback(abc.ABC):
     def at(self, z: Tensor) -> Pullback:
         """Return the same stage at another input: same dropout masks, running statistics untouched."""
 
-    @abc.abstractmethod
     def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
         """Return the stage at the same input under its present weights, and how its output changed.
 
         `before` holds the weights at recording time: closed forms multiply the weights' change, so that a small change is
-        not lost in the difference of two outputs.
+        not lost in the difference of two outputs. Default: by another run at the same input.
         """
-
-    def rerun(self) -> tuple[Pullback, Tensor]:
-        """Return what `relinearize` does where there are no closed forms: from another run at the same input."""
         torch.clear_autocast_cache()  # it holds casts of the old weights
         fresh = self.at(self.input)
         return fresh, fresh.output - self.output

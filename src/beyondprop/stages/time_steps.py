@@ -1,22 +1,20 @@
 """A recurrent layer's moments: `s_{t-1} -> s_t`, each linearised at its state.
 
-`ElmanMoments` has closed forms; `CellMoments` differentiates any other cell by autograd, one moment at a time.
+`ElmanRun` has closed forms; `CellMoments` differentiates any other cell by autograd, one moment at a time.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from beyondprop.nn.activations import closed_form
 from beyondprop.stages.affine import whole
 from beyondprop.stages.block import BlockStage
-from beyondprop.stages.stage import Pullback, Stage, add_to_gradient
+from beyondprop.stages.stage import Pullback, add_to_gradient
 
 
 class LayerRun(abc.ABC):
@@ -65,9 +63,6 @@ class Moment(Pullback):
     def add_gradients(self, cotangent: Tensor, factor: float) -> None:
         raise NotImplementedError  # tied weights get their gradient from the whole sequence
 
-    def relinearize(self, before: Mapping[nn.Parameter, Tensor]) -> tuple[Pullback, Tensor]:
-        raise NotImplementedError
-
 
 class Heard(Moment):
     """A moment whose state is shown at the output, too: `s -> [s_next, shown part of s]`."""
@@ -84,48 +79,32 @@ class Heard(Moment):
         return gradient
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        del gated
         return torch.cat([self.moment.push(tangent), tangent[:, : self.width]], 1)
 
     def at(self, z: Tensor) -> Heard:
         return Heard(self.moment.at(z), self.width)
 
 
-class ElmanMoments:
-    """Moments of an `ElmanCell` in closed form."""
-
-    def __init__(self, stage: Any) -> None:
-        self.stage: Stage = stage
-        self.cell = stage.layer.cell
-        self.activation: Any = closed_form(self.cell.activation)
-
-    def unroll(self, x: Tensor, push: bool, first: LayerRun | None = None) -> ElmanRun:
-        """LayerRun the layer on a sequence `(N, T, input_size)`."""
-        del push, first  # closed forms push at no extra cost, and an Elman cell draws nothing
-        return ElmanRun(self, x)
-
-
 class ElmanRun(LayerRun):
-    """An Elman layer at one sequence."""
+    """A `RecurrentStage`'s Elman layer at one sequence `(N, T, input_size)`, in closed form."""
 
-    def __init__(self, moments: ElmanMoments, x: Tensor) -> None:
-        self.moments, self.x = moments, x
-        cell = moments.cell
+    def __init__(self, stage: Any, x: Tensor) -> None:
+        self.stage, self.x = stage, x
+        cell = self.cell = stage.cell
         state = x.new_zeros(len(x), cell.hidden_size)
         self.states, self.features = [state], []
         self.walked: Tensor = x.new_empty(0)
         for driven in whole(F.linear(x, cell.weight_ih, cell.bias), x).unbind(1):
-            feature = moments.activation.value(state)
+            feature = stage.activation.value(state)
             state = whole(torch.addmm(driven, feature, cell.weight_hh.t()), x)
             self.features.append(feature)
             self.states.append(state)
 
     def advance(self, step: int, x: Tensor, state: Tensor) -> Tensor:
-        del step
-        return whole(self.moments.cell(x, state), state)
+        return whole(self.cell(x, state), state)
 
     def moment(self, step: int) -> ElmanMoment:
-        return ElmanMoment(self.moments, self.states[step - 1], self.states[step], self.features[step - 1])
+        return ElmanMoment(self.stage, self.states[step - 1], self.states[step], self.features[step - 1])
 
     def pull(self, step: int, delta: Tensor) -> Tensor:
         return self.moment(step)(delta)
@@ -134,18 +113,17 @@ class ElmanRun(LayerRun):
         self.walked = torch.stack(deltas, 1)
 
     def pull_inputs(self) -> Tensor:
-        moments = self.moments
-        return whole(self.walked @ moments.stage.backward_weight(moments.cell.weight_ih), self.walked)
+        return whole(self.walked @ self.stage.backward_weight(self.cell.weight_ih), self.walked)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
         found = []
-        driven_by = whole(tangent @ self.moments.cell.weight_ih.t(), tangent)
+        driven_by = whole(tangent @ self.cell.weight_ih.t(), tangent)
         for step, driven in enumerate(driven_by.unbind(1), start=1):
             found.append(driven + self.moment(step).push(found[-1]) if found else driven)
         return found
 
     def add_gradients(self, factor: float) -> None:
-        cell, rows = self.moments.cell, self.walked.flatten(0, 1)
+        cell, rows = self.cell, self.walked.flatten(0, 1)
         if cell.weight_ih.requires_grad:
             add_to_gradient(cell.weight_ih, rows.t() @ self.x.flatten(0, 1), factor)
         if cell.weight_hh.requires_grad:
@@ -157,44 +135,39 @@ class ElmanRun(LayerRun):
 class ElmanMoment(Moment):
     """`c -> W x_t + U f(c) + b` at one c."""
 
-    def __init__(self, moments: ElmanMoments, z: Tensor, output: Tensor, feature: Tensor) -> None:
-        self.stage, self.moments = moments.stage, moments
+    def __init__(self, stage: Any, z: Tensor, output: Tensor, feature: Tensor) -> None:
+        self.stage = self.recurrent = stage
         self.input, self.output, self.feature = z, output, feature
-        self.slope = moments.activation.slope(z, feature)
+        self.slope = stage.activation.slope(z, feature)
 
     def __call__(self, cotangent: Tensor) -> Tensor:
-        moments = self.moments
-        gradient = cotangent @ moments.stage.backward_weight(moments.cell.weight_hh)
+        gradient = cotangent @ self.stage.backward_weight(self.recurrent.cell.weight_hh)
         return whole(gradient, cotangent).mul_(self.slope)
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        del gated
-        return whole((tangent * self.slope) @ self.moments.cell.weight_hh.t(), tangent)
+        return whole((tangent * self.slope) @ self.recurrent.cell.weight_hh.t(), tangent)
 
     def at(self, z: Tensor) -> ElmanMoment:
-        feature = self.moments.activation.value(z)
-        change = whole((feature - self.feature) @ self.moments.cell.weight_hh.t(), z)
-        return ElmanMoment(self.moments, z, self.output + change, feature)
+        feature = self.recurrent.activation.value(z)
+        change = whole((feature - self.feature) @ self.recurrent.cell.weight_hh.t(), z)
+        return ElmanMoment(self.recurrent, z, self.output + change, feature)
 
 
 class CellMoments(BlockStage):
     """Moments of any cell: `[s, x_t] -> s_next`, differentiated by autograd."""
 
     def __init__(self, stage: Any) -> None:
-        super().__init__(stage.name, [(stage.name, stage.layer.cell)])
+        super().__init__(stage.name, [(stage.name, stage.cell)])
         self.layer = stage.layer
+        self.feedback = stage.feedback
 
     def forward(self, z: Tensor) -> Tensor:
         state, x = z.split([self.layer.state_size, self.layer.cell.input_size], 1)
         return self.layer.advance(x, state)
 
-    def unroll(self, x: Tensor, push: bool, first: CellRun | None = None) -> CellRun:
-        """LayerRun the layer on a sequence `(N, T, input_size)`; like `first`, a run of the same step, where there was one."""
-        return CellRun(self, x, push, first)
-
 
 class CellRun(LayerRun):
-    """Any cell at one sequence."""
+    """Any cell at one sequence `(N, T, input_size)`, under the masks of `first`, an earlier run of the same step."""
 
     def __init__(self, moments: CellMoments, x: Tensor, push: bool, first: CellRun | None) -> None:
         self.size = moments.layer.state_size
@@ -222,8 +195,7 @@ class CellRun(LayerRun):
         gradients, inputs = self.walked
         pullback = self.pullbacks[step - 1]
         gradient = pullback(delta)
-        own = pullback.take_gradients(delta)
-        for i, g in enumerate(own):
+        for i, g in enumerate(pullback.take_gradients(delta)):
             if g is not None:
                 total = gradients[i]
                 gradients[i] = g if total is None else total + g
@@ -237,8 +209,7 @@ class CellRun(LayerRun):
         return torch.stack(self.walked[1][::-1], 1)
 
     def push_inputs(self, tangent: Tensor) -> list[Tensor]:
-        state = self.states[0].new_zeros(self.states[0].shape)
-        found = []
+        state, found = torch.zeros_like(self.states[0]), []
         for pullback, moment in zip(self.pullbacks, tangent.unbind(1), strict=True):
             state = pullback.push(torch.cat([state, moment], 1))
             found.append(state)
@@ -261,7 +232,6 @@ class CellMoment(Moment):
         return self.pullback(cotangent)[:, : self.size].clone()
 
     def push(self, tangent: Tensor, *, gated: bool = False) -> Tensor:
-        del gated
         return self.pullback.push(F.pad(tangent, (0, self.pullback.input.shape[1] - self.size)))
 
     def at(self, z: Tensor) -> CellMoment:

@@ -50,7 +50,7 @@ class Transport:
         self._homes: dict[int, list[nn.Parameter]] = {}
         for weight in feedback:
             self._homes.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _as_it_is)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda packed: packed)
 
     def __enter__(self) -> Transport:
         # A frozen weight's cast copy has no history; nobody asks for the gradient that this makes possible.
@@ -92,13 +92,9 @@ class Transport:
 
 
 def check_met(name: str, modules: list[nn.Module], transport: Transport, output: Tensor) -> None:
-    """Raise `UnsupportedModelError` where a layer's weight takes part in the output and was not replaced.
+    """Raise `UnsupportedModelError` where a layer's weight takes part in a stage's output and was not replaced.
 
-    Args:
-        name: of the stage.
-        modules: all modules in it.
-        transport: the context that the output was computed in.
-        output: of the stage, with its graph.
+    `output` was computed in the context `transport` and has its graph.
     """
     for module in modules:
         for key in getattr(module, "parametrizations", {}):
@@ -106,13 +102,11 @@ def check_met(name: str, modules: list[nn.Module], transport: Transport, output:
         if not isinstance(module, _CARRIERS):
             continue
         for key, weight in module.named_parameters(recurse=False):
-            if weight.ndim < 2 or weight in transport.met or weight not in transport.feedback:
-                continue
-            if not (output.requires_grad and weight.requires_grad):
-                continue
-            (used,) = torch.autograd.grad(output.sum(), weight, retain_graph=True, allow_unused=True)
-            if used is not None:
-                raise _hidden(name, f"{type(module).__name__}.{key}")
+            is_left = weight.ndim >= 2 and weight in transport.feedback and weight not in transport.met
+            if is_left and output.requires_grad and weight.requires_grad:
+                (used,) = torch.autograd.grad(output.sum(), weight, retain_graph=True, allow_unused=True)
+                if used is not None:
+                    raise _hidden(name, f"{type(module).__name__}.{key}")
 
 
 def _hidden(name: str, weight: str) -> UnsupportedModelError:
@@ -125,7 +119,3 @@ def _hidden(name: str, weight: str) -> UnsupportedModelError:
 def _extent(tensor: Tensor) -> int:
     """Return how many elements of its memory a tensor reaches over."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _as_it_is(packed: Tensor) -> Tensor:
-    return packed

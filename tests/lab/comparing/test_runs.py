@@ -18,7 +18,7 @@ from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.lab import registry, report
 from beyondprop.lab.comparing import comparison, tuning
 from beyondprop.lab.comparing.comparison import compare, resume
-from beyondprop.lab.comparing.member import Member, Silent
+from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
 from beyondprop.lab.runs.recorded import read_rows
@@ -65,7 +65,7 @@ def config_of(path: Path) -> dict[str, Any]:
     return tomllib.loads((path / "config.toml").read_text())
 
 
-class InterruptAt(Silent):
+class InterruptAt(Observer):
     """Presses Ctrl-C at the n-th row."""
 
     def __init__(self, count: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, equal
+from cases import SGD, equal
 from torch import Tensor, nn
 
 from beyondprop import Backprop, data
@@ -22,7 +22,7 @@ from beyondprop.data import Dataset, batches
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.lab import nets, registry, report
 from beyondprop.lab.comparing.comparison import compare, resume
-from beyondprop.lab.comparing.member import Member, Silent
+from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.checkpoint import load_checkpoint
 from beyondprop.lab.runs.recorded import read_rows
@@ -130,7 +130,7 @@ def test_counts_go_on_where_the_warm_start_left_off(tmp_path: Path) -> None:
     assert own[-1]["seconds"] > start[-1]["seconds"] > 0
 
 
-class InterruptAt(Silent):
+class InterruptAt(Observer):
     def __init__(self, count: int) -> None:
         self.count = count
 

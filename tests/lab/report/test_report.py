@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recorded_cases import TITLES, config, curves, evaluation, write_run
+from made_up_runs import TITLES, config, curves, evaluation, write_run
 
 from beyondprop.lab.report import Spread, read_run, summary, table, to_json
 from beyondprop.lab.report._words import DASH

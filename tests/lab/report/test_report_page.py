@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_runs import TITLES, config, curves, write_run
 from PIL import Image
-from recorded_cases import TITLES, config, curves, write_run
 
 from beyondprop.lab.report import figures, read_run, write_report
 from beyondprop.lab.report._curves import Band, Curve, band, end_limits

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import mlp
+from cases import ADAM, mlp
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,10 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from beyondprop import AltMin, Backprop, data, evaluate, fit
 from beyondprop.lab import Settings, Task, compare, tasks
 from beyondprop.lab.report import read_run
-from beyondprop.lab.tasks import AddingTask, ContinualTask, Regression, RowsTask
-
-ADAM = partial(torch.optim.Adam, lr=3e-3)
-FORMS = ["digits", "diabetes", "autoencoder:digits", "adding:20", "split:digits", "permuted:digits:tasks=3"]
+from beyondprop.lab.tasks import AddingTask, Regression, RowsTask
 
 
 def rows(count: int = 60) -> tuple[Tensor, Tensor]:
@@ -53,39 +50,6 @@ def test_the_autoencoders_loss_is_summed_over_pixels_and_averaged_over_images() 
     assert float(task.x_train.max()) == 1.0
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_kind_trains_by_one_call_and_is_repeatable(form: str) -> None:
-    found, task = [], None
-    for _ in range(2):
-        torch.manual_seed(0)
-        task = tasks.load(form)
-        task = task.drawn(1) if hasattr(task, "drawn") else task  # type: ignore[attr-defined]
-        model = task.net("rnn:8:gru" if isinstance(task, AddingTask) else "mlp:16x1")
-        epochs = getattr(task, "epochs", 0.2)
-        found.append(fit(Backprop(model, task.loss, ADAM), task, epochs=epochs, batch_size=50, seed=1).evaluations)
-    assert task is not None
-    assert all({metric.key for metric in task.metrics} <= set(row) for row in found[0])
-    first, second = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in found)
-    assert first == second
-    assert found[0][-1]["train_loss"] is not None
-
-
-@pytest.mark.parametrize("form", ["digits", "diabetes", "autoencoder:digits", "split:digits"])
-def test_held_out_rows_are_training_rows_and_test_rows_are_gone(form: str) -> None:
-    task: Any = tasks.load(form)
-    held = task.held_out(1 / 6)
-    rows_of = (lambda t: (t.dataset.x_train, t.dataset.x_test)) if isinstance(task, ContinualTask) else (
-        lambda t: (t.x_train, t.x_test)
-    )  # fmt: skip
-    (train, _), (kept, out) = rows_of(task), rows_of(held)
-    assert len(kept) + len(out) == len(train)
-    assert len(out) == round(len(train) / 6)
-    every = {row.numpy().tobytes() for row in train}
-    assert {row.numpy().tobytes() for row in out} <= every
-    again = rows_of(task.held_out(1 / 6))[1]
-    assert torch.equal(out, again)
-
-
 def test_forgetting_comes_from_all_evaluations() -> None:
     task: Any = tasks.load("split:digits")
     names = [f"accuracy on {part.name}" for part in task.parts]
@@ -108,7 +72,6 @@ def test_two_seeds_of_the_adding_problem_share_no_sequence() -> None:
     ("form", "message"),
     [
         ("digist", r"data must be one of .*; got 'digist'; perhaps you meant 'digits'"),
-        ("autoencoder:higgs", "takes images"),
         ("autoencoder:diabetes", "takes images"),
         ("adding:long", "takes a whole number of steps"),
         ("split:digits:halves", "option of task split must be one of"),

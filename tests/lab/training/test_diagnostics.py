@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, Recorder, assignments, blobs, equal, mixed, mlp, relative, rule_state, train
+from cases import SGD, Recorder, assignments, blobs, equal, mixed, mlp, relative, rule_state, train
 from torch import Tensor, nn
 
 from beyondprop import (

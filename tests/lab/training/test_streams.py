@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import SGD, mlp
+from cases import SGD, mlp
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Memory, data
 from beyondprop.data import Dataset
 from beyondprop.data.streams import PermutedStream, SplitStream, StreamTask
 from beyondprop.errors import DataUnavailableError
-from beyondprop.lab.recipes import streams as recipe
-from beyondprop.lab.recipes._base import Context
 from beyondprop.lab.training.streaming import average_accuracy, backward_transfer, forgetting, run_stream
 from beyondprop.optim.factories import adam
 from beyondprop.rules.base import StepResult
@@ -269,78 +264,6 @@ def test_memory_keeps_more_than_descent_on_real_digits(seed: int, digits: Datase
     assert plain.average_accuracy < 0.25  # the last task's two classes of ten, at best
     assert memory.accuracy.diagonal().min() > 0.9  # one pass is enough for each task,
     assert memory.average_accuracy > plain.average_accuracy + 0.1  # and some of all stays
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch, digits: Dataset) -> Dataset:
-    """The recipe with two streams, two contenders and digits."""
-    monkeypatch.setattr(data, "load", lambda name: digits)
-    for table, names in (("STREAMS", ("split, class-incremental", "permuted")), ("CONTENDERS", ("SGD", "AM-Adam"))):
-        monkeypatch.setattr(recipe, table, {name: getattr(recipe, table)[name] for name in names})
-    return digits
-
-
-def test_the_recipe_goes_on_where_it_was_stopped(tmp_path: Path, short: Dataset) -> None:
-    said: list[str] = []
-
-    def stopping(line: str) -> None:
-        said.append(line)
-        if len(said) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        recipe.measure(Context(tmp_path, True, stopping))
-    rows, settings = recipe.measure(Context(tmp_path, True, said.append))
-    assert len(said) == len(set(said)) == 2 * 2 * 3  # two rates and one seed; none of them twice
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-    kept = json.loads((tmp_path / "trials.json").read_text())["values"]
-    for row in rows:
-        contender, what = row.label.split(": ")
-        lr = settings["chosen on a held-out stream"]["lr"][contender]
-        stream, contender = contender.rsplit(", ", 1)
-        matrix = torch.tensor(kept[f"{stream} / {contender} / {lr:g} / seed 0"])
-        measure = {"average accuracy": average_accuracy, "forgetting": forgetting}[what]
-        assert row.measured == (pytest.approx(100 * measure(matrix), abs=1e-4),)
-    assert recipe.measure(Context(tmp_path, True, said.append))[0] == rows
-    assert len(said) == 12
-
-
-def test_the_recipe_chooses_learning_rates_on_rows_that_are_not_reported(
-    tmp_path: Path, short: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[float, int, Dataset]] = []
-
-    def train(stream: str, contender: str, lr: float, seed: int, dataset: Dataset) -> list[list[float]] | None:
-        seen.append((lr, seed, dataset))
-        if lr == recipe.CONTENDERS[contender][1][1]:
-            return None  # failed: the other rate is chosen
-        return [[0.5] * 5] * 5
-
-    monkeypatch.setattr(recipe, "train", train)
-    rows, settings = recipe.measure(Context(tmp_path, False, lambda line: None))
-    tuning, final = ([one for one in seen if (one[1] == recipe.TUNING_SEED) is wanted] for wanted in (True, False))
-    assert recipe.TUNING_SEED not in recipe.SEEDS
-    assert len(tuning) == 4 * 5
-    assert len(final) == 4 * 3
-    (held,) = {id(dataset): dataset for *_, dataset in tuning}.values()
-    (whole,) = {id(dataset): dataset for *_, dataset in final}.values()
-    assert torch.equal(whole.x_test, short.x_test)
-    assert len(held.x_train) + len(held.x_test) == len(short.x_train)
-    rows_of = {tuple(row.flatten().tolist()) for row in short.x_train}
-    assert all(tuple(row.flatten().tolist()) in rows_of for row in held.x_test)
-    assert {row.mean for row in rows} == {50.0, 0.0}
-    for name, lr in settings["chosen on a held-out stream"]["lr"].items():
-        assert lr == recipe.CONTENDERS[name.rsplit(", ", 1)[1]][1][0]
-
-
-def test_a_failed_pass_is_no_forgetting(tmp_path: Path, short: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(stream: str, contender: str, lr: float, seed: int, dataset: Dataset) -> list[list[float]] | None:
-        return None if seed == 1 else [[0.5] * 5] * 5
-
-    monkeypatch.setattr(recipe, "train", train)
-    rows, _ = recipe.measure(Context(tmp_path, False, lambda line: None))
-    assert all(math.isnan(row.mean) for row in rows)
-    assert all(row.shown == "failed (1 of 3)" for row in rows)
 
 
 def test_a_batch_of_one_row_is_left_out_for_batch_norm(digits: Dataset) -> None:

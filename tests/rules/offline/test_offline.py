@@ -10,21 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import equal, mlp, rule_state, state
-from offline_cases import CE, RULES, every_rule
-from offline_cases import build as _rule
-from offline_cases import digits as _digits
-from offline_cases import sweeps as _sweeps
-from offline_cases import whole_set as _data
+from cases import CE, OFFLINE_RULES, equal, every_offline_rule, mlp, rule_state, state
+from cases import digits as _digits
+from cases import offline_rule as _rule
+from cases import sweeps as _sweeps
+from cases import whole_set as _data
 from torch import nn
 
 from beyondprop import ADMM, BCD, MAC, NonFiniteError, OfflineAltMin, OfflineRule, alignment
 from beyondprop.rules.offline import layers as _layers
 
-DESCENDING = [name for name in RULES if "ADMM" not in name]  # ADMM has no such guarantee
+DESCENDING = [name for name in OFFLINE_RULES if "ADMM" not in name]  # ADMM has no such guarantee
 
 
-@every_rule
+@every_offline_rule
 def test_at_the_start_the_relaxed_objective_is_the_networks_own(name: str) -> None:
     rule = _rule(name)
     x, y = _data()
@@ -46,7 +45,7 @@ def test_at_the_start_the_relaxed_objective_is_the_networks_own(name: str) -> No
         torch.testing.assert_close(energy, 10 / 2 * F.mse_loss(output, targets))
 
 
-@every_rule
+@every_offline_rule
 def test_a_step_reports_the_networks_own_loss_before_it(name: str) -> None:
     rule = _rule(name)
     x, y = _data()
@@ -102,7 +101,7 @@ def test_closed_forms_serve_all_piecewise_linear_activations(name: str, activati
     assert not equal(before, state(rule.model))
 
 
-@every_rule
+@every_offline_rule
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "to"])
 def test_a_restored_rule_goes_on_to_the_last_bit(name: str, how: str) -> None:
     x, y = _data(dtype=torch.float32)
@@ -123,7 +122,7 @@ def test_a_restored_rule_goes_on_to_the_last_bit(name: str, how: str) -> None:
     assert not equal(state(rule.model), state(_rule(name, dtype=torch.float32).model))
 
 
-@every_rule
+@every_offline_rule
 def test_a_state_before_the_first_step_and_of_others(name: str) -> None:
     rule = _rule(name)
     fresh = rule.state_dict()
@@ -136,7 +135,7 @@ def test_a_state_before_the_first_step_and_of_others(name: str) -> None:
         rule.load_state_dict({**rule.state_dict(), "rule": "Other"})
 
 
-@every_rule
+@every_offline_rule
 def test_chunks_change_nothing_but_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = _data()
     whole, parts = _rule(name), _rule(name)
@@ -147,7 +146,7 @@ def test_chunks_change_nothing_but_rounding(name: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
-@every_rule
+@every_offline_rule
 def test_another_data_set_is_refused_and_start_takes_it(name: str) -> None:
     rule = _rule(name)
     x, y = _data()
@@ -177,7 +176,7 @@ def test_another_data_set_is_refused_and_start_takes_it(name: str) -> None:
     rule.step(x, y)
 
 
-@every_rule
+@every_offline_rule
 def test_a_sweep_happens_whole_or_not_at_all(name: str) -> None:
     x, y = _data()
     bad = x.clone()
@@ -200,7 +199,7 @@ def test_a_sweep_happens_whole_or_not_at_all(name: str) -> None:
         assert equal(before, rule_state(rule))
 
 
-@every_rule
+@every_offline_rule
 @pytest.mark.parametrize("what", ["codes", "weights"])
 def test_a_sweep_that_ends_in_nan_is_not_written(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = _rule(name)
@@ -223,7 +222,7 @@ def test_a_sweep_that_ends_in_nan_is_not_written(name: str, what: str, monkeypat
         assert rule._pending is None
 
 
-@every_rule
+@every_offline_rule
 def test_an_overflow_inside_names_a_stage_and_changes_nothing(name: str) -> None:
     rule = _rule(name, dtype=torch.float32, activation="relu")
     with torch.no_grad():
@@ -237,7 +236,7 @@ def test_an_overflow_inside_names_a_stage_and_changes_nothing(name: str) -> None
     assert equal(before, rule_state(rule))
 
 
-@every_rule
+@every_offline_rule
 @pytest.mark.parametrize("of", ["gradient", "update"])
 def test_alignment_is_of_the_whole_sweep_and_changes_nothing(name: str, of: str) -> None:
     rule = _rule(name)
@@ -258,24 +257,24 @@ def test_alignment_is_of_the_whole_sweep_and_changes_nothing(name: str, of: str)
     assert all(p.grad is None for p in rule.model.parameters())
 
 
-@every_rule
+@every_offline_rule
 def test_frozen_layers_stay(name: str) -> None:
     rule = _rule(name)
     rule.model.get_submodule("3").requires_grad_(False)
-    rule = RULES[name](rule.model, CE)
+    rule = OFFLINE_RULES[name](rule.model, CE)
     before = state(rule.model)
     _sweeps(rule, *_data(), 3)
     after = state(rule.model)
     assert all(torch.equal(before[n], after[n]) == n.startswith("3") for n in before)
 
 
-@every_rule
+@every_offline_rule
 def test_layers_without_biases_and_with_identities(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 8, bias=False), nn.Identity(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 10)
     )
-    rule = RULES[name](model.double(), CE)
+    rule = OFFLINE_RULES[name](model.double(), CE)
     x, y = _data()
     rule.start(x, y)
     assert all(float(gap) < 1e-14 for stage in rule.gaps(x).values() for gap in stage.values())

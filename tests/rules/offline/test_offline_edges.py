@@ -6,21 +6,20 @@ import copy
 
 import pytest
 import torch
-from helpers import equal, mlp, rule_state, state
-from offline_cases import CE, RULES, build, every_rule, sweeps, whole_set
+from cases import CE, OFFLINE_RULES, equal, every_offline_rule, mlp, offline_rule, rule_state, state, sweeps, whole_set
 from torch import nn
 
 from beyondprop import MAC, NonFiniteError
 
 
-@every_rule
+@every_offline_rule
 def test_a_state_of_another_network_is_refused_whole(name: str) -> None:
     x, y = whole_set()
-    rule = build(name)
+    rule = offline_rule(name)
     sweeps(rule, x, y, 2)
     torch.manual_seed(0)
     for widths in ((64, 13, 9, 10), (64, 12, 10), (64, 12, 9, 9, 10)):
-        other = RULES[name](nn.Sequential(nn.Flatten(), *mlp(*widths)).double(), CE)
+        other = OFFLINE_RULES[name](nn.Sequential(nn.Flatten(), *mlp(*widths)).double(), CE)
         other.step(x, y)
         before = rule_state(other)
         with pytest.raises(
@@ -30,9 +29,9 @@ def test_a_state_of_another_network_is_refused_whole(name: str) -> None:
         assert equal(before, rule_state(other))
 
 
-@every_rule
+@every_offline_rule
 def test_gaps_are_of_the_codes_own_rows(name: str) -> None:
-    rule = build(name)
+    rule = offline_rule(name)
     x, y = whole_set()
     rule.step(x, y)
     refused = rf"This {type(rule).__name__} keeps codes for the data set of its first step, and this is another"
@@ -45,10 +44,10 @@ def test_gaps_are_of_the_codes_own_rows(name: str) -> None:
     assert equal(found, rule.gaps(x.clone()))
 
 
-@every_rule
+@every_offline_rule
 def test_codes_of_another_dtype_are_named_and_start_makes_new_ones(name: str) -> None:
     x, y = whole_set(dtype=torch.float32)
-    rule = build(name, dtype=torch.float32)
+    rule = offline_rule(name, dtype=torch.float32)
     rule.step(x, y)
     rule.model.double()
     message = r"The codes are torch\.float32 on cpu, x and the weights torch\.float64 on cpu: call start\(x, y\)"
@@ -59,10 +58,10 @@ def test_codes_of_another_dtype_are_named_and_start_makes_new_ones(name: str) ->
     rule.step(x.double(), y)
 
 
-@every_rule
+@every_offline_rule
 def test_a_start_that_is_refused_forgets_nothing_and_autocast_is_not_asked(name: str) -> None:
     x, y = whole_set(dtype=torch.float32)
-    rule, twin = build(name, dtype=torch.float32), build(name, dtype=torch.float32)
+    rule, twin = offline_rule(name, dtype=torch.float32), offline_rule(name, dtype=torch.float32)
     twin.start(x, y)
     with torch.autocast("cpu", torch.bfloat16):
         rule.start(x, y)
@@ -78,7 +77,7 @@ def test_a_start_that_is_refused_forgets_nothing_and_autocast_is_not_asked(name:
         assert equal(rule_state(rule), rule_state(twin))
 
 
-@every_rule
+@every_offline_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_layers_whose_inputs_are_all_zero(name: str, dtype: torch.dtype) -> None:
     """Dead units below a layer without bias: nothing can be learned there, and nothing must fail."""
@@ -88,7 +87,7 @@ def test_layers_whose_inputs_are_all_zero(name: str, dtype: torch.dtype) -> None
     ).to(dtype)
     with torch.no_grad():
         model[1].bias.fill_(-100.0)  # type: ignore[union-attr, operator]
-    rule = RULES[name](model, CE)
+    rule = OFFLINE_RULES[name](model, CE)
     x, y = whole_set(dtype=dtype)
     before = state(model)
     rule.step(x, y)

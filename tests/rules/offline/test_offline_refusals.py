@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import mlp
-from offline_cases import CE
+from cases import CE, every_offline_rule, mlp, offline_rule, whole_set
 from torch import nn
+from torch.nn.utils import prune
 
 from beyondprop import ADMM, BCD, MAC, OfflineAltMin, UnsupportedModelError
 from beyondprop.nn import Sign
@@ -104,3 +104,19 @@ def test_what_only_some_rules_take() -> None:
 def test_settings_out_of_range_are_refused_by_name(rule: Any, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(bad))} must be"):
         rule(mlp(6, 5, 3), CE, output_loss="squared", **bad)
+
+
+@every_offline_rule
+@pytest.mark.parametrize("change", ["hook", "prune"])
+def test_modules_that_were_changed_later_are_refused(name: str, change: str) -> None:
+    x, y = whole_set()
+    rule = offline_rule(name)
+    rule.step(x, y)
+    linear = next(m for m in rule.model.modules() if isinstance(m, nn.Linear))
+    if change == "hook":
+        linear.register_forward_hook(lambda *_: None)
+    else:
+        prune.l1_unstructured(linear, "weight", 0.5)
+    for use in (lambda: rule.step(x, y), lambda: rule.gaps(x), lambda: rule.start(x, y)):
+        with pytest.raises(UnsupportedModelError, match=r"got (a hook|another weight).*build the rule anew"):
+            use()

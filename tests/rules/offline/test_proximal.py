@@ -9,21 +9,21 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative
+from cases import relative
 from torch import Tensor, nn
 
 from beyondprop.nn.activations import closed_form
 from beyondprop.rules.offline.layer_fits import fit_output, fit_units
 from beyondprop.rules.offline.least_squares import LeastSquares
 from beyondprop.rules.offline.proximal import (
-    FeatureProx,
+    feature_prox,
     hinge_prox,
     pieces_of,
     piecewise_prox,
     relu_prox,
     squared_prox,
 )
-from beyondprop.rules.offline.row_descent import AffineAfter, AffineBefore, Anchor, Goal, descend
+from beyondprop.rules.offline.row_descent import CodeMap, Goal, descend
 from beyondprop.rules.offline.row_losses import ROW_LOSSES
 
 GRID = torch.linspace(-60.0, 60.0, 48_001, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_feature_prox_is_the_published_inverse(inputs: int, outputs: int, bias: 
     gamma, rho = 0.7, 2.5
     rest = t - b if bias else t
     expected = (rho * rest @ w + gamma * s) @ torch.linalg.inv(rho * w.t() @ w + gamma * torch.eye(inputs).double())
-    found = FeatureProx(w, b if bias else None, gamma=gamma, rho=rho)(s, t)
+    found = feature_prox(w, b if bias else None, gamma=gamma, rho=rho)(s, t)
     assert relative(found, expected) < 1e-12
 
 
@@ -123,7 +123,7 @@ def test_proxes_refuse_weights_that_are_none() -> None:
         with pytest.raises(ValueError, match="weight must be a finite number > 0"):
             call()
     with pytest.raises(ValueError, match="gamma must be a finite number > 0"):
-        FeatureProx(torch.eye(2), None, gamma=0.0, rho=1.0)
+        feature_prox(torch.eye(2), None, gamma=0.0, rho=1.0)
 
 
 def _rows(count: int = 400, inputs: int = 500, outputs: int = 4) -> tuple[Tensor, Tensor]:
@@ -264,32 +264,32 @@ def test_unit_fits_never_rise_and_find_a_planted_layer(activation: nn.Module | N
     assert float(losses[-1].max()) < share * float(losses[0].max())
 
 
-@pytest.mark.parametrize("kind", [AffineAfter, AffineBefore])
+@pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.Tanh(), nn.GELU()])
 @pytest.mark.parametrize("name", ["squared", "cross_entropy"])
-def test_row_descent_never_rises_on_any_row(kind: type, activation: nn.Module | None, name: str) -> None:
-    if name == "cross_entropy" and kind is AffineBefore:
+def test_row_descent_never_rises_on_any_row(side: str, activation: nn.Module | None, name: str) -> None:
+    if name == "cross_entropy" and side == "after":
         activation = None  # the output layer has none
     g = torch.Generator().manual_seed(9)
     w, b, v, center = (4 * torch.randn(*n, generator=g).double() for n in ((6, 5), (6,), (50, 5), (50, 5)))
     loss = ROW_LOSSES[name]
     target = torch.arange(50) % 6 if name == "cross_entropy" else torch.randn(50, 6, generator=g).double()
     function = None if activation is None else closed_form(activation)
-    above = kind(function, w, b, Goal(target, loss, 2.0))
+    above, goal = CodeMap(w, b, **{side: function}), Goal(target, loss, 2.0)
     leaf = v.clone().requires_grad_()
 
     def total(z: Tensor) -> Tensor:
         f = (lambda u: u) if activation is None else activation
-        output = F.linear(f(z), w, b) if kind is AffineAfter else f(F.linear(z, w, b))
+        output = F.linear(f(z), w, b) if side == "before" else f(F.linear(z, w, b))
         return 2.0 * loss.values(output, target) + 0.15 * (z - center).square().sum(1)
 
     (expected,) = torch.autograd.grad(total(leaf).sum(), leaf)
-    point = above(v, None)
-    assert relative(point.gradient() + 0.3 * (v - center), expected) < 1e-10
+    torch.testing.assert_close(above(v), above.point(v, goal).output)
+    assert relative(above.point(v, goal).gradient() + 0.3 * (v - center), expected) < 1e-10
     before = v.clone()
     values = [total(v)]
     for steps in (1, 3, 30):
-        values.append(total(descend(v, above, Anchor(center, 0.3), steps)))
+        values.append(total(descend(v, above, goal, center, 0.3, steps)))
         assert bool((values[-1] <= values[0] + 1e-10).all())
     assert torch.equal(v, before)
     assert float(values[-1].sum()) < float(values[1].sum()) < float(values[0].sum())
@@ -298,24 +298,20 @@ def test_row_descent_never_rises_on_any_row(kind: type, activation: nn.Module | 
 def test_row_descent_is_exact_along_the_gradient_of_a_quadratic() -> None:
     g = torch.Generator().manual_seed(10)
     w, v, center, target = (torch.randn(*n, generator=g).double() for n in ((6, 5), (9, 5), (9, 5), (9, 6)))
-    above = AffineAfter(None, w, None, Goal(target, ROW_LOSSES["squared"], 1.7))
-    moved = descend(v, above, Anchor(center, 0.4), 1)
-    gradient = above(v, None).gradient() + 0.4 * (v - center)
-    after = above(moved, None).gradient() + 0.4 * (moved - center)
+    above, goal = CodeMap(w, None), Goal(target, ROW_LOSSES["squared"], 1.7)
+    moved = descend(v, above, goal, center, 0.4, 1)
+    gradient = above.point(v, goal).gradient() + 0.4 * (v - center)
+    after = above.point(moved, goal).gradient() + 0.4 * (moved - center)
     assert float((gradient * after).sum(1).abs().max()) < 1e-10  # the line's lowest point
 
 
 def test_a_row_that_cannot_descend_stays() -> None:
     """A kink: along the gradient the loss rises at once."""
     w = torch.tensor([[1.0], [1.0]]).double()
-    above = AffineAfter(
-        closed_form(nn.ReLU()),
-        w,
-        torch.tensor([0.0, 0.0]).double(),
-        Goal(torch.zeros(1, 2).double(), ROW_LOSSES["squared"]),
-    )
+    above = CodeMap(w, torch.tensor([0.0, 0.0]).double(), before=closed_form(nn.ReLU()))
+    goal = Goal(torch.zeros(1, 2).double(), ROW_LOSSES["squared"])
     v = torch.zeros(1, 1).double()
-    assert torch.equal(descend(v, above, Anchor(v.clone(), 1.0), 3), v)
+    assert torch.equal(descend(v, above, goal, v.clone(), 1.0, 3), v)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import mlp, relative
+from cases import mlp, relative
 from torch import Tensor, nn
 
 from beyondprop import ADMM, BCD, OfflineAltMin, data

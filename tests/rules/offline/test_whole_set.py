@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import mlp
+from cases import mlp
 from torch import Tensor, nn
 
 from beyondprop import BCD, Backprop, data, fit
@@ -20,7 +20,7 @@ from beyondprop.data import Dataset
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.lab import registry
 from beyondprop.lab.comparing.comparison import compare, resume
-from beyondprop.lab.comparing.member import Member, Silent
+from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.recorded import read_rows
 from beyondprop.lab.training.work import work_per_step
@@ -160,7 +160,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class _InterruptAt(Silent):
+class _InterruptAt(Observer):
     def __init__(self, count: int) -> None:
         self.count = count
 

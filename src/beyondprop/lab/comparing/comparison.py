@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from beyondprop.lab.comparing import tuning
-from beyondprop.lab.comparing.member import Contender, Member, Observer, Silent, seeded
+from beyondprop.lab.comparing.member import Contender, Member, Observer, seeded
 from beyondprop.lab.comparing.plan import Nets, Plan, at_seed, prepare
 from beyondprop.lab.comparing.settings import Settings
+from beyondprop.lab.registry import RuleSpec
 from beyondprop.lab.runs.context import deferred_interrupt, recorded_warnings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
 from beyondprop.lab.runs.environment import environment
 from beyondprop.lab.runs.recorded import WARM_START, Row, read_config
 from beyondprop.lab.tasks import Task
-from beyondprop.lab.training import Failed, History, State, Training, fit
+from beyondprop.lab.training import Failed, History, State, fit
 
 
 def compare(
@@ -29,6 +31,7 @@ def compare(
     *,
     task: Task | None = None,
     nets: Nets | None = None,
+    rules: Sequence[RuleSpec] = (),
     out: str | Path | None = None,
     observer: Observer | None = None,
 ) -> Path:
@@ -41,6 +44,7 @@ def compare(
         task: a task of one's own, such as `Task.from_arrays(x, y)`, in place of `settings.data`.
         nets: networks of one's own by name, modules or functions `build(input_shape, outputs)`; where `settings` names none of
             them, they are the nets that are compared.
+        rules: likewise rules of one's own, beside those that are registered.
         out: the run directory, which must be free; default: one in `runs/` named by time, task and net.
         observer: who is told how it goes.
 
@@ -56,7 +60,9 @@ def compare(
     settings = settings or Settings()
     if nets and not set(nets) & set(settings.nets):
         settings = replace(settings, nets=tuple(nets))
-    return run(prepare(settings, task=task, nets=nets), path, observer)
+    if rules and not {spec.name for spec in rules} & set(settings.rules):
+        settings = replace(settings, rules=tuple(spec.name for spec in rules))
+    return run(prepare(settings, task=task, nets=nets, rules=rules), path, observer)
 
 
 def resume(
@@ -64,6 +70,7 @@ def resume(
     *,
     task: Task | None = None,
     nets: Nets | None = None,
+    rules: Sequence[RuleSpec] = (),
     observer: Observer | None = None,
 ) -> Path:
     """Go on with a comparison that was stopped; what is done is not done again.
@@ -72,6 +79,7 @@ def resume(
         path: its run directory.
         task: the task that it was begun with, where that was one of one's own.
         nets: likewise the networks.
+        rules: likewise the rules.
         observer: who is told how it goes.
 
     Raises:
@@ -80,7 +88,7 @@ def resume(
         RuntimeError: if another process is writing it.
     """
     settings = Settings.from_config(read_config(Path(path)))
-    return go_on(prepare(settings, task=task, nets=nets), Path(path), observer)
+    return go_on(prepare(settings, task=task, nets=nets, rules=rules), Path(path), observer)
 
 
 def run(plan: Plan, path: Path | None = None, observer: Observer | None = None) -> Path:
@@ -89,7 +97,7 @@ def run(plan: Plan, path: Path | None = None, observer: Observer | None = None) 
     with _threads(settings.threads):
         path = path or default_path(plan.task.name, settings.nets[0] if len(settings.nets) == 1 else "nets")
         with RunDirectory.create(path, _config(plan), environment(settings.device)) as directory:
-            _run(plan, directory, observer or Silent())
+            _run(plan, directory, observer or Observer())
     return path
 
 
@@ -97,22 +105,19 @@ def go_on(plan: Plan, path: Path, observer: Observer | None = None) -> Path:
     """Go on with a prepared comparison in its run directory; see `resume`."""
     with _threads(plan.settings.threads), RunDirectory.open(path) as directory:
         _warn_of_other_versions(path, plan.settings.device)
-        _run(plan, directory, observer or Silent())
+        _run(plan, directory, observer or Observer())
     return path
 
 
 def _run(plan: Plan, directory: RunDirectory, observer: Observer) -> None:
     # Tuning done before is read from its rows, so the list of what is left is the same whoever asks.
-    done = {(r["contender"], r["lr"]) for r in directory.rows if r.get("kind") == "tuning"}
-    candidates = [m for m in tuning.candidates(plan) if (m.name, m.lr) not in done]
+    done = {(r["contender"], r["lr"], r["seed"]) for r in directory.rows if r.get("kind") == "tuning"}
+    candidates = [m for m in tuning.candidates(plan) if (m.name, m.lr, m.seed) not in done]
     left = list(_left(plan, directory))
     observer.start(directory.path, [*candidates, *left])
-    starts: dict[str, tuning.WarmStart | None] = {}
+    warm_start = cache(partial(tuning.warm_start, plan=plan))
     for member in candidates:
-        net = member.contender.net
-        if net not in starts:
-            starts[net] = tuning.warm_start(member.contender, plan)
-        tuning.tune(member, plan, directory, observer, starts[net])
+        tuning.tune(member, plan, directory, observer, warm_start(member.contender.net, member.seed))
     chosen = tuning.chosen(plan, directory)
     directory.config = _config(plan, chosen)
     directory.write_config()
@@ -133,11 +138,13 @@ def _left(plan: Plan, directory: RunDirectory) -> Iterator[Member]:
                 warm = Member(plan.warm(contender), seed, rate, epochs, warm_start=True)
                 if not directory.ended(warm.name, seed):
                     yield warm
-            yield Member(contender, seed, plan.rate(contender.rule), plan.epochs - plan.settings.warm_epochs)
+            yield Member(
+                contender, seed, plan.rate(contender.rule), plan.epochs_of(contender.rule) - plan.settings.warm_epochs
+            )
 
 
 def _train(member: Member, plan: Plan, directory: RunDirectory, observer: Observer) -> None:
-    settings, name, seed = plan.settings, member.name, member.seed
+    device, name, seed = plan.settings.device, member.name, member.seed
 
     def log(row: Row) -> None:
         row = {"kind": row["kind"], "contender": name, "seed": seed, **row}
@@ -162,19 +169,8 @@ def _train(member: Member, plan: Plan, directory: RunDirectory, observer: Observ
             )
     state = directory.load(name, seed)
     seen: list[str] = []
-    task = at_seed(plan.task, seed, settings.device)
-    training = Training(
-        epochs=plan.epochs,
-        stop=settings.warm_epochs if member.warm_start else None,
-        batch_size=settings.batch_size,
-        seed=seed,
-        schedule=member.spec.schedule or settings.schedule,
-        evaluate_every=settings.evaluate_every,
-        alignment=settings.alignment,
-        early_stop=None if member.warm_start else settings.early_stop,
-        whole_set=member.spec.whole_set or None,
-    )
-    with seeded(seed, settings.device), deferred_interrupt() as interrupted:
+    task = at_seed(plan.task, seed, device)
+    with seeded(seed, device), deferred_interrupt() as interrupted:
         with recorded_warnings(
             seen, lambda text: None if state else log({"kind": "warning", "step": 0, "epoch": 0.0, "message": text})
         ):
@@ -183,7 +179,7 @@ def _train(member: Member, plan: Plan, directory: RunDirectory, observer: Observ
             fit(
                 rule,
                 task,
-                training,
+                plan.training(member),
                 after=after,
                 log=log,
                 progress=lambda step, steps: observer.progress(member, step, steps),
@@ -195,29 +191,26 @@ def _train(member: Member, plan: Plan, directory: RunDirectory, observer: Observ
 
 
 def _config(plan: Plan, chosen: dict[str, float] | None = None) -> dict[str, Any]:
-    chosen = chosen or {}
-    contenders: list[dict[str, Any]] = []
-    for contender in plan.contenders:
-        described = _described(plan, contender, chosen.get(contender.name))
-        if contender.name in chosen:
-            described["settings"]["lr_tuned_over"] = list(contender.rule.grid)
-        contenders.append(described)
     warm = {}
     if plan.warm_spec is not None:
-        warm = {"warm_start_rule": _described(plan, Contender("", plan.warm_spec))}
+        warm = {"warm_start_rule": _described(plan, Contender("", plan.warm_spec), {})}
     return {
         **plan.settings.to_config(),
         "name": plan.task.name,
         "sample": plan.task.sample,
         **warm,
         "metrics": [asdict(metric) for metric in plan.task.metrics],
-        "contenders": contenders,
+        "contenders": [_described(plan, contender, chosen or {}) for contender in plan.contenders],
     }
 
 
-def _described(plan: Plan, contender: Contender, lr: float | None = None) -> dict[str, Any]:
-    spec = contender.rule
+def _described(plan: Plan, contender: Contender, chosen: dict[str, float]) -> dict[str, Any]:
+    spec, lr = contender.rule, chosen.get(contender.name)
     values = {"lr": plan.rate(spec) if lr is None else lr, "schedule": spec.schedule or plan.settings.schedule}
+    if spec.cost != 1.0:
+        values["cost"] = spec.cost
+    if lr is not None:
+        values["lr_tuned_over"] = list(spec.grid)
     named = {"name": contender.name, "title": contender.title, "summary": spec.summary}
     return named | {"rule": spec.name, "net": contender.net, "settings": values}
 

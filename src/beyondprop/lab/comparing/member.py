@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -70,8 +69,8 @@ class Member:
         return f"{WARM_START}{self.contender.name}" if self.warm_start else self.contender.name
 
 
-class Observer(Protocol):
-    """Who watches a comparison, such as the command line's progress display."""
+class Observer:
+    """Who watches a comparison; this one does nothing of what it is told."""
 
     def start(self, path: Path, members: Sequence[Member]) -> None:
         """The run directory is there; these trainings are to be done, first of all the tuning ones."""
@@ -87,25 +86,6 @@ class Observer(Protocol):
 
     def end(self, member: Member) -> None:
         """It finished or failed."""
-
-
-class Silent:
-    """The observer that does nothing."""
-
-    def start(self, path: Path, members: Sequence[Member]) -> None:
-        """See `Observer`."""
-
-    def begin(self, member: Member) -> None:
-        """See `Observer`."""
-
-    def progress(self, member: Member, step: int, steps: int) -> None:
-        """See `Observer`."""
-
-    def row(self, member: Member, row: Row) -> None:
-        """See `Observer`."""
-
-    def end(self, member: Member) -> None:
-        """See `Observer`."""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from beyondprop.lab.nets import spec_of
 from beyondprop.lab.registry import Progress, RuleSpec, load_plugins
 from beyondprop.lab.runs.directory import slug
 from beyondprop.lab.tasks import Task, check_net
-from beyondprop.lab.training import State, schedules
+from beyondprop.lab.training import State, Training, schedules
 from beyondprop.lab.training.calendar import Calendar, stop_step
 from beyondprop.rules.base import LearningRule
 from beyondprop.stages.losses import LossFunction
@@ -29,6 +29,7 @@ from beyondprop.stages.losses import LossFunction
 VALIDATION = 1 / 6
 """Share of the training rows that a validation split holds out: as many as MNIST has test rows."""
 DRAWN_SEED = 100
+_NEVER = 2**62  # steps: in tuning, the evaluation at the end is the only one that counts
 
 Nets = Mapping[str, nn.Module | Callable[[tuple[int, ...], int], nn.Module]]
 """Networks of one's own by name: a module, whose weights all seeds start from, or a function of input shape and outputs."""
@@ -66,12 +67,16 @@ class Plan:
         return self.settings.tune_epochs or self.epochs
 
     @property
-    def tune_seed(self) -> int:
-        """Seed of the trainings in tuning."""
-        if self.settings.tune_seed is not None:
-            return self.settings.tune_seed
+    def tune_seeds(self) -> tuple[int, ...]:
+        """Seeds of the trainings in tuning."""
+        if self.settings.tune_seeds:
+            return self.settings.tune_seeds
         is_drawn = getattr(self.task, "is_fresh", False) or getattr(self.task, "draw", None) is not None
-        return DRAWN_SEED if is_drawn else self.settings.seeds[0]
+        return (DRAWN_SEED,) if is_drawn else self.settings.seeds[:1]
+
+    def epochs_of(self, spec: RuleSpec, *, tuning: bool = False) -> float:
+        """Return how long a rule trains: less than others where its steps cost more."""
+        return (self.tune_epochs if tuning else self.epochs) / spec.cost
 
     def rate(self, spec: RuleSpec) -> float:
         """Return the learning rate of a rule."""
@@ -81,6 +86,23 @@ class Plan:
         """Return what a contender's trainings start with."""
         assert self.warm_spec is not None
         return replace(contender, rule=self.warm_spec)
+
+    def training(self, member: Member) -> Training:
+        """Return how a member is trained."""
+        settings, spec = self.settings, member.spec
+        watched: dict[str, Any] = {"evaluate_every": _NEVER}
+        if not member.tuning:
+            watched = {"evaluate_every": settings.evaluate_every, "alignment": settings.alignment}
+            watched["early_stop"] = None if member.warm_start else settings.early_stop
+        return Training(
+            epochs=self.epochs_of(spec, tuning=member.tuning),
+            stop=settings.warm_epochs if member.warm_start else None,
+            batch_size=settings.batch_size,
+            seed=member.seed,
+            schedule=spec.schedule or settings.schedule,
+            whole_set=spec.whole_set or None,
+            **watched,
+        )
 
     def build(self, member: Member, task: Task, start: State | None = None) -> LearningRule:
         """Build a training's network and rule, from the global random state or from the state that a warm start left."""
@@ -123,6 +145,7 @@ def prepare(
     *,
     task: Task | None = None,
     nets: Nets | None = None,
+    rules: Sequence[RuleSpec] = (),
     progress: Progress | None = None,
 ) -> Plan:
     """Check the settings against what there is, and load the task.
@@ -131,6 +154,7 @@ def prepare(
         settings: what to compare.
         task: a task of one's own, in place of the one that the settings name.
         nets: networks of one's own by the names that the settings have for them.
+        rules: rules of one's own, which are not registered; they come before registered ones of the same name.
         progress: called during downloads, see `data.load`.
 
     Raises:
@@ -141,14 +165,15 @@ def prepare(
     """
     nets = dict(nets or {})
     load_plugins(settings.plugins)
-    specs = tuple(registry.rules.get(name) for name in settings.rules)
+    known = {spec.name: spec for spec in (*registry.rules, *rules)}
+    specs = tuple(known[_checks.one_of("rule", name, known)] for name in settings.rules)
     warm_spec = None
     if settings.warm_rule is not None:
-        warm_spec = registry.rules.get(
-            _checks.one_of("the rule of warm_start", settings.warm_rule, registry.rules.names())
-        )
+        warm_spec = known[_checks.one_of("the rule of warm_start", settings.warm_rule, known)]
     trained = specs if warm_spec is None else tuple(dict.fromkeys((*specs, warm_spec)))
     whole = [spec.name for spec in trained if spec.whole_set]
+    if warm_spec is not None and any(spec.cost != 1.0 for spec in trained):
+        raise ValueError("warm_start is for rules that train equally long; leave it out, or their cost.")
     if warm_spec is not None and whole:
         raise ValueError(
             f"warm_start is for rules that take batches; {', '.join(whole)} takes the whole training set a step, and an "
@@ -166,8 +191,10 @@ def prepare(
         raise ValueError("device is 'cuda', but torch finds no CUDA device; use 'cpu' or 'auto'.")
     found: Any = tasks.load(settings.form, progress) if task is None else task
     fixed = getattr(found, "epochs", None)
-    if fixed is not None and settings.epochs is not None and settings.epochs > fixed:
-        raise ValueError(f"epochs must be at most {fixed}, the tasks of {found.name}, got {settings.epochs:g}.")
+    for name in ("epochs", "tune_epochs"):
+        given = getattr(settings, name)
+        if fixed is not None and given is not None and given > fixed:
+            raise ValueError(f"{name} must be at most {fixed}, the tasks of {found.name}, got {given:g}.")
     settings = replace(settings, device=device, epochs=float(settings.epochs or fixed or EPOCHS))
     evaluated = found
     if settings.validation:
@@ -190,10 +217,6 @@ def prepare(
     if hasattr(evaluated, "batches") and whole:
         raise ValueError(
             f"{found.name} shows its rows in batches of its own; {', '.join(whole)} takes the whole set a step."
-        )
-    if fixed is not None and settings.tune_epochs is not None and settings.tune_epochs > fixed:
-        raise ValueError(
-            f"tune_epochs must be at most {fixed}, the tasks of {found.name}, got {settings.tune_epochs:g}."
         )
     plan = Plan(settings, contenders, evaluated, tuning_task, warm_spec, nets)
     _check_contenders(plan, trained)
@@ -236,10 +259,6 @@ def _check_warm_start(plan: Plan, model: nn.Module) -> None:
     for task, epochs in trainings:
         calendar = Calendar.of(model, task, settings.batch_size)
         steps = max(1, calendar.step_at(epochs))
-        if settings.warm_epochs >= epochs:
-            raise ValueError(
-                f"warm_start takes {settings.warm_epochs:g} of epochs={epochs:g}; it must leave some to the rules."
-            )
         try:
             stop_step(settings.warm_epochs, steps, calendar)
         except ValueError:

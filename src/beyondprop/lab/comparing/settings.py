@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +13,6 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from beyondprop import _checks
 
-DEVICES = ("auto", "cpu", "cuda")
 DATA = "digits"
 EPOCHS = 20.0
 """Where neither the settings nor the task say how many."""
@@ -36,26 +35,23 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
     return tuple(range(count))
 
 
+def _written(metavar: str, read: Callable[[list[str]], Any], write: Callable[[Any], str]) -> Any:
+    """Return how tyro reads a tuple from one word."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [write(value)],
+    )
+
+
 Repeated = UseAppendAction[tuple[str, ...]]
-Rate = Annotated[
-    tuple[str, float],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="RULE=LR",
-        instance_from_str=_rate,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [f"{value[0]}={value[1]:g}"],
-    ),
-]
-Seeds = Annotated[
+Rate = Annotated[tuple[str, float], _written("RULE=LR", _rate, lambda value: f"{value[0]}={value[1]:g}")]
+Seeds = Annotated[tuple[int, ...], _written("N", _seeds, lambda value: str(len(value)))]
+SeedList = Annotated[
     tuple[int, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N",
-        instance_from_str=_seeds,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(len(value))],
-    ),
+    _written("SEED,...", lambda texts: tuple(map(int, texts[0].split(","))), lambda value: ",".join(map(str, value))),
 ]
 if TYPE_CHECKING:
     Rates = Mapping[str, float] | tuple[tuple[str, float], ...]
@@ -98,8 +94,8 @@ class Settings:
     """Choose each contender's learning rate from its grid, on rows held out of the training rows."""
     tune_epochs: Amount = None
     """Epochs of a training in tuning. Default: those of the run."""
-    tune_seed: Count = None
-    """Seed of the trainings in tuning. Default: the first seed; 100 where a task's rows are drawn by the seed."""
+    tune_seeds: Annotated[SeedList, arg(metavar="SEED,...", help_behavior_hint="")] = ()
+    """Seeds of the trainings in tuning. Default: the first seed; 100 where a task's rows are drawn by the seed."""
     validation: Flag = False
     """Evaluate on rows held out of the training rows; the test rows stay unseen."""
     evaluate_every: Count = None
@@ -120,26 +116,24 @@ class Settings:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"--lr must name each rule once, got {', '.join(f'{n}={lr:g}' for n, lr in pairs)}.")
         object.__setattr__(self, "lr", tuple(pairs))
-        for name, default in (("nets", NETS), ("rules", RULES), ("seeds", ()), ("plugins", ())):
+        for name, default in (("nets", NETS), ("rules", RULES), ("seeds", ()), ("tune_seeds", ()), ("plugins", ())):
             object.__setattr__(self, name, tuple(getattr(self, name)) or default)
         if self.task is not None and ":" in self.task and self.data != DATA:
             raise ValueError(
                 f"task {self.task!r} names its own data; leave out data={self.data!r}, or what follows the colon."
             )
-        if self.epochs is not None:
-            _checks.positive("epochs", self.epochs)
-        _checks.at_least("batch_size", self.batch_size, 1)
-        _checks.one_of("device", self.device, DEVICES)
-        if self.tune_epochs is not None:
-            _checks.positive("tune_epochs", self.tune_epochs)
-        for name in ("evaluate_every", "early_stop", "threads"):
+        _checks.one_of("device", self.device, ("auto", "cpu", "cuda"))
+        for name in ("epochs", "tune_epochs"):
+            if getattr(self, name) is not None:
+                _checks.positive(name, getattr(self, name))
+        for name in ("batch_size", "evaluate_every", "early_stop", "threads"):
             if getattr(self, name) is not None:
                 _checks.at_least(name, getattr(self, name), 1)
-        for name in ("nets", "rules", "seeds"):
+        for name in ("nets", "rules", "seeds", "tune_seeds"):
             given = getattr(self, name)
-            if not given or len(set(given)) < len(given):
+            if (not given and name != "tune_seeds") or len(set(given)) < len(given):
                 raise ValueError(f"{name} must be one or more, each once, got {', '.join(map(str, given)) or 'none'}.")
-        for seed in (*self.seeds, *(() if self.tune_seed is None else (self.tune_seed,))):
+        for seed in (*self.seeds, *self.tune_seeds):
             _checks.at_least("seed", seed, 0)
         if self.tune and self.validation:
             raise ValueError(
@@ -191,13 +185,12 @@ class Settings:
                 raise ValueError(f"warm_start takes {epochs:g} of {name}={whole:g}; it must leave some to the rules.")
 
     def to_config(self) -> dict[str, Any]:
-        """Return the settings as `config.toml` has them, without the rules; what is None is left out."""
-        values = dataclasses.asdict(self)
-        del values["rules"]
-        values["lr"] = self.rates
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        """Return the settings as `config.toml` has them, without the rules; what is None or empty is left out."""
+        values = dataclasses.asdict(self) | {"lr": self.rates}
         return {
-            key: value for key, value in values.items() if value is not None and (value or key not in ("lr", "plugins"))
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()
+            if key != "rules" and value not in (None, (), {})
         }
 
     @classmethod

@@ -6,6 +6,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
 
 import torch
 
@@ -13,84 +15,60 @@ from beyondprop.lab.comparing.member import Contender, Member, Observer, seeded
 from beyondprop.lab.comparing.plan import Plan, at_seed
 from beyondprop.lab.runs.context import deferred_interrupt
 from beyondprop.lab.runs.directory import RunDirectory
-from beyondprop.lab.runs.recorded import Row
-from beyondprop.lab.training import Failed, History, State, Training, fit
-
-_NEVER = 2**62  # steps: the evaluation at the end is the only one that counts
+from beyondprop.lab.runs.recorded import Row, number
+from beyondprop.lab.tasks import Metric
+from beyondprop.lab.training import Failed, History, State, fit
 
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """What the trainings in tuning start from.
+    """What the trainings in tuning start from; all None where the comparison has no warm start.
 
     Attributes:
         state: the weights and the random state, as `Plan.build` takes them.
         history: of the training that led there.
-        failure: what ended it before, or None.
+        failure: what ended it before.
     """
 
-    state: State
-    history: History
+    state: State | None = None
+    history: History | None = None
     failure: str | None = None
 
 
-def warm_start(contender: Contender, plan: Plan) -> WarmStart | None:
-    """Train the comparison's warm start on what the test rows are not in; None where there is none."""
+def warm_start(net: str, seed: int, plan: Plan) -> WarmStart:
+    """Train the comparison's warm start, where it has one, on what the test rows are not in."""
     if plan.warm_spec is None:
-        return None
-    warm, settings = plan.warm(contender), plan.settings
-    member = Member(warm, plan.tune_seed, plan.rate(warm.rule), settings.warm_epochs, tuning=True, warm_start=True)
-    held = at_seed(plan.tuning_task, member.seed, settings.device)
-    with seeded(member.seed, settings.device):
+        return WarmStart()
+    settings, warm = plan.settings, Contender(net, plan.warm_spec)
+    member = Member(warm, seed, plan.rate(warm.rule), settings.warm_epochs, tuning=True, warm_start=True)
+    held = at_seed(plan.tuning_task, seed, settings.device)
+    with seeded(seed, settings.device):
         rule = plan.build(member, held)
         try:
-            history = fit(rule, held, training(member, plan, stop=settings.warm_epochs))
+            history = fit(rule, held, plan.training(member))
         except Failed as error:
-            return WarmStart({}, History(), f"The warm start failed: {' '.join(str(error).split())}")
+            return WarmStart(failure=f"The warm start failed: {' '.join(str(error).split())}")
         state: State = {"model": rule.model.state_dict(), "random": torch.get_rng_state()}
         if settings.device == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state()
     return WarmStart(state, history)
 
 
-def training(member: Member, plan: Plan, stop: float | None = None) -> Training:
-    """Return how a member is trained in tuning."""
-    settings = plan.settings
-    return Training(
-        epochs=plan.tune_epochs,
-        stop=stop,
-        batch_size=settings.batch_size,
-        seed=member.seed,
-        schedule=member.spec.schedule or settings.schedule,
-        evaluate_every=_NEVER,
-        whole_set=member.spec.whole_set or None,
-    )
-
-
-def tune(
-    member: Member, plan: Plan, directory: RunDirectory, observer: Observer, start: WarmStart | None = None
-) -> None:
+def tune(member: Member, plan: Plan, directory: RunDirectory, observer: Observer, start: WarmStart) -> None:
     """Train with one learning rate on what the test rows are not in, and record how well it does."""
-    settings = plan.settings
+    device, seed, failure = plan.settings.device, member.seed, start.failure
     observer.begin(member)
-    row: Row = {
-        "kind": "tuning",
-        "contender": member.name,
-        "seed": member.seed,
-        "lr": member.lr,
-        "epochs": member.epochs,
-    }
+    row: Row = {"kind": "tuning", "contender": member.name, "seed": seed, "lr": member.lr, "epochs": member.epochs}
     keys = [metric.key for metric in plan.task.metrics]
-    failure = None if start is None else start.failure
     if failure is None:
-        held = at_seed(plan.tuning_task, member.seed, settings.device)
-        with seeded(member.seed, settings.device), deferred_interrupt() as interrupted:
+        held = at_seed(plan.tuning_task, seed, device)
+        with seeded(seed, device), deferred_interrupt() as interrupted:
             try:
                 history = fit(
-                    plan.build(member, held, None if start is None else start.state),
+                    plan.build(member, held, start.state),
                     held,
-                    training(member, plan),
-                    after=None if start is None else start.history,
+                    plan.training(member),
+                    after=start.history,
                     progress=lambda step, steps: observer.progress(member, step, steps),
                     interrupted=interrupted,
                 )
@@ -107,23 +85,26 @@ def tune(
 
 
 def candidates(plan: Plan) -> Iterator[Member]:
-    """Yield the trainings that tuning takes: every contender's grid, with one seed."""
+    """Yield the trainings that tuning takes: every contender's grid, with every seed of tuning."""
     settings = plan.settings
     for contender in plan.contenders if settings.tune else ():
+        epochs = plan.epochs_of(contender.rule, tuning=True) - settings.warm_epochs
         if contender.rule.name not in settings.rates:
-            for lr in contender.rule.grid:
-                yield Member(contender, plan.tune_seed, lr, plan.tune_epochs - settings.warm_epochs, tuning=True)
+            for lr, seed in product(contender.rule.grid, plan.tune_seeds):
+                yield Member(contender, seed, lr, epochs, tuning=True)
 
 
 def chosen(plan: Plan, directory: RunDirectory) -> dict[str, float]:
-    """Return the learning rates that tuning chose: best in the first metric, then in the others."""
-    best: dict[str, tuple[float, ...]] = {}
+    """Return the learning rates that tuning chose: best in the first metric, the mean over seeds, then in the others."""
+    found: dict[tuple[str, float], list[Row]] = {}
     for row in directory.rows:
-        values = [row.get(metric.key) for metric in plan.task.metrics]
-        if row.get("kind") == "tuning" and values[-1] is not None:
-            signs = [1.0 if metric.higher_is_better else -1.0 for metric in plan.task.metrics]
-            score = *(-math.inf if v is None else s * v for s, v in zip(signs, values, strict=True)), row["lr"]
-            best[row["contender"]] = max(score, best.get(row["contender"], score))
+        if row.get("kind") == "tuning":
+            found.setdefault((row["contender"], row["lr"]), []).append(row)
+    best: dict[str, tuple[float, ...]] = {}
+    for (name, lr), rows in found.items():
+        score = *(_mean(rows, metric) for metric in plan.task.metrics), lr
+        if math.isfinite(score[-2]):
+            best[name] = max(score, best.get(name, score))
     said = {row["contender"] for row in directory.rows if row.get("kind") == "warning" and "seed" not in row}
     for contender in plan.contenders if plan.settings.tune else ():
         name, spec = contender.name, contender.rule
@@ -138,3 +119,11 @@ def chosen(plan: Plan, directory: RunDirectory) -> dict[str, float]:
             directory.append({"kind": "warning", "contender": name, "message": message})
             warnings.warn(f"{name}: {message}", stacklevel=2)
     return {name: score[-1] for name, score in best.items()}
+
+
+def _mean(rows: list[Row], metric: Metric) -> float:
+    """Return the mean over seeds, larger where it is better; minus infinity where a seed failed."""
+    values = [number(row, metric.key) for row in rows]
+    if not all(map(math.isfinite, values)):
+        return -math.inf
+    return fmean(values) if metric.higher_is_better else -fmean(values)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from beyondprop.lab.nets.options import image_shape, initialise, parse_options
+from beyondprop.lab.nets.options import image_shape, initialise, options_of, parse_options
 from beyondprop.nn.residual import Residual, Shortcut
 
 
@@ -32,13 +32,14 @@ def conv(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
 
 def lenet5(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `lenet5`."""
+    options_of(spec, start=1)
     channels, height, breadth = image_shape(spec, input_shape)
     if min(height, breadth) < 16:
         raise ValueError(
             f"lenet5 needs images of 16x16 or more, got {height}x{breadth}; use 'mlp:100x2' or 'conv:16x2'."
         )
     rows, columns = ((((size - 4) // 2) - 4) // 2 for size in (height, breadth))
-    model = nn.Sequential(
+    layers = (
         nn.Conv2d(channels, 6, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
@@ -52,7 +53,7 @@ def lenet5(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential
         nn.ReLU(),
         nn.Linear(84, outputs),
     )
-    return initialise(model)
+    return initialise(nn.Sequential(*layers))
 
 
 def basic_block(channels: int, width: int, stride: int) -> Residual:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from beyondprop import _checks
-from beyondprop.lab.nets.autoencoder import autoencoder
 from beyondprop.lab.nets.convolutional import conv, lenet5, resnet
-from beyondprop.lab.nets.fully_connected import binary, mlp
+from beyondprop.lab.nets.fully_connected import autoencoder, binary, mlp
 from beyondprop.lab.nets.recurrent import rnn
 from beyondprop.lab.nets.transformer import transformer
 from beyondprop.lab.registry import NetSpec, load_file, nets, register

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from string import ascii_uppercase
 
 from torch import nn
 
@@ -17,12 +19,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 _GAINS: dict[type[nn.Module], float] = {
-    nn.ReLU: math.sqrt(2),
-    nn.LeakyReLU: math.sqrt(2),
-    nn.GELU: math.sqrt(2),
+    **dict.fromkeys((nn.ReLU, nn.LeakyReLU, nn.GELU), math.sqrt(2)),
+    **dict.fromkeys((nn.Sigmoid, nn.Softplus), 1.0),
     nn.Tanh: 5 / 3,
-    nn.Sigmoid: 1.0,
-    nn.Softplus: 1.0,
 }
 
 
@@ -32,8 +31,7 @@ def initialise(model: nn.Sequential) -> nn.Sequential:
     torch's own default shrinks them by 2.4 a ReLU layer: at depth 16, nothing learns in an epoch, whatever the rule.
     """
     carriers = [m for m in model if isinstance(m, nn.Linear | nn.Conv2d)]
-    activations = [m for m in model if type(m) in _GAINS]
-    gain = _GAINS[type(activations[0])] if activations else 1.0
+    gain = next((_GAINS[type(m)] for m in model if type(m) in _GAINS), 1.0)
     for layer in carriers:
         fan_in = layer.weight[0].numel()
         nn.init.normal_(layer.weight, std=(1.0 if layer is carriers[-1] else gain) / math.sqrt(fan_in))
@@ -59,38 +57,45 @@ def parse_size(spec: str) -> tuple[int, int]:
     return int(width), int(depth)
 
 
-def options_of(spec: str, *groups: Iterable[str]) -> list[str]:
-    """Return what follows a form's size; refuse two options of one group or name: the last would win, under the name of all."""
-    options = spec.split(":")[2:]
-    names = [option.partition("=")[0] for option in options]
-    for group in (tuple(ACTIVATIONS), *map(tuple, groups), *((name,) for name in names)):
-        given = [option for option, name in zip(options, names, strict=True) if name in group]
-        if len(given) > 1:
-            raise ValueError(f"{spec!r}: {' and '.join(map(repr, given))} are given; take one of them.")
-    return options
+def options_of(spec: str, *groups: Iterable[str], start: int = 2) -> list[str | None]:
+    """Return what a form chooses from each group of options, None where nothing; of `NAME=VALUE` the value alone.
+
+    Args:
+        spec: the form.
+        *groups: what is accepted, one of each group; capitals at the end, as in `dropout=P`, stand for any text.
+        start: parts of the form before its options.
+
+    Raises:
+        ValueError: for an option of no group, and for two of one: the last would win, under the name of all.
+    """
+    words = [tuple(group) for group in groups]
+    given: list[list[str]] = [[] for _ in groups]
+    for option in spec.split(":")[start:]:
+        fitting = (found for found, group in zip(given, words, strict=True) if any(_fits(option, w) for w in group))
+        if (found := next(fitting, None)) is None:
+            raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {', '.join(chain(*words)) or 'none'}.")
+        found.append(option)
+        if len(found) > 1:
+            raise ValueError(f"{spec!r}: {' and '.join(map(repr, found))} are given; take one of them.")
+    return [found[0].rpartition("=")[2] if found else None for found in given]
+
+
+def _fits(option: str, word: str) -> bool:
+    stem = word.rstrip(ascii_uppercase)
+    return option == word or (stem != word and option.startswith(stem))
 
 
 def parse_options(spec: str) -> tuple[int, int, Callable[[], nn.Module], bool, float]:
     """Return width, depth, activation, whether to normalise, and the dropout probability."""
     width, depth = parse_size(spec)
-    activation: Callable[[], nn.Module] = nn.ReLU
-    norm, dropout = False, 0.0
-    for option in options_of(spec):
-        if option in ACTIVATIONS:
-            activation = ACTIVATIONS[option]
-        elif option == "bn":
-            norm = True
-        elif option.startswith("dropout="):
-            dropout = parse_probability(spec, option.removeprefix("dropout="))
-        else:
-            raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {', '.join(ACTIVATIONS)}, bn, dropout=P.")
-    return width, depth, activation, norm, dropout
+    activation, norm, dropout = options_of(spec, ACTIVATIONS, ("bn",), ("dropout=P",))
+    return width, depth, ACTIVATIONS[activation or "relu"], norm is not None, parse_probability(spec, dropout)
 
 
-def parse_probability(spec: str, text: str) -> float:
-    """Return a dropout probability."""
+def parse_probability(spec: str, text: str | None) -> float:
+    """Return a dropout probability, 0 where there is none."""
     try:
-        value = float(text)
+        value = 0.0 if text is None else float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:

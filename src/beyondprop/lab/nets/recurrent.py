@@ -12,8 +12,6 @@ from beyondprop.lab.nets.options import ACTIVATIONS, image_shape, options_of
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 
 CELLS: dict[str, Callable[[int, int], Any]] = {"elman": ElmanCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
-_GATES = {"gru": 3, "lstm": 4}
-"""Parts of a cell's input weights; the third makes the new state."""
 
 
 def rnn(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
@@ -23,19 +21,15 @@ def rnn(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
         raise ValueError(f"{spec!r}: {width!r} must be the number of units, >= 1, such as 15.")
     is_image = len(input_shape) == 3
     orders = ("pixels", "rows") if is_image else ()
-    options = options_of(spec, ("pixels", "rows"), CELLS)
-    for option in options:
-        if option not in (*ACTIVATIONS, *orders, *CELLS, "identity"):
-            accepted = ", ".join([*ACTIVATIONS, *orders, *CELLS, "identity"])
-            raise ValueError(f"{spec!r}: unknown option {option!r}; accepted: {accepted}.")
-    cell = next((option for option in options if option in CELLS), "elman")
-    chosen = next((option for option in options if option in ACTIVATIONS), None)
-    if cell != "elman" and chosen:
+    chosen, order, cell, identity = options_of(spec, ACTIVATIONS, orders, CELLS, ("identity",))
+    cell = cell or "elman"
+    units, is_elman = int(width), cell == "elman"
+    if chosen and not is_elman:
         raise ValueError(f"{spec!r}: a {cell} cell has activations of its own; leave the activation out, or the cell.")
-    if cell != "elman" and "identity" in options:
+    if identity and not is_elman:
         raise ValueError(f"{spec!r}: only an elman cell starts from the identity; leave out {cell}, or identity.")
     layout: list[nn.Module] = []
-    by_pixels = is_image and "rows" not in options
+    by_pixels = is_image and order != "rows"
     if len(input_shape) == 2:
         steps, size = input_shape
     else:
@@ -45,16 +39,14 @@ def rnn(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
         steps, size = (height * breadth, 1) if by_pixels else (height, breadth)
         layout = [nn.Flatten(), nn.Unflatten(1, (steps, size))]
     activation = ACTIVATIONS[chosen or "tanh"]
-    units, is_elman = int(width), cell == "elman"
-    unit = (
-        ElmanCell(size, units, activation(), identity="identity" in options) if is_elman else CELLS[cell](size, units)
-    )
+    unit = ElmanCell(size, units, activation(), identity=bool(identity)) if is_elman else CELLS[cell](size, units)
     head = [activation()] if is_elman else []  # an Elman cell's state is its pre-activation
     if not by_pixels:
         return nn.Sequential(*layout, Recurrent(unit), *head, nn.Linear(units, outputs))
     read = nn.Linear(units, 1)
     # One output unit, seen through a ReLU: with signs at random, every third net starts dead. It rises with its pixel instead.
-    reads_pixel = unit.weight_ih if is_elman else unit.weight_ih.chunk(_GATES[cell])[2]
+    # The third part of a GRU's or an LSTM's input weights makes the new state.
+    reads_pixel = unit.weight_ih if is_elman else unit.weight_ih[2 * units : 3 * units]
     with torch.no_grad():
         read.weight.copysign_(reads_pixel.t())
         read.bias.zero_()

@@ -15,14 +15,11 @@ def transformer(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Seque
     """Build `transformer:WIDTHxDEPTH[:patch=SIZE]`."""
     width, depth = parse_size(spec)
     channels, height, breadth = image_shape(spec, input_shape)
-    side = 4
-    for option in options_of(spec):
-        value = option.removeprefix("patch=")
-        if value == option or not value.isdecimal() or not 1 <= int(value) <= min(height, breadth):
-            raise ValueError(
-                f"{spec!r}: accepted is patch=SIZE with 1 <= SIZE <= {min(height, breadth)}, got {option!r}."
-            )
-        side = int(value)
+    (patch,) = options_of(spec, ("patch=SIZE",))
+    most = min(height, breadth)
+    if patch is not None and not (patch.isdecimal() and 1 <= int(patch) <= most):
+        raise ValueError(f"{spec!r}: accepted is patch=SIZE with 1 <= SIZE <= {most}, got 'patch={patch}'.")
+    side = int(patch or 4)
     heads = max(1, width // 32)
     if width % heads:
         raise ValueError(f"{spec!r}: the width must be a multiple of its {heads} heads of 32 features, got {width}.")

@@ -41,6 +41,11 @@ class Row:
     digits: int = 2
     note: str = ""
 
+    @classmethod
+    def lead(cls, label: str, ours: Sequence[float], theirs: Sequence[float], **own: Any) -> Row:
+        """Return the row of a difference, seed by seed, in points."""
+        return cls(label, tuple(a - b for a, b in zip(ours, theirs, strict=True)), "points", **own)
+
     @property
     def mean(self) -> float:
         """Mean over seeds, NaN where one failed or overflowed."""
@@ -100,11 +105,6 @@ class Result:
     seconds: float = 0.0
     date: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def missed(self) -> int:
-        """Rows that did not keep to what is asked for."""
-        return sum(row.verdict == MISSED for row in self.rows)
 
     def write(self, path: Path) -> Path:
         """Write the result as JSON."""
@@ -181,12 +181,15 @@ class Recipe:
             return Result.read(file)
         context.out.mkdir(parents=True, exist_ok=True)
         made = _short(environment("cpu"))
-        parts = _Parts(context.out / "parts.json")
+        parts = _parts(context.out / "parts.json")
         began = time.perf_counter()
         try:
             rows, settings = self.measure(context)
         finally:
-            parts.add(time.perf_counter() - began, made.get("commit"))
+            parts["seconds"] = round(parts["seconds"] + (time.perf_counter() - began), 1)
+            if made.get("commit") not in (None, *parts["commits"]):
+                parts["commits"].append(made["commit"])
+            write_atomically(context.out / "parts.json", json.dumps(parts).encode())
         if context.quick:  # nothing to judge
             rows = [replace(row, at_least=None, at_most=None) for row in rows]
         result = Result(
@@ -194,38 +197,22 @@ class Recipe:
             quick=context.quick,
             rows=tuple(rows),
             settings=settings,
-            seconds=parts.seconds,
+            seconds=parts["seconds"],
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
-            environment=made | ({"commit": ", ".join(parts.commits)} if parts.commits else {}),
+            environment=made | ({"commit": ", ".join(parts["commits"])} if parts["commits"] else {}),
         )
         result.write(file)
         return result
 
 
-def is_at_edge(lr: float | None, grid: Sequence[float]) -> bool:
-    """Return whether a chosen learning rate is the least or the largest that was tried, so that a better one may lie beyond."""
-    return len(grid) > 1 and lr in (min(grid), max(grid))
-
-
-class _Parts:
-    """The time that all parts of a recipe took, and the commits that they ran at."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "commits": []}
-        except ValueError as error:
-            raise ValueError(
-                f"{str(path)!r} is damaged: {error}. Remove it; what was measured is kept elsewhere."
-            ) from error
-        self.seconds: float = found["seconds"]
-        self.commits: list[str] = found["commits"]
-
-    def add(self, seconds: float, commit: str | None) -> None:
-        self.seconds = round(self.seconds + seconds, 1)
-        if commit is not None and commit not in self.commits:
-            self.commits.append(commit)
-        write_atomically(self.path, json.dumps({"seconds": self.seconds, "commits": self.commits}).encode())
+def _parts(path: Path) -> dict[str, Any]:
+    """Return the time that all parts of a recipe took so far, and the commits that they ran at."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "commits": []}
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged: {error}. Remove it; what was measured is kept elsewhere."
+        ) from error
 
 
 def _short(found: dict[str, Any]) -> dict[str, Any]:

@@ -8,50 +8,92 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from beyondprop.data import Dataset
 from beyondprop.lab.comparing import comparison
-from beyondprop.lab.comparing.member import Member, Silent
+from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
-from beyondprop.lab.recipes._base import Context, is_at_edge
+from beyondprop.lab.recipes._base import Context
+from beyondprop.lab.registry import RuleSpec
+from beyondprop.lab.report._curves import Curve, curve
 from beyondprop.lab.report._figures import draw
 from beyondprop.lab.report._style import entries
 from beyondprop.lab.runs.files import write_atomically
 from beyondprop.lab.runs.recorded import Run, number, read_run
 
 
-class _Said(Silent):
+class _Said(Observer):
     """Tells a recipe's context when a training ends."""
 
     def __init__(self, context: Context, part: str) -> None:
         self.context, self.part, self.done, self.total = context, part, 0, 0
 
     def start(self, path: Path, members: Sequence[Member]) -> None:
-        """See `Observer`."""
-        del path
         self.total = len(members)
 
     def end(self, member: Member) -> None:
-        """See `Observer`."""
         self.done += 1
         what = "tuning" if member.tuning else f"seed {member.seed}"
         self.context.say(f"{self.part}: {member.spec.name} lr {member.lr:g} {what} ({self.done} of {self.total})")
 
 
-def compared(context: Context, part: str, settings: Settings) -> Run:
+def usual(context: Context, seeds: int = 3, **own: Any) -> Settings:
+    """Return settings as recipes have them: rates are tuned, but not in the short version, which has a single seed."""
+    count = 1 if context.quick else seeds
+    return Settings(**{"seeds": tuple(range(count)), "tune": not context.quick, "alignment": False} | own)
+
+
+def compared(context: Context, part: str, settings: Settings, rules: Sequence[RuleSpec] = (), **own: Any) -> Run:
     """Return a comparison's recorded run; it is run, or goes on, where it is not done.
+
+    Args:
+        context: whose directory has the run's, named `part`.
+        part: what the run goes by.
+        settings: what is compared.
+        rules: rules of the recipe's own; where there are any, they are what is compared.
+        **own: its own `task` and `nets`, as `compare` takes them.
 
     Raises:
         ValueError: if the directory holds a comparison of other settings.
     """
     path = context.out / part
     observer = _Said(context, part)
+    if rules:
+        settings = replace(settings, rules=tuple(spec.name for spec in rules))
     if (path / "config.toml").is_file():
         recorded = Settings.from_config(read_run(path).config)
         if recorded != replace(settings, device=recorded.device):
             raise ValueError(f"{str(path)!r} holds a run with other settings; choose another directory, or remove it.")
-        comparison.resume(path, observer=observer)
+        comparison.resume(path, rules=rules, observer=observer, **own)
     else:
-        comparison.compare(settings, out=path, observer=observer)
+        comparison.compare(settings, out=path, rules=rules, observer=observer, **own)
     return read_run(path)
+
+
+def first_rows(dataset: Dataset, count: int) -> Dataset:
+    """Return a data set with the first of its training rows alone."""
+    return replace(dataset, x_train=dataset.x_train[:count], y_train=dataset.y_train[:count])
+
+
+def chosen(run: Run) -> tuple[dict[str, float], list[str]]:
+    """Return the learning rates by contender, and the contenders whose rate is at the edge of those that were tried."""
+    rates = {one.name: one.settings["lr"] for one in run.contenders}
+    grids = {one.name: one.settings.get("lr_tuned_over", ()) for one in run.contenders}
+    return rates, [name for name, grid in grids.items() if len(grid) > 1 and rates[name] in (min(grid), max(grid))]
+
+
+def curves(
+    run: Run,
+    name: str,
+    key: str = "accuracy",
+    *,
+    x: str = "epoch",
+    start: float = 0.0,
+    scale: float = 100.0,
+    before: bool = False,
+) -> list[Curve]:
+    """Return `start + scale * metric` over the epochs or steps for every seed, also before training where that is wanted."""
+    rows = ([row for row in run.of("eval", name, seed) if row["step"] or before] for seed in run.config["seeds"])
+    return [Curve(c.x, start + scale * c.y) for c in (curve(own, x, key) for own in rows)]
 
 
 def at_epoch(run: Run, rule: str, epoch: float, key: str = "accuracy", scale: float = 100.0) -> tuple[float, ...]:
@@ -76,10 +118,8 @@ def at_epoch(run: Run, rule: str, epoch: float, key: str = "accuracy", scale: fl
 def summary(run: Run) -> dict[str, Any]:
     """Return what the ledger says of a run's settings: everything but what is usual, and the learning rates."""
     kept = ("data", "nets", "epochs", "batch_size", "seeds", "schedule", "tune", "tune_epochs")
-    settings = {key: run.config[key] for key in kept if key in run.config}
-    tuned = {rule.name: rule.settings["lr_tuned_over"] for rule in run.contenders if "lr_tuned_over" in rule.settings}
-    rates = {rule.name: rule.settings.get("lr") for rule in run.contenders}
-    return settings | {"lr": rates, "at_edge": [name for name, grid in tuned.items() if is_at_edge(rates[name], grid)]}
+    rates, at_edge = chosen(run)
+    return {key: run.config[key] for key in kept if key in run.config} | {"lr": rates, "at_edge": at_edge}
 
 
 def figure(runs: Sequence[Run], path: Path) -> Path:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Row
-from beyondprop.lab.recipes._compared import at_epoch, compared
+from beyondprop.lab.recipes._compared import at_epoch, compared, usual
 from beyondprop.lab.runs.recorded import Run
 
 RULES = ("am-adam", "am-paper-lenet", "adam", "sgd")
@@ -23,22 +20,14 @@ Published = dict[str, dict[int, str]]
 """Test accuracy in percent by rule and epoch."""
 
 
-def usual(data: str, quick: bool) -> dict[str, Any]:
-    """Return the settings that all LeNet comparisons share."""
-    seeds = (0,) if quick else (0, 1, 2)
-    return {"nets": ("lenet5",), "data": data, "seeds": seeds, "alignment": False, "tune": not quick}
-
-
 def curves(context: Context, data: str, published: Published, asked: dict[str, float]) -> tuple[Run, list[Row]]:
     """Train at the published batch size; return the run, and a row for every rule and published epoch.
 
     `asked` has, by rule, what its accuracy after the last epoch must be at least.
     """
     quick = context.quick
-    settings = Settings(
-        rules=RULES, epochs=0.1 if quick else 10.0, batch_size=128, tune_epochs=2.0, **usual(data, quick)
-    )
-    run = compared(context, "batch-128", settings)
+    own = {"nets": ("lenet5",), "data": data, "rules": RULES, "batch_size": 128, "tune_epochs": 2.0}
+    run = compared(context, "batch-128", usual(context, epochs=0.1 if quick else 10.0, **own))
     titles = {rule.name: rule.title for rule in run.contenders}
     rows = []
     for name in RULES:

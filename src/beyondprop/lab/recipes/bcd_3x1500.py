@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import nn
 from beyondprop import data
 from beyondprop.data import Dataset
 from beyondprop.lab.recipes._base import Context, Recipe, Row
+from beyondprop.lab.recipes._compared import first_rows
+from beyondprop.lab.recipes._drawing import OURS, THEIRS, panels
 from beyondprop.lab.recipes._kept import accuracy_at, trained
-from beyondprop.lab.report._style import drawing
 from beyondprop.rules.base import LearningRule
 from beyondprop.rules.offline.bcd import BCD
 
@@ -37,7 +37,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     mnist = data.load("mnist", standardize=False)
     widths, sweeps = (QUICK_WIDTHS, QUICK_SWEEPS) if context.quick else (WIDTHS, SWEEPS)
     if context.quick:
-        mnist = replace(mnist, x_train=mnist.x_train[:QUICK_ROWS], y_train=mnist.y_train[:QUICK_ROWS])
+        mnist = first_rows(mnist, QUICK_ROWS)
     found = train(context, mnist, widths, sweeps)
     rows = [
         Row(
@@ -87,33 +87,23 @@ def train(
 
 
 def _draw(context: Context, found: Sequence[dict[str, Any]], layers: int) -> None:
-    with drawing():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+    with panels(context, 2, size=(9, 4.4), xlabel="sweeps") as ((left, right),):
         seen = [row for row in found if row["step"]]
-        left.plot([row["step"] for row in seen], [100 * row["accuracy"] for row in seen], color="#0072B2")
+        left.plot([row["step"] for row in seen], [100 * row["accuracy"] for row in seen], color=OURS[0])
         if not context.quick:
             left.axhspan(94.39, 94.92, color="#999999", alpha=0.3, linewidth=0, label="published, 5 seeds, sweep 50")
             left.set_ylim(80, 96)
             left.legend(loc="lower right")
         left.set_ylabel("test accuracy (%)")
         measured = [row for row in seen if "gaps" in row]
-        looks = zip(GAPS, ("#0072B2", "#D55E00", "#009E73"), strict=True)
-        for name, color in looks:
+        for name, color in zip(GAPS, (OURS[0], THEIRS[0], "#009E73"), strict=True):
             for layer, line in ((layers - 1, "-"), (layers - 2, (0, (3, 1.2)))):
                 label = f"{name.replace('_', ' ')}, {'output' if layer == layers - 1 else 'last hidden layer'}"
                 y = [row["gaps"][layer][name] for row in measured]
                 right.plot([row["step"] for row in measured], y, color=color, linestyle=line, marker="o", label=label)
         right.set_yscale("log")
         right.set_ylabel("gap, as a share of the codes' size")
-        figure.legend(
-            *right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8, handlelength=3.6
-        )
-        for axes in (left, right):
-            axes.set_xlabel("sweeps")
-        figure.savefig(context.out / "figure.png", dpi=150)
+        right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=2, fontsize=8, handlelength=3.6)
 
 
 RECIPE = Recipe(

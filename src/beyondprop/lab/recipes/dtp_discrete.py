@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from beyondprop import data
+from beyondprop.lab import tasks
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._kept import accuracy_at, trained
-from beyondprop.lab.report._style import drawing
+from beyondprop.lab.recipes._compared import at_epoch, compared, curves, first_rows, usual
+from beyondprop.lab.recipes._drawing import panels
+from beyondprop.lab.registry import RuleSpec
+from beyondprop.lab.runs.recorded import Run
+from beyondprop.rules.base import LearningRule
 from beyondprop.rules.targetprop import DifferenceTargetProp, discrete_network
+from beyondprop.stages.losses import LossFunction
 
-ROWS, EPOCHS, SEEDS = 50_000, 10, (0, 1, 2)
-QUICK_ROWS, QUICK_EPOCHS = 2000, 2
+EPOCHS = 10
 PUBLISHED = {5: "6.11", 10: "between 6.11 (epoch 5) and 3.59 (epoch 15)"}
 ASKED = 4.6
 
 
+def _published(model: nn.Module, loss: LossFunction, lr: float) -> LearningRule:
+    del lr  # it has rates of its own
+    return DifferenceTargetProp.paper_discrete(model, loss, seed=torch.initial_seed())
+
+
+RULE = RuleSpec("dtp-discrete", "DTP, discrete", "", "", _published, lr=1.0, grid=(1.0,))
+
+
 def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     """Train with every seed; the test error after five epochs and at the end."""
-    mnist = data.load("mnist", standardize=False)
-    rows, epochs = (QUICK_ROWS, QUICK_EPOCHS) if context.quick else (ROWS, EPOCHS)
-    mnist = replace(mnist, x_train=mnist.x_train[:rows], y_train=mnist.y_train[:rows])
-    curves = [
-        trained(
-            context,
-            f"seed-{seed}",
-            lambda seed=seed: DifferenceTargetProp.paper_discrete(discrete_network(), nn.CrossEntropyLoss(), seed=seed),
-            mnist,
-            seed=seed,
-            epochs=epochs,
-            batch_size=100,
-            schedule="constant",
-        )
-        for seed in (SEEDS[:1] if context.quick else SEEDS)
-    ]
-    _draw(context, curves)
+    rows, epochs = (2000, 2) if context.quick else (50_000, EPOCHS)
+    own: dict[str, Any] = {"data": "mnist", "batch_size": 100, "schedule": "constant", "tune": False}
+    settings = usual(context, nets=("signs",), epochs=float(epochs), **own)
+    task = tasks.of_dataset(first_rows(data.load("mnist", standardize=False), rows))
+    run = compared(context, "comparison", settings, (RULE,), task=task, nets={"signs": lambda *_: discrete_network()})
+    _draw(context, run)
     return [
         Row(
             f"test error after epoch {epoch}",
-            tuple(100.0 - accuracy_at(curve, epoch) for curve in curves),
+            tuple(100.0 - value for value in at_epoch(run, RULE.name, epoch)),
             "%",
             PUBLISHED.get(epoch, ""),
             at_most=ASKED if epoch == EPOCHS else None,
@@ -51,26 +52,14 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     ], {}
 
 
-def _draw(context: Context, curves: Sequence[list[dict[str, Any]]]) -> None:
-    with drawing():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for seed, rows in enumerate(curves):
-            points = [(row["epoch"], 100 * (1 - row["accuracy"])) for row in rows if row["step"]]
-            if points:
-                label = None if seed else "here, one line a seed"
-                axes.plot(*zip(*points, strict=True), color="#0072B2", marker="o", label=label)
+def _draw(context: Context, run: Run) -> None:
+    with panels(context, size=(6, 3.8), xlabel="epochs", ylabel="test error (%)", whole_x=True) as ((panel,),):
+        for seed, one in enumerate(curves(run, RULE.name, start=100.0, scale=-100.0)):
+            panel.plot(one.x, one.y, color="#0072B2", marker="o", label=None if seed else "here, one line a seed")
         if not context.quick:
-            axes.plot(5, 6.11, "x", color="#D55E00", ms=8, mew=2, label="published recipe, one seed")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epochs")
-        axes.set_ylabel("test error (%)")
-        axes.legend()
-        figure.savefig(context.out / "figure.png", dpi=150)
+            panel.plot(5, 6.11, "x", color="#D55E00", ms=8, mew=2, label="published recipe, one seed")
+        panel.set_ylim(bottom=0)
+        panel.legend()
 
 
 RECIPE = Recipe(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
-from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import compared, summary
-from beyondprop.lab.report._style import drawing, entries
+from beyondprop.lab.recipes._compared import compared, curves, summary, usual
+from beyondprop.lab.recipes._drawing import panels
+from beyondprop.lab.report._curves import draw_band
+from beyondprop.lab.report._style import entries
 from beyondprop.lab.runs.recorded import Run, number
 
 BATCHES = (5, 10, 20, 50, 100)
@@ -29,18 +30,17 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
         run = compared(
             context,
             net.replace(":", "-"),
-            Settings(
+            usual(
+                context,
+                seeds=5,
                 data="mnist",
                 nets=(net,),
                 rules=rules,
                 epochs=(20 if quick else 100) / 469,
                 tune_epochs=100 / 391,  # held-out rows make the epoch shorter
                 batch_size=128,
-                seeds=(0,) if quick else tuple(range(5)),
                 evaluate_every=5,
                 schedule="constant",
-                alignment=False,
-                tune=not quick,
             ),
         )
         titles = {rule.name: rule.title for rule in run.contenders}
@@ -64,46 +64,19 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
 
 def after(run: Run, rule: str, batches: int) -> tuple[float, ...]:
     """Return the test accuracy of every seed after so many batches, in percent."""
-    found = []
-    for seed in run.config["seeds"]:
-        values = [number(row, "accuracy") for row in run.of("eval", rule, seed) if row["step"] == batches]
-        found.append(100 * values[0] if values else float("nan"))
-    return tuple(found)
+    seeds = ([row for row in run.of("eval", rule, seed) if row["step"] == batches] for seed in run.config["seeds"])
+    return tuple(100 * number(rows[0], "accuracy") if rows else math.nan for rows in seeds)
 
 
 def _draw(context: Context, runs: Sequence[Run]) -> None:
-    with drawing():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        panels = figure.subplots(1, len(runs), sharey=True)
-        handles: dict[str, Any] = {}
-        for axes, run in zip(panels, runs, strict=True):
+    labels: dict[str, Any] = {"xlabel": "batches of 128 rows", "ylabel": "test accuracy (%), mean and range of seeds"}
+    labels["titles"] = [run.config["nets"][0] for run in runs]
+    with panels(context, len(runs), size=(9, 4.2), legend=-1, sharey=True, whole_x=True, **labels) as axes:
+        for panel, run in zip(axes[0], runs, strict=True):
             for entry in entries([run]):
-                steps, curves = _curves(run, entry.contender.name)
-                line = LINES.get(entry.contender.name, "-")
-                (handle,) = axes.plot(steps, [fmean(at) for at in curves], color=entry.color, linestyle=line)
-                low, high = [min(at) for at in curves], [max(at) for at in curves]
-                axes.fill_between(steps, low, high, color=entry.color, alpha=0.15, linewidth=0)
-                handles.setdefault(entry.contender.title, handle)
-            axes.set_title(run.config["nets"][0])
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlabel(f"batches of {run.config['batch_size']} rows")
-        panels[0].set_ylabel("test accuracy (%), mean and range of seeds")
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles), handlelength=3.0
-        )
-        figure.savefig(context.out / "figure.png", dpi=150)
-
-
-def _curves(run: Run, rule: str) -> tuple[list[int], list[list[float]]]:
-    """Return the evaluated steps, and the accuracies of all seeds at each, in percent."""
-    found: dict[int, list[float]] = {}
-    for seed in run.config["seeds"]:
-        for row in run.of("eval", rule, seed):
-            found.setdefault(int(row["step"]), []).append(100 * number(row, "accuracy"))
-    return sorted(found), [found[step] for step in sorted(found)]
+                name, title = entry.contender.name, entry.contender.title
+                seeds = curves(run, name, x="step", before=True)
+                draw_band(panel, seeds, color=entry.color, linestyle=LINES.get(name, "-"), label=title)
 
 
 RECIPE = Recipe(

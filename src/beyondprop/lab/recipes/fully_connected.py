@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import at_epoch, compared, summary
-from beyondprop.lab.report._style import drawing, entries
-from beyondprop.lab.runs.recorded import Run, number
+from beyondprop.lab.recipes._compared import at_epoch, compared, curves, summary, usual
+from beyondprop.lab.recipes._drawing import panels
+from beyondprop.lab.report._style import entries
+from beyondprop.lab.runs.recorded import Run
 
 ONLINE, OFFLINE = ("am-adam", "am-sgd", "adam", "sgd"), ("offline-am", "admm")
 
@@ -22,11 +22,8 @@ class Case:
     """A net on a data set, with what fits into minutes.
 
     Attributes:
-        data: its name.
         width: of both hidden layers.
-        online: rules that take batches.
-        epochs: theirs.
-        seeds: theirs; offline rules have one.
+        online: rules that take batches, with their epochs and seeds; offline rules have one seed.
         sweeps: of the offline rules.
         tune_sweeps: of their tuning; None: the penalties' weights are those of the net before, on the same data.
     """
@@ -62,21 +59,12 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
         rows += [row for own in found.values() for row in own.values()]
         ours, adam = (found[online.path.name][name].measured for name in ("am-adam", "adam"))
         best = max((v for row in found[offline.path.name].values() for v in row.measured if v == v), default=math.nan)
+        label = f"{title}, AM-Adam minus"
         rows += [
-            Row(
-                f"{title}, AM-Adam minus the better offline rule",
-                tuple(value - best for value in ours),
-                "points",
-                "far above",
-                at_least=LEAD,
+            Row.lead(
+                f"{label} the better offline rule", ours, [best] * len(ours), published="far above", at_least=LEAD
             ),
-            Row(
-                f"{title}, AM-Adam minus Adam",
-                tuple(a - b for a, b in zip(ours, adam, strict=True)),
-                "points",
-                "about equal",
-                at_least=BEHIND,
-            ),
+            Row.lead(f"{label} Adam", ours, adam, published="about equal", at_least=BEHIND),
         ]
         settings |= {f"{title}, {kind}": summary(run) for kind, run in (("online", online), ("offline", offline))}
         shown.append((title, online, offline))
@@ -86,31 +74,27 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
 
 def _runs(context: Context, case: Case, penalties: dict[str, float]) -> tuple[Run, Run]:
     quick, name = context.quick, f"{case.data}-{case.width}"
-    usual: dict[str, Any] = {
-        "data": case.data,
-        "nets": (f"mlp:{case.width}x2",),
-        "batch_size": 200,
-        "alignment": False,
-    }
-    online = Settings(
+    own: dict[str, Any] = {"data": case.data, "nets": (f"mlp:{case.width}x2",), "batch_size": 200}
+    online = usual(
+        context,
+        case.seeds,
         rules=case.online,
         epochs=case.epochs,
-        seeds=tuple(range(case.seeds)),
-        tune=not quick,
         tune_epochs=0.5,
         evaluate_every=10 if quick else 100,
-        **usual,
+        **own,
     )
     tune = case.tune_sweeps is not None
-    offline = Settings(
+    offline = usual(
+        context,
+        seeds=1,
         rules=OFFLINE,
         epochs=float(case.sweeps),
-        seeds=(0,),
         tune=tune,
         tune_epochs=None if case.tune_sweeps is None else float(case.tune_sweeps),
         lr={} if tune else penalties,
         schedule="constant",
-        **usual,
+        **own,
     )
     return compared(context, f"{name}-online", online), compared(context, f"{name}-offline", offline)
 
@@ -127,38 +111,21 @@ def _rows(title: str, run: Run, unit: str) -> dict[str, Row]:
 
 
 def _draw(context: Context, shown: Sequence[tuple[str, Run, Run]]) -> None:
-    with drawing():
-        from matplotlib.figure import Figure
-
-        columns = min(2, len(shown))
-        lines = -(-len(shown) // columns)
-        figure = Figure(figsize=(4.8 * columns + 0.4, 3.1 * lines + 0.8), layout="constrained")
-        handles: dict[str, Any] = {}
-        for axes, (title, online, offline) in zip(
-            figure.subplots(lines, columns, squeeze=False).flat, shown, strict=True
-        ):
+    columns = min(2, len(shown))
+    lines = -(-len(shown) // columns)
+    size = (4.8 * columns + 0.4, 3.1 * lines + 0.8)
+    with panels(context, columns, lines, size=size, legend=2 * columns) as axes:
+        for panel, (title, online, offline) in zip(axes.flat, shown, strict=True):
             for entry in entries([online, offline]):
                 line = (0, (1.2, 1.2)) if entry.run is offline else "-"
-                for seed in entry.run.config["seeds"]:
-                    points = [
-                        (row["seconds"], 100 * number(row, "accuracy"))
-                        for row in entry.run.of("eval", entry.contender.name, seed)
-                        if row["step"]
-                    ]
-                    if points:
-                        (handles[entry.contender.title],) = axes.plot(
-                            *zip(*points, strict=True),
-                            color=entry.color,
-                            linestyle=line,
-                            marker=entry.marker,
-                            markersize=3,
-                        )
-            axes.set_xscale("log")
-            axes.set_title(title)
-            axes.set_xlabel("seconds of training, one line a seed")
-            axes.set_ylabel("test accuracy (%)")
-        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=2 * columns)
-        figure.savefig(context.out / "figure.png", dpi=150)
+                look = {"color": entry.color, "linestyle": line, "marker": entry.marker, "markersize": 3}
+                for one in curves(entry.run, entry.contender.name, x="seconds"):
+                    if one.x.size:
+                        panel.plot(one.x, one.y, label=entry.contender.title, **look)
+            panel.set_xscale("log")
+            panel.set_title(title)
+            panel.set_xlabel("seconds of training, one line a seed")
+            panel.set_ylabel("test accuracy (%)")
 
 
 RECIPE = Recipe(

@@ -2,234 +2,195 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import product
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from beyondprop import data
-from beyondprop.data import Dataset
-from beyondprop.lab import nets, registry
+from beyondprop.lab import registry, tasks
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._kept import Kept
-from beyondprop.lab.registry import Build
-from beyondprop.lab.report._style import drawing
-from beyondprop.lab.training.fit import fit
-from beyondprop.lab.training.loop import Failed
+from beyondprop.lab.recipes._compared import at_epoch, chosen, compared, usual
+from beyondprop.lab.recipes._drawing import panels
+from beyondprop.lab.registry import RuleSpec
+from beyondprop.lab.runs.recorded import Run, number
+from beyondprop.lab.tasks import RowsTask
 from beyondprop.rules.altmin import AltMin
 from beyondprop.solvers.memory import Memory
 
-NET, HELD_OUT, SWEEPS, PUBLISHED = "mlp:300x2", 3000, 15, 64.0
+NET, SWEEPS, PUBLISHED = "mlp:300x2", 15, 64.0
 CODED_NET, PIECES = "mlp:300x1", 5
 FEW, ALL = 1000, 18_000
 COUNTS = (FEW, 4000, 8000, ALL)
 """Rows of a pass; each is a training of its own, its learning rate falling to 0 at the end."""
-SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101)
-BATCHES, FEW_BATCHES = (20,), (2, 5, 20)
+SEEDS, TUNING_SEEDS = range(5), (100, 101)
+BATCH, FEW_BATCHES = 20, (2, 5, 20)
 """Not 1: the line search for a single row is backpropagation."""
 _ADAM, _SGD = (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """How to build a rule, `build(model, loss, lr)`, the learning rates that are tried, and its colour."""
-
-    build: Build
-    rates: tuple[float, ...]
-    color: str
-    whole_set: bool = False
+def _rule(name: str, title: str, grid: tuple[float, ...], **own: Any) -> RuleSpec:
+    return replace(registry.rules.get(name), title=title, grid=grid, lr=grid[1], **own)
 
 
-CONTENDERS = {
-    "AM-Adam": Contender(registry.rules.get("am-adam").build, _ADAM, "#0072B2"),
-    "AM-SGD": Contender(registry.rules.get("am-sgd").build, _SGD, "#56B4E9"),
+ONLINE = (
+    _rule("am-adam", "AM-Adam", _ADAM),
+    _rule("am-sgd", "AM-SGD", _SGD),
     # At the default damping of 0.5 a memory of few rows overflows at small batches.
-    "AM-mem": Contender(
-        lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr, damping=2.0)), (0.1, 0.3, 1.0, 2.0), "#009E73"
+    _rule(
+        "am-mem",
+        "AM-mem",
+        (0.1, 0.3, 1.0, 2.0),
+        build=lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr, damping=2.0)),
     ),
-    "Backprop, Adam": Contender(registry.rules.get("adam").build, _ADAM, "#D55E00"),
-    "Backprop, SGD": Contender(registry.rules.get("sgd").build, _SGD, "#E69F00"),
-    "ADMM, offline": Contender(registry.rules.get("admm").build, (0.3, 1.0, 3.0, 10.0), "#222222", whole_set=True),
+    _rule("adam", "Backprop, Adam", _ADAM),
+    _rule("sgd", "Backprop, SGD", _SGD),
+)
+ADMM = _rule("admm", "ADMM, offline", (0.3, 1.0, 3.0, 10.0))
+COLORS = {
+    "AM-Adam": "#0072B2",
+    "AM-SGD": "#56B4E9",
+    "AM-mem": "#009E73",
+    "Backprop, Adam": "#D55E00",
+    "Backprop, SGD": "#E69F00",
+    ADMM.title: "#222222",
 }
 
 
-def drawn(higgs: Dataset, count: int, seed: int) -> Dataset:
-    """Return the set with so many of its training rows, chosen by the seed, standardized by those alone."""
-    rows = torch.randperm(len(higgs.x_train), generator=torch.Generator().manual_seed(seed))[:count]
-    return _standardized(replace(higgs, x_train=higgs.x_train[rows], y_train=higgs.y_train[rows]))
+def drawn(task: RowsTask, seed: int, count: int, code: bool = False) -> RowsTask:
+    """Return the task with so many of its training rows, chosen by the seed, standardized (and coded) by those alone."""
+    rows = torch.randperm(len(task.x_train), generator=torch.Generator().manual_seed(seed))[:count]
+    few = _standardized(replace(task, x_train=task.x_train[rows], y_train=task.y_train[rows]))
+    return coded(few) if code else few
 
 
-def _standardized(rows: Dataset) -> Dataset:
-    mean, std = rows.x_train.mean(0), rows.x_train.std(0).clamp_min(1e-3)
-    return replace(rows, x_train=(rows.x_train - mean) / std, x_test=(rows.x_test - mean) / std)
+def _standardized(task: RowsTask) -> RowsTask:
+    mean, std = task.x_train.mean(0), task.x_train.std(0).clamp_min(1e-3)
+    return _mapped(task, lambda x: (x - mean) / std)
 
 
-def coded(rows: Dataset) -> Dataset:
-    """Return a set whose features are coded as ramps between their quantiles over the training rows, standardized.
+def _mapped(task: RowsTask, map_: Callable[[Tensor], Tensor]) -> RowsTask:
+    assert task.x_test is not None
+    return replace(task, x_train=map_(task.x_train), x_test=map_(task.x_test))
+
+
+def coded(task: RowsTask) -> RowsTask:
+    """Return the task with features coded as ramps between their quantiles over the training rows, standardized.
 
     A feature becomes `PIECES` numbers, each rising from 0 to 1 between two quantiles: a linear map of them is piecewise linear
     in the feature. No label has a part in it.
     """
-    ends = torch.quantile(rows.x_train, torch.linspace(0, 1, PIECES + 1), dim=0)
+    ends = torch.quantile(task.x_train, torch.linspace(0, 1, PIECES + 1), dim=0)
     low, width = ends[:-1], ends.diff(dim=0).clamp_min(1e-6)
-    train, test = (((x.unsqueeze(1) - low) / width).clamp(0, 1).flatten(1) for x in (rows.x_train, rows.x_test))
-    return _standardized(replace(rows, x_train=train, x_test=test))
+    return _standardized(_mapped(task, lambda x: ((x.unsqueeze(1) - low) / width).clamp(0, 1).flatten(1)))
 
 
-def train(
-    name: str,
-    higgs: Dataset,
-    count: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    passes: int = 1,
-    code: bool = False,
-) -> list[float | None]:
-    """Return the accuracy in percent after each pass over `count` rows, or after all sweeps; `[None]` where it failed."""
-    contender = CONTENDERS[name]
-    rows, net = drawn(higgs, count, seed), CODED_NET if code else NET
-    rows = coded(rows) if code else rows
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        rule = contender.build(nets.build(net, tuple(rows.x_train.shape[1:]), 2), nn.CrossEntropyLoss(), lr)
-        try:
-            history = fit(
-                rule,
-                rows,
-                epochs=SWEEPS if contender.whole_set else passes,
-                batch_size=batch_size,
-                seed=seed,
-                schedule="constant" if contender.whole_set else "linear",
-            )
-        except Failed:
-            return [None]
-    accuracies: list[float | None] = [100 * row["accuracy"] for row in history.evaluations[1:]]
-    return accuracies[-1:] if contender.whole_set else accuracies
+def _compared(
+    context: Context, higgs: RowsTask, part: str, count: int, rules: Sequence[RuleSpec], code: bool = False, **own: Any
+) -> Run:
+    """Return a comparison on `count` rows that each seed draws for itself."""
+    own = {"epochs": 1.0, "batch_size": BATCH, "nets": (CODED_NET if code else NET,)} | own
+    tune_seeds = TUNING_SEEDS[: 2 if count == FEW else 1]
+    settings = usual(context, len(SEEDS), data="higgs", tune_seeds=tune_seeds, **own)
+    return compared(context, part, settings, rules, task=replace(higgs, draw=partial(drawn, count=count, code=code)))
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Trainings that are done once, and told of."""
+def _online(context: Context, higgs: RowsTask, count: int, code: bool) -> dict[str, Run]:
+    """Return each online rule's comparison: of those of several batch sizes the one that is best on held-out rows."""
+    batches = FEW_BATCHES if count == FEW and not context.quick else (BATCH,)
+    kind = "coded-" if code else ""
+    runs = [
+        _compared(context, higgs, f"{kind}{count}-batch-{size}", count, ONLINE, code, batch_size=size)
+        for size in batches
+    ]
+    return {rule.title: max(runs, key=lambda run: held_out(run, rule.name)) for rule in ONLINE}
 
-    context: Context
-    kept: Kept
-    higgs: Dataset
-    held: Dataset
 
-    def final(
-        self, name: str, count: int, batch: int, lr: float, seed: int, *, tuning: bool = False, code: bool = False
-    ) -> float:
-        key = f"{name}{', coded' if code else ''} / {count} rows / batch {batch} / {lr:g} / "
-        key += f"{'tuning ' if tuning else ''}{seed}"
-        higgs = self.held if tuning else self.higgs
-        found = self.kept.get(key, partial(train, name, higgs, count, batch, lr, seed, code=code))[-1]
-        self.context.say(f"{key}: failed" if found is None else f"{key}: {found:.1f} %")
-        return math.nan if found is None else found
-
-    def choose(self, name: str, count: int, seeds: Sequence[int], *, code: bool = False) -> tuple[int, float]:
-        """Return the batch size and the learning rate that are best on the held-out rows."""
-        batches = FEW_BATCHES if count == FEW else BATCHES
-        tried = list(product(batches[:1] if CONTENDERS[name].whole_set else batches, CONTENDERS[name].rates))
-        if self.context.quick:
-            return 20, tried[1][1]
-        scores = {
-            (b, lr): fmean(self.final(name, count, b, lr, seed, tuning=True, code=code) for seed in seeds)
-            for b, lr in tried
-        }
-        return max(tried, key=lambda one: -math.inf if math.isnan(scores[one]) else scores[one])
+def held_out(run: Run, name: str) -> float:
+    """Return the best accuracy of a rule on the rows held out for tuning, the mean over seeds; minus infinity without."""
+    found: dict[float, list[float]] = {}
+    for row in run.rows:
+        if (row.get("kind"), row.get("contender")) == ("tuning", name):
+            found.setdefault(row["lr"], []).append(number(row, "accuracy"))
+    return max((mean for mean in map(fmean, found.values()) if mean == mean), default=float("-inf"))
 
 
 def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     """Choose batch size and learning rate for every number of rows, then train with every seed."""
-    higgs = data.load("higgs")
-    held = higgs.split_validation(HELD_OUT, generator=torch.Generator().manual_seed(0))
-    settings = {"held_out": HELD_OUT, "sweeps": SWEEPS, "nets": [NET, CODED_NET], "pieces": PIECES}
-    trials = _Trials(context, Kept(context.out / "runs.json", settings), higgs, held)
-    seeds = SEEDS[:1] if context.quick else SEEDS
+    higgs = tasks.Classification.task(data.load("higgs"))
     rows, rates, curves = [], {}, {}
-    for count, name in product(COUNTS[:2] if context.quick else COUNTS, CONTENDERS):
-        whole = CONTENDERS[name].whole_set
-        if whole and count not in (FEW, ALL):
-            continue
-        batch, lr = trials.choose(name, count, TUNING_SEEDS[: 2 if count == FEW else 1])
-        rates[f"{name}, {count} rows"] = lr
-        measured = tuple(trials.final(name, count, batch, lr, seed) for seed in seeds)
-        curves.setdefault(name, []).append((count, measured))
-        rows.append(
-            Row(
-                f"{name}, {f'{SWEEPS} sweeps over' if whole else 'one pass over'} {count:,} rows",
-                measured,
-                "%",
-                "64 (10.5 million rows)" if whole else "above 64" if count == FEW else "",
-                at_least=PUBLISHED if name == "AM-Adam" and count == FEW else None,
-                note="" if whole else f"batch {batch}",
-            )
-        )
-    for name in ("AM-Adam", "AM-SGD", "AM-mem", "Backprop, Adam", "Backprop, SGD"):
-        batch, lr = trials.choose(name, FEW, TUNING_SEEDS, code=True)
-        rates[f"{name}, coded inputs"] = lr
-        measured = tuple(trials.final(name, FEW, batch, lr, seed, code=True) for seed in seeds)
-        rows.append(
-            Row(
-                f"{name}, coded inputs, one pass over {FEW:,} rows",
-                measured,
-                "%",
-                "above 64 (inputs as they are)",
-                at_least=PUBLISHED if name == "AM-Adam" else None,
-                note=f"batch {batch}",
-            )
-        )
+
+    def add(run: Run, rule: RuleSpec, what: str, pass_: str, published: str, **asked: Any) -> tuple[float, ...]:
+        rates[f"{rule.title}, {what}"] = chosen(run)[0][rule.name]
+        measured = at_epoch(run, rule.name, run.config["epochs"])
+        rows.append(Row(f"{rule.title}, {pass_}", measured, "%", published, **asked))
+        return measured
+
+    for count, code in [*((count, False) for count in COUNTS[: 2 if context.quick else None]), (FEW, True)]:
+        runs = _online(context, higgs, count, code)
+        published = ("above 64" + " (inputs as they are)" * code) * (count == FEW)
+        what, pass_ = "coded inputs" if code else f"{count} rows", f"one pass over {count:,} rows"
+        for rule in ONLINE:
+            bound = PUBLISHED if rule.name == "am-adam" and count == FEW else None
+            note = f"batch {runs[rule.title].config['batch_size']}"
+            label = "coded inputs, " * code + pass_
+            measured = add(runs[rule.title], rule, what, label, published, at_least=bound, note=note)
+            if not code:
+                curves.setdefault(rule.title, []).append((count, measured))
+        if count in (FEW, ALL) and not code:
+            run = _compared(context, higgs, f"{count}-admm", count, (ADMM,), epochs=float(SWEEPS), schedule="constant")
+            pass_ = f"{SWEEPS} sweeps over {count:,} rows"
+            measured = add(run, ADMM, f"{count} rows", pass_, "64 (10.5 million rows)")
+            curves.setdefault(ADMM.title, []).append((count, measured))
     if not context.quick:
-        rows += _beside(trials, seeds)
+        rows += _beside(context, higgs)
     _draw(context, curves)
     return rows, {"chosen": {"lr": rates}}
 
 
-def _beside(trials: _Trials, seeds: Sequence[int]) -> list[Row]:
+def _beside(context: Context, higgs: RowsTask) -> list[Row]:
     """Return what the same 1000 rows give to learners that may use them as often as they like."""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
 
     def score(learner: Any, seed: int) -> float:
-        few = drawn(trials.higgs, FEW, seed)
+        few = drawn(higgs, seed, FEW)
+        assert few.x_test is not None and few.y_test is not None  # noqa: PT018
         learner.fit(few.x_train.numpy(), few.y_train.numpy())
         return 100 * float(learner.score(few.x_test.numpy(), few.y_test.numpy()))
 
-    def row(label: str, one: Any, note: str = "") -> Row:
-        measured = tuple(trials.kept.get(f"{label} / {seed}", partial(one, seed)) for seed in seeds)
-        return Row(f"beside: {label}, {FEW:,} rows", measured, "%", note=note)
-
-    def longest(seed: int) -> float:
-        return max(a for a in train("Backprop, Adam", trials.higgs, FEW, 50, 1e-3, seed, passes=30) if a is not None)
-
+    own: dict[str, Any] = {"epochs": 30.0, "batch_size": 50, "tune": False}
+    run = _compared(context, higgs, "30-passes", FEW, (ONLINE[3],), **own)
+    longest = [max(100 * row["accuracy"] for row in run.of("eval", "adam", seed) if row["step"]) for seed in SEEDS]
+    forest = partial(RandomForestClassifier, 300, min_samples_leaf=3)
+    found = {
+        "logistic regression": [score(LogisticRegression(max_iter=1000), seed) for seed in SEEDS],
+        "random forest": [score(forest(random_state=seed), seed) for seed in SEEDS],
+        "Backprop, Adam, 30 passes": longest,
+    }
+    notes = {"Backprop, Adam, 30 passes": "the best pass, chosen on the test rows"}
     return [
-        row("logistic regression", lambda seed: score(LogisticRegression(max_iter=1000), seed)),
-        row(
-            "random forest",
-            lambda seed: score(RandomForestClassifier(300, min_samples_leaf=3, random_state=seed), seed),
-        ),
-        row("Backprop, Adam, 30 passes", longest, "the best pass, chosen on the test rows"),
+        Row(f"beside: {label}, {FEW:,} rows", tuple(measured), "%", note=notes.get(label, ""))
+        for label, measured in found.items()
     ]
 
 
 def _draw(context: Context, curves: dict[str, list[tuple[int, tuple[float, ...]]]]) -> None:
-    with drawing():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.subplots()
+    labels: dict[str, Any] = {
+        "xlabel": "training rows, each seen once (ADMM: in every sweep)",
+        "ylabel": "test accuracy (%)",
+    }
+    with panels(context, size=(7, 4.2), **labels) as ((axes,),):
         for name, found in curves.items():
-            counts, color = [count for count, _ in found], CONTENDERS[name].color
+            counts, color = [count for count, _ in found], COLORS[name]
             low, high = [min(values) for _, values in found], [max(values) for _, values in found]
-            line = "" if CONTENDERS[name].whole_set else "-"
+            line = "" if name == ADMM.title else "-"
             axes.plot(counts, [fmean(v) for _, v in found], color=color, linestyle=line, marker="o", label=name)
             if line:
                 axes.fill_between(counts, low, high, color=color, alpha=0.1, linewidth=0)
@@ -240,10 +201,7 @@ def _draw(context: Context, curves: dict[str, list[tuple[int, tuple[float, ...]]
         axes.xaxis.set_major_locator(FixedLocator(COUNTS))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.set_xlabel("training rows, each seen once (ADMM: in every sweep)")
-        axes.set_ylabel("test accuracy (%)")
         axes.legend()
-        figure.savefig(context.out / "figure.png", dpi=150)
 
 
 RECIPE = Recipe(

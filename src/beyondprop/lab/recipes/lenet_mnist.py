@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes import _lenet
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import at_epoch, compared, figure, summary
+from beyondprop.lab.recipes._compared import at_epoch, compared, figure, summary, usual
 
 PUBLISHED: _lenet.Published = {
     "adam": {1: "97.66", 2: "98.38", 3: "98.62", 5: "98.70", 10: "98.85 +- 0.18"},
@@ -21,24 +20,19 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     """Train for ten epochs at the published batch size, and for three at 200."""
     long, rows = _lenet.curves(context, "mnist", PUBLISHED, {})
     last = long.config["epochs"]
-    at_end = (at_epoch(long, rule, last) for rule in ("am-adam", "adam"))
-    behind = tuple(a - b for a, b in zip(*at_end, strict=True))
-    rows.append(Row(f"AM-Adam minus Adam, batch 128, after epoch {last:g}", behind, "points", at_least=-0.2))
-    settings = Settings(
-        rules=("am-adam", "adam"),
-        epochs=0.1 if context.quick else 3.0,
-        batch_size=200,
-        **_lenet.usual("mnist", context.quick),
-    )
+    rules = ("am-adam", "adam")
+    ours, theirs = (at_epoch(long, rule, last) for rule in rules)
+    rows.append(Row.lead(f"AM-Adam minus Adam, batch 128, after epoch {last:g}", ours, theirs, at_least=-0.2))
+    epochs = 0.1 if context.quick else 3.0
+    settings = usual(context, nets=("lenet5",), data="mnist", rules=rules, epochs=epochs, batch_size=200)
     short = compared(context, "batch-200", settings)
     figure([long], context.out / "figure.png")
-    ours, theirs = (at_epoch(short, rule, short.config["epochs"]) for rule in settings.rules)
-    after = f"batch 200, after epoch {settings.epochs:g}"
-    lead = tuple(a - b for a, b in zip(ours, theirs, strict=True))
+    ours, theirs = (at_epoch(short, rule, epochs) for rule in rules)
+    after = f"batch 200, after epoch {epochs:g}"
     rows += [
         Row(f"AM-Adam, {after}", ours, "%", "97.32 (published code)", at_least=98.4),
         Row(f"Backprop, Adam, {after}", theirs, "%", "98.74 (published code)"),
-        Row(f"AM-Adam minus Adam, {after}", lead, "points", at_least=-0.3),
+        Row.lead(f"AM-Adam minus Adam, {after}", ours, theirs, at_least=-0.3),
     ]
     return rows, {"batch 128": summary(long), "batch 200": summary(short)}
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import at_epoch, compared, figure, summary
+from beyondprop.lab.recipes._compared import at_epoch, compared, figure, summary, usual
 
 PUBLISHED = {
     "adam": {1: "90.9", 2: "between 90.9 (epoch 1) and 92.5 (epoch 10)"},
@@ -19,25 +18,11 @@ RULES = ("am-adam", "adam")
 def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     """Train both nets by both rules."""
     quick = context.quick
-    usual: dict[str, Any] = {"data": "mnist", "rules": RULES, "alignment": False, "tune": not quick}
-    usual["seeds"] = (0,) if quick else (0, 1, 2)
-    pixels = compared(
-        context,
-        "pixels",
-        Settings(
-            nets=("rnn:15",),
-            batch_size=1024,
-            epochs=2 / 59 if quick else 2.0,
-            tune_epochs=1.0,
-            schedule="constant",
-            **usual,
-        ),
-    )
-    rows_ = compared(
-        context,
-        "rows",
-        Settings(nets=("rnn:100:rows",), batch_size=100, epochs=0.02 if quick else 2.0, tune_epochs=2.0, **usual),
-    )
+    shared: dict[str, Any] = {"data": "mnist", "rules": RULES}
+    own = {"nets": ("rnn:15",), "batch_size": 1024, "tune_epochs": 1.0, "schedule": "constant"}
+    pixels = compared(context, "pixels", usual(context, epochs=2 / 59 if quick else 2.0, **shared, **own))
+    own = {"nets": ("rnn:100:rows",), "batch_size": 100, "tune_epochs": 2.0}
+    rows_ = compared(context, "rows", usual(context, epochs=0.02 if quick else 2.0, **shared, **own))
     figure([pixels, rows_], context.out / "figure.png")
     titles = {rule.name: rule.title for rule in pixels.contenders}
     rows = [
@@ -53,11 +38,10 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     ]
     last = rows_.config["epochs"]
     ours, theirs = (at_epoch(rows_, name, last) for name in RULES)
-    lead = tuple(a - b for a, b in zip(ours, theirs, strict=True))
     rows += [
         Row(f"100 units, row by row, last state, AM-Adam, after epoch {last:g}", ours, "%"),
         Row(f"100 units, row by row, last state, Backprop through time, Adam, after epoch {last:g}", theirs, "%"),
-        Row("AM-Adam minus Adam, row by row", lead, "points", at_least=-0.5),
+        Row.lead("AM-Adam minus Adam, row by row", ours, theirs, at_least=-0.5),
     ]
     return rows, {"pixels": summary(pixels), "rows": summary(rows_)}
 

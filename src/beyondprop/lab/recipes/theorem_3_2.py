@@ -1,10 +1,9 @@
 """Theorem 3.2 of online alternating minimization: measured error of stochastic block descent against the bound.
 
-Choromanska et al., ICML 2019, arXiv 1806.09077. The published statement is a bound, not a measurement; it is held against
-quadratics that have its constants exactly. Judged: at six admissible settings with noise, the mean error of 60 repeats is at
-or below the bound after each of 4000 steps, and falls as t to the power of -1 +- 0.1, in the mean of three seeds. Shown beside
-them: a setting without noise, where the error falls faster than the bound knows; gamma at 1.5 times its limit, where the step
-sizes turn negative and the bound fails; and the two that show that the published xi is too large, see `beyondprop.lab.theory`.
+The published statement is a bound, not a measurement; it is held against quadratics that have its constants exactly. Judged:
+at admissible settings with noise, the mean error of the repeats is at or below the bound after each step, and falls as t to
+the power of -1 +- 0.1. Without noise the error falls faster than the bound knows; past gamma's limit the step sizes turn
+negative and the bound fails; on the published xi see `beyondprop.lab.theory`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import torch
 
 from beyondprop.lab import theory
 from beyondprop.lab.recipes._base import Context, Recipe, Row
+from beyondprop.lab.recipes._drawing import panels
 from beyondprop.lab.recipes._kept import Kept
-from beyondprop.lab.report._style import drawing
 from beyondprop.lab.theory import BlockConstants
 
 SEEDS = (0, 1, 2)
@@ -133,25 +132,13 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
 
 def _draw(context: Context, shown: Mapping[Setting, Mapping[str, Any]]) -> None:
     """Draw one panel for each setting: mean error and bound over the steps, both axes logarithmic."""
-    with drawing():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(16.5, 6.3), layout="constrained")
-        panels = figure.subplots(2, 5, squeeze=False)
-        lines = []
-        for axes, (setting, found) in zip(panels.flat, shown.items(), strict=True):
-            lines = [
-                *axes.loglog(found["t"], found["bound"], color="#222222", linestyle=(0, (4, 1.5))),
-                *axes.loglog(found["t"], found["error"], color="#0072B2" if found["holds"] else "#D55E00"),
-            ]
+    with panels(context, 5, 2, size=(16.5, 6.3), legend=-1, xlabel="steps", ylabel="squared error") as grid:
+        for axes, (setting, found) in zip(grid.flat, shown.items(), strict=True):
+            axes.loglog(found["t"], found["bound"], color="#222222", linestyle=(0, (4, 1.5)), label="bound")
+            color = "#0072B2" if found["holds"] else "#D55E00"
+            axes.loglog(found["t"], found["error"], color=color, label="mean measured error")
             verdict = f"holds, slope {found['slope']:.2f}, slack {found['slack']:,.0f}"
             axes.set_title(f"{setting.title}\n{verdict if found['holds'] else 'the bound fails'}", fontsize=8)
-        for axes in panels[-1]:
-            axes.set_xlabel("steps")
-        for axes in panels[:, 0]:
-            axes.set_ylabel("squared error")
-        figure.legend(lines, ["bound", "mean measured error"], loc="outside upper center", ncols=2)
-        figure.savefig(context.out / "figure.png", dpi=120)
 
 
 RECIPE = Recipe(

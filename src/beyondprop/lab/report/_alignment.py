@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from beyondprop.lab.report import _words as words
@@ -16,19 +17,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vPXp"
-_MOST_IN_LEGEND = len(_MARKERS)
 
 
-def final_alignment(shown: Sequence[Entry]) -> list[tuple[str, str, float, list[Spread | None]]]:
-    """Return label, stage, epoch, and the spreads of cosine, angle and norm ratio, at the last record of each stage."""
+def final_alignment(shown: Sequence[Entry]) -> list[list[str]]:
+    """Return label, stage, epoch, and mean and range of cosine, angle and norm ratio, at the last record of each stage."""
+    forms = {"cosine": "{:.3f}".format, "angle": "{:.1f}".format, "norm_ratio": "{:#.3g}".format}
     found = []
     for entry in shown:
-        for stage in _stages(entry):
-            rows = [r[-1] for seed in _seeds(entry) if (r := _rows(entry, seed, stage))]
-            keys = ("cosine", "angle", "norm_ratio")
-            spreads = [Spread.over(number(row, key) for row in rows if key in row) for key in keys]
-            found.append((entry.label, stage, min(row["epoch"] for row in rows), spreads))
+        for stage, seeds in _stages(entry).items():
+            last = [rows[-1] for rows in seeds]
+            spreads = [Spread.over(number(row, key) for row in last if key in row) for key in forms]
+            epoch = min(row["epoch"] for row in last)
+            found.append([entry.label, stage, f"{epoch:.3g}", *map(_cell, spreads, forms.values())])
     return found
+
+
+def _cell(spread: Spread | None, write: Callable[[float], str]) -> str:
+    if spread is None:
+        return words.DASH
+    if not math.isfinite(spread.mean):
+        return "undefined"  # in a seed whose update or gradient is 0
+    return write(spread.mean) + (f" ({words.interval(spread, write)})" if spread.n > 1 else "")
 
 
 def draw_alignment(shown: Sequence[Entry]) -> tuple[Figure, str] | None:
@@ -43,7 +52,8 @@ def draw_alignment(shown: Sequence[Entry]) -> tuple[Figure, str] | None:
         return None
     stages = list(dict.fromkeys(stage for found in aligned.values() for stage in found))
     shade = {stage: colormaps["viridis"](0.9 * i / max(1, len(stages) - 1)) for i, stage in enumerate(stages)}
-    marker = {stage: _MARKERS[i % len(_MARKERS)] for i, stage in enumerate(stages)}
+    few = len(stages) <= len(_MARKERS)  # else a bar of colours is the legend
+    marker = dict(zip(stages, _MARKERS if few else [""] * len(stages), strict=False))
     columns = min(4, len(aligned))
     rows = -(-len(aligned) // columns)
     width = 11 if columns > 2 else 4.2 * columns + 1.2
@@ -53,9 +63,8 @@ def draw_alignment(shown: Sequence[Entry]) -> tuple[Figure, str] | None:
         axis.set_axis_off()
     for axis, (label, found) in zip(axes.flat, aligned.items(), strict=False):
         for stage, b in found.items():
-            many: dict[str, Any] = {"marker": marker[stage], "markevery": b.marks}
             axis.fill_between(b.x, b.low, b.high, color=shade[stage], alpha=0.15, linewidth=0)
-            axis.plot(b.x, b.mean, color=shade[stage], **(many if len(stages) <= _MOST_IN_LEGEND else {}))
+            axis.plot(b.x, b.mean, color=shade[stage], marker=marker[stage], markevery=b.marks)
         axis.set_title(plain(textwrap.fill(label, 30)), loc="left")
     lowest = min(b.low.min() for found in aligned.values() for b in found.values())
     axes[0, 0].set_ylim(lowest - 0.06 * (1.0 - lowest) - 0.01, 1.0 + 0.03 * (1.0 - lowest) + 0.01)
@@ -68,9 +77,10 @@ def draw_alignment(shown: Sequence[Entry]) -> tuple[Figure, str] | None:
             axis.axhline(0, color="#444444", linewidth=0.8, zorder=1)
     for axis in axes.flat[max(0, len(aligned) - columns) : len(aligned)]:
         axis.tick_params(labelbottom=True)  # also where the panel below is empty
-    if len(stages) <= _MOST_IN_LEGEND:
+    if few:
         handles = [Line2D([], [], color=shade[stage], marker=marker[stage]) for stage in stages]
-        labels = [plain(_name(i, stage, len(stages))) for i, stage in enumerate(stages)]
+        ends = {stages[-1]: " (last)", stages[0]: " (first)"} if len(stages) > 1 else {}
+        labels = [plain(f"stage {stage}{ends.get(stage, '')}") for stage in stages]
         figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(stages)))
     else:
         _depth_bar(figure, axes, stages)
@@ -84,10 +94,8 @@ def _depth_bar(figure: Figure, axes: Any, stages: Sequence[str]) -> None:
 
     colors = ListedColormap([colormaps["viridis"](0.9 * i / 255) for i in range(256)])
     bar = figure.colorbar(ScalarMappable(Normalize(0, len(stages) - 1), colors), ax=axes, pad=0.01, aspect=30)
-    bar.set_ticks(
-        [0, len(stages) - 1],
-        labels=[plain(f"stage {stages[0]}\n(first)"), plain(f"stage {stages[-1]}\n(last)")],
-    )
+    ends = [plain(f"stage {stages[0]}\n(first)"), plain(f"stage {stages[-1]}\n(last)")]
+    bar.set_ticks([0, len(stages) - 1], labels=ends)
 
 
 def _caption(shown: Sequence[Entry], aligned: Mapping[str, object]) -> str:
@@ -101,30 +109,21 @@ def _caption(shown: Sequence[Entry], aligned: Mapping[str, object]) -> str:
     )
 
 
-def _name(i: int, stage: str, count: int) -> str:
-    place = " (first)" if i == 0 and count > 1 else " (last)" if i == count - 1 and count > 1 else ""
-    return f"stage {stage}{place}"
-
-
 def _seeds(entry: Entry) -> list[int]:
     """Return the seeds that count, or the stopped ones where none does: their alignment may say why."""
-    seeds = entry.counted or entry.failed
-    return [seed for seed in seeds if entry.run.of("alignment", entry.contender.name, seed)]
+    return [seed for seed in entry.counted or entry.failed if entry.rows(seed, "alignment")]
 
 
-def _stages(entry: Entry) -> list[str]:
-    rows = [row for seed in _seeds(entry) for row in entry.run.of("alignment", entry.contender.name, seed)]
-    return list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
-
-
-def _rows(entry: Entry, seed: int, stage: str) -> list[Row]:
-    rows = entry.run.of("alignment", entry.contender.name, seed)
-    return [{"epoch": row["epoch"]} | row["stages"][stage] for row in rows if stage in row["stages"]]
+def _stages(entry: Entry) -> dict[str, list[list[Row]]]:
+    """Return the rows of every stage, of each seed that has some."""
+    found: dict[str, dict[int, list[Row]]] = {}
+    for seed in _seeds(entry):
+        for row in entry.rows(seed, "alignment"):
+            for stage, values in row["stages"].items():
+                found.setdefault(stage, {}).setdefault(seed, []).append({"epoch": row["epoch"]} | values)
+    return {stage: list(seeds.values()) for stage, seeds in found.items()}
 
 
 def _bands(entry: Entry) -> dict[str, Band]:
-    found = {
-        stage: band([curve(_rows(entry, seed, stage), "epoch", "cosine") for seed in _seeds(entry)])
-        for stage in _stages(entry)
-    }
+    found = {s: band([curve(rows, "epoch", "cosine") for rows in seeds]) for s, seeds in _stages(entry).items()}
     return {stage: b for stage, b in found.items() if b is not None}

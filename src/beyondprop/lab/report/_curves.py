@@ -61,27 +61,24 @@ def band(curves: Sequence[Curve]) -> Band | None:
         return None
     if len({c.x.size for c in curves}) == 1:
         x, values = np.mean([c.x for c in curves], axis=0), np.stack([c.y for c in curves])
-        marks = list(range(0, x.size, max(1, x.size // _MOST_MARKS)))
-        return Band(x, values.mean(axis=0), values.min(axis=0), values.max(axis=0), marks)
-    start, end = max(c.x[0] for c in curves), min(c.x[-1] for c in curves)
-    grid = np.unique(np.concatenate([c.x for c in curves]))
-    grid = grid[(grid >= start) & (grid <= end)]
-    if not grid.size:
-        return None
-    values = np.stack([np.interp(grid, c.x, c.y) for c in curves])
-    marked = min(curves, key=lambda c: c.x[-1]).x
-    marks = np.flatnonzero(np.isin(grid, marked))
+        marks = np.arange(x.size)
+    else:
+        start, end = max(c.x[0] for c in curves), min(c.x[-1] for c in curves)
+        x = np.unique(np.concatenate([c.x for c in curves]))
+        x = x[(x >= start) & (x <= end)]
+        if not x.size:
+            return None
+        values = np.stack([np.interp(x, c.x, c.y) for c in curves])
+        marks = np.flatnonzero(np.isin(x, min(curves, key=lambda c: c.x[-1]).x))
     marks = marks[:: max(1, len(marks) // _MOST_MARKS)]
-    return Band(grid, values.mean(axis=0), values.min(axis=0), values.max(axis=0), marks.tolist())
+    return Band(x, values.mean(axis=0), values.min(axis=0), values.max(axis=0), marks.tolist())
 
 
-def draw_band(axes: Any, curves: Sequence[Curve], **look: Any) -> list[Any]:
-    """Draw the mean of several curves as a line and their range as an area, and return the line; [] where there is none."""
-    found = band(curves)
-    if found is None:
-        return []
-    axes.fill_between(found.x, found.low, found.high, color=look["color"], alpha=0.2, linewidth=0)
-    return axes.plot(found.x, found.mean, **look)
+def draw_band(axes: Any, curves: Sequence[Curve], **look: Any) -> None:
+    """Draw the mean of several curves as a line and their range as an area, where they have points."""
+    if (found := band(curves)) is not None:
+        axes.fill_between(found.x, found.low, found.high, color=look["color"], alpha=0.2, linewidth=0)
+        axes.plot(found.x, found.mean, **look)
 
 
 def end_limits(bands: Sequence[Band], *, higher_is_better: bool) -> tuple[float, float] | None:

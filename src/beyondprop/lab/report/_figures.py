@@ -45,11 +45,12 @@ def figures(run: Run, folder: str | Path) -> list[Path]:
         The files: one for each metric, named by its key, `loss.png` with the training loss, and `alignment.png` where
         alignment was recorded; none where nothing was evaluated.
     """
-    folder = Path(folder)
-    return [
-        write_atomically(folder / f"{d.name}.png", d.files["png"])
-        for d in draw(entries([run]), ["png"], warm_entries([run]))
-    ]
+    return write_png(draw(entries([run]), ["png"], warm_entries([run])), Path(folder))
+
+
+def write_png(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+    """Write the figures, which have been drawn as PNG, into a folder."""
+    return [write_atomically(folder / f"{d.name}.png", d.files["png"]) for d in drawings]
 
 
 def draw(
@@ -67,7 +68,7 @@ def draw(
     found: list[Drawing] = []
     with drawing():
         for metric in metrics if "loss" in keys else [*metrics, LOSS]:  # beside it is the training loss
-            rows = [key for key in (metric.key, "train_loss") if key == metric.key or metric.key == "loss"]
+            rows = ("loss", "train_loss") if metric.key == "loss" else (metric.key,)
             rows = [key for key in rows if _bands(shown, "step", key)]
             axes = [x for x in (_axes(shown) if xs is None else xs) if any(_bands(shown, x, key) for key in rows)]
             if axes:
@@ -104,12 +105,9 @@ def _axes(shown: Sequence[Entry]) -> list[str]:
 def _course(shown: Sequence[Entry], metric: Metric, xs: Sequence[str], warm: Sequence[Entry]) -> tuple[Figure, str]:
     """Draw the whole course of a metric above, and its end enlarged below."""
     key, scale, higher, percent = metric.key, metric.scale, metric.higher_is_better, metric.scale == 100
-    figure, axes = _panels([*warm, *shown], 2, xs)
+    figure, axes = _panels([*warm, *shown], xs, [(key, scale)] * 2)
     split, (name, unit) = split_of(shown), words.name_and_unit(metric)
     beyond: dict[str, str] = {}
-    for column, x in enumerate(xs):
-        for row in range(2):
-            _plot(axes[row, column], [*warm, *shown], x, key, scale)
     bands = _bands(shown, xs[0], key, scale)  # one range for the row, which has one axis
     limits = end_limits(list(bands.values()), higher_is_better=higher)
     if limits is not None:
@@ -126,7 +124,7 @@ def _course(shown: Sequence[Entry], metric: Metric, xs: Sequence[str], warm: Seq
         floor = start - (top - start) / 2
         if min(v.min() for v in values if v.size) < floor < top:
             axes[0, 0].set_ylim(floor, top + 0.05 * (top - floor))
-    _label(axes, xs, [f"{split} {metric.label}\n{part}" for part in ("whole course", "the end, enlarged")])
+    _label(axes, [f"{split} {metric.label}\n{part}" for part in ("whole course", "the end, enlarged")])
     caption = f"{words.capital(split)} {name}: the whole course above, the end enlarged below. "
     return figure, caption + _said(shown, f"{'Below' if higher else 'Above'} the enlarged range", beyond)
 
@@ -135,22 +133,20 @@ def _log(
     shown: Sequence[Entry], metric: Metric, keys: Sequence[str], xs: Sequence[str], warm: Sequence[Entry]
 ) -> tuple[Figure, str]:
     """Draw a metric whose lowest is best, and where `keys` has it the training loss, on logarithmic axes."""
-    figure, axes = _panels([*warm, *shown], len(keys), xs)
+    scales = [1.0 if key == "train_loss" else metric.scale for key in keys]
+    figure, axes = _panels([*warm, *shown], xs, list(zip(keys, scales, strict=True)))
     split, name = split_of(shown), words.name_and_unit(metric)[0]
     beyond: dict[str, str] = {}
     labels = []
-    for row, key in enumerate(keys):
-        scale, label = (1.0, "training loss") if key == "train_loss" else (metric.scale, f"{split} {metric.label}")
-        log = False
-        for column, x in enumerate(xs):
-            _plot(axes[row, column], [*warm, *shown], x, key, scale)
-            log = _log_axis(axes[row, column], [*warm, *shown], x, key, scale, metric)
-            bands, top = _bands(shown, x, key, scale), axes[row, column].get_ylim()[1]
-            for of, b in bands.items():
-                if b.mean[-1] > top:
+    for row, key, scale in zip(axes, keys, scales, strict=True):
+        label, log = "training loss" if key == "train_loss" else f"{split} {metric.label}", False
+        for panel, x in zip(row, xs, strict=True):
+            log = _log_axis(panel, [*warm, *shown], x, key, scale, metric)
+            for of, b in _bands(shown, x, key, scale).items():
+                if b.mean[-1] > panel.get_ylim()[1]:
                     beyond.setdefault(of + key, f"{of}, whose {label} ends at {b.mean[-1]:.3g}")
         labels.append(label + (" (log scale)" if log else ""))
-    _label(axes, xs, labels)
+    _label(axes, labels)
     what = " and ".join("training loss" if key == "train_loss" else f"{split} {name}" for key in keys)
     what = what.replace(" loss and", " and")  # test and training loss
     return figure, f"{words.capital(what)}. {_said(shown, 'Above the panel', beyond)}"
@@ -183,10 +179,10 @@ def _plot(axes: Axes, shown: Sequence[Entry], x: str, y: str, scale: float) -> N
     bands = _bands(shown, x, y, scale)
     for entry in shown:
         look: dict[str, Any] = {"color": entry.color, "linestyle": entry.line}
-        for seed in _seeds_seen(entry):
+        for seed in entry.seen:
             if seed in entry.counted:
                 continue
-            points = curve(entry.run.of("eval", entry.contender.name, seed), x, y)
+            points = curve(entry.rows(seed), x, y)
             axes.plot(points.x, scale * points.y, linewidth=0.9, alpha=0.8, **look)
             if seed in entry.failed:
                 axes.plot(points.x[-1:], scale * points.y[-1:], "x", color=entry.color, ms=8, mew=2, zorder=5)
@@ -198,23 +194,18 @@ def _plot(axes: Axes, shown: Sequence[Entry], x: str, y: str, scale: float) -> N
 
 
 def _bands(shown: Sequence[Entry], x: str, y: str, scale: float = 1) -> dict[str, Band]:
-    curves = {e.label: [curve(e.run.of("eval", e.contender.name, s), x, y) for s in e.counted] for e in shown}
+    curves = {e.label: [curve(e.rows(seed), x, y) for seed in e.counted] for e in shown}
     return {label: b.scaled(scale) for label, found in curves.items() if (b := band(found)) is not None}
 
 
-def _seeds_seen(entry: Entry) -> list[int]:
-    seeds = entry.run.seeds(entry.contender.name)
-    return [seed for group in seeds.values() for seed in group if entry.run.of("eval", entry.contender.name, seed)]
-
-
 def _rows(shown: Sequence[Entry]) -> list[list[Row]]:
-    return [e.run.of("eval", e.contender.name, seed) for e in shown for seed in _seeds_seen(e)]
+    return [e.rows(seed) for e in shown for seed in e.seen]
 
 
-def _panels(shown: Sequence[Entry], rows: int, xs: Sequence[str]) -> tuple[Figure, Any]:
-    """Return a figure of `(rows, len(xs))` panels with x shared by column, y by row and the legend on top.
+def _panels(shown: Sequence[Entry], xs: Sequence[str], rows: Sequence[tuple[str, float]]) -> tuple[Figure, Any]:
+    """Draw a row of panels for each key and scale of `rows`, one panel for each of `xs`, with the legend on top.
 
-    Where there are many columns they go on below, as a second block of rows.
+    They share x by column and y by row. Where there are many columns they go on below, as a second block of rows.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -229,32 +220,34 @@ def _panels(shown: Sequence[Entry], rows: int, xs: Sequence[str]) -> tuple[Figur
     lines = math.ceil(len(labels) / max(1, 140 // (max(map(len, labels)) + 9)))
     blocks = math.ceil(len(xs) / _MOST_COLUMNS)
     columns = math.ceil(len(xs) / blocks)
-    figure = Figure(figsize=(11, 0.5 + 2.75 * rows * blocks + 0.22 * lines), dpi=150, layout="constrained")
-    grid = figure.subplots(rows * blocks, columns, squeeze=False)
+    figure = Figure(figsize=(11, 0.5 + 2.75 * len(rows) * blocks + 0.22 * lines), dpi=150, layout="constrained")
+    grid = figure.subplots(len(rows) * blocks, columns, squeeze=False)
     grid = np.concatenate(np.split(grid, blocks), axis=1)  # blocks side by side
     for axis in grid[:, len(xs) :].flat:
         axis.remove()
     axes = grid[:, : len(xs)]
     for column, x in enumerate(xs):
-        for row in range(rows):
-            if row < rows - 1:
-                axes[row, column].sharex(axes[-1, column])
-                axes[row, column].tick_params(labelbottom=False)
+        for row, (key, scale) in enumerate(rows):
+            panel = axes[row, column]
+            if row < len(rows) - 1:
+                panel.sharex(axes[-1, column])
+                panel.tick_params(labelbottom=False)
             if column:
-                axes[row, column].sharey(axes[row, 0])
-                axes[row, column].tick_params(labelleft=column % columns == 0)
+                panel.sharey(axes[row, 0])
+                panel.tick_params(labelleft=column % columns == 0)
+            _plot(panel, shown, x, key, scale)
         axes[-1, column].set_xlabel(plain(_X.get(x, x.replace("_", " "))))
         axes[-1, column].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     figure.legend(handles, labels, loc="outside upper center", ncols=math.ceil(len(labels) / lines), handlelength=3.6)
     return figure, axes
 
 
-def _label(axes: Any, xs: Sequence[str], labels: Sequence[str]) -> None:
+def _label(axes: Any, labels: Sequence[str]) -> None:
     """Name the rows of panels, at the left of each block."""
-    columns = math.ceil(len(xs) / math.ceil(len(xs) / _MOST_COLUMNS))
-    for column in range(0, len(xs), columns):
-        for row, label in enumerate(labels):
-            axes[row, column].set_ylabel(plain(label))
+    for row, label in zip(axes, labels, strict=True):
+        for panel in row:
+            if panel.get_subplotspec().is_first_col():
+                panel.set_ylabel(plain(label))
 
 
 def _said(shown: Sequence[Entry], start: str, parts: Mapping[str, str]) -> str:
@@ -262,7 +255,7 @@ def _said(shown: Sequence[Entry], start: str, parts: Mapping[str, str]) -> str:
     said = words.over_seeds(len(entry.counted) for entry in shown)
     many = any(len(entry.counted) > 1 for entry in shown)
     said = f"Lines and bands: {said}." if many else f"{said.capitalize()}."
-    thin = ", ".join(e.label for e in shown if set(_seeds_seen(e)) - set(e.counted))
+    thin = ", ".join(e.label for e in shown if set(e.seen) - set(e.counted))
     said += f" Thin lines are single seeds that did not reach the end: {thin}." if thin else ""
     return said + (f" {start}: {'; '.join(parts.values())}." if parts else "")
 

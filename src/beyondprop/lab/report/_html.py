@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +14,17 @@ from markupsafe import Markup
 
 from beyondprop.lab.report import _words as words
 from beyondprop.lab.report._alignment import final_alignment
-from beyondprop.lab.report._figures import Drawing, draw, metrics_of, split_of
-from beyondprop.lab.report._style import Entry, entries, run_labels, warm_entries
-from beyondprop.lab.report._summary import ContenderSummary, Spread, best_of, summary, warm_starts
+from beyondprop.lab.report._figures import Drawing, draw, metrics_of, split_of, write_png
+from beyondprop.lab.report._style import Entry, beside, entries, run_labels, warm_entries
+from beyondprop.lab.report._summary import ContenderSummary, best_of, summary, warm_starts
 from beyondprop.lab.runs.files import write_atomically
-from beyondprop.lab.runs.recorded import Row, Run, read_run
+from beyondprop.lab.runs.recorded import Run, read_run
 
+# fmt: off
 _SHARED = (
-    "task",
-    "data",
-    "nets",
-    "epochs",
-    "warm_start",
-    "batch_size",
-    "sample",
-    "schedule",
-    "validation",
-    "seeds",
-    "threads",
+    "task", "data", "nets", "epochs", "warm_start", "batch_size", "sample", "schedule", "validation", "seeds", "threads",
 )
+# fmt: on
 
 
 def write_report(*run_dirs: str | Path, output: str | Path | None = None) -> Path:
@@ -57,8 +48,7 @@ def write_report(*run_dirs: str | Path, output: str | Path | None = None) -> Pat
     shown = entries(runs)
     drawings = draw(shown, ["svg", "png"] if output is None else ["svg"], warm_entries(runs))
     if output is None:
-        for drawing in drawings:
-            write_atomically(runs[0].path / "figures" / f"{drawing.name}.png", drawing.files["png"])
+        write_png(drawings, runs[0].path / "figures")
     page = _page(runs, shown, drawings, output)
     return write_atomically(runs[0].path / "report.html" if output is None else Path(output), page.encode())
 
@@ -79,7 +69,7 @@ def _page(runs: Sequence[Run], shown: Sequence[Entry], drawings: Sequence[Drawin
         results=(head, body),
         results_note=note,
         drawings=drawings,
-        alignment=_alignment(shown),
+        alignment=final_alignment(shown),
         values=run_labels(runs) if len(runs) > 1 else ["value"],
         settings=_side_by_side([_settings(run) for run in runs]),
         contenders=_contenders([*warm_entries(runs), *shown]),
@@ -92,29 +82,24 @@ def _problems(
     runs: Sequence[Run], shown: Sequence[Entry], summaries: Sequence[ContenderSummary]
 ) -> list[tuple[str, str, list[str]]]:
     """Return what went wrong or needs care, which comes before any number."""
-    labels = run_labels(runs) if len(runs) > 1 else [""]
-    failures = [_message(run, row, label) for run, label in zip(runs, labels, strict=True) for row in run.failures]
-    notes = [_message(run, row, label) for run, label in zip(runs, labels, strict=True) for row in run.warnings]
-    notes += [f"{labels[i]}: {note}" if labels[i] else note for i, run in enumerate(runs) for note in run.notes]
+    found: dict[str, list[str]] = {"failed": [], "warning": []}
+    for run, label in zip(runs, beside(runs, " ({})"), strict=True):
+        for row in (*run.failures, *run.warnings):
+            where = [f"{key} {row[key]}" for key in ("seed", "step") if row.get(key) is not None]
+            name = ", ".join([run.title(row["contender"]), *where])
+            found[row["kind"]].append(Markup("<b>{}</b>{}: {}").format(name, label, row["message"]))
+    notes = found["warning"]
+    notes += [f"{label}{note}" for run, label in zip(runs, beside(runs, "{}: "), strict=True) for note in run.notes]
     for entry, s in zip(shown, summaries, strict=True):
         if s.seeds_unfinished:
-            noun = "seed" if len(s.seeds_unfinished) == 1 else "seeds"
-            which = f"{noun} {', '.join(map(str, s.seeds_unfinished))}"
+            which = f"seed{'s' * (len(s.seeds_unfinished) > 1)} {_value(list(s.seeds_unfinished))}"
             notes.append(f"{entry.label}: {which} did not reach {_value(entry.run.config.get('epochs'))} epochs.")
     differing = [key for key in _SHARED if len({json.dumps(r.config.get(key), default=str) for r in runs}) > 1]
     if differing:
         notes.append(f"The runs differ in {', '.join(differing)}: compare their numbers with that in mind.")
     if all(s.epochs is None for s in summaries):
         notes.append("No contender has a seed with an evaluation to report.")
-    return [("Failures", "failure", failures), ("Warnings and notes", "warning", notes)]
-
-
-def _message(run: Run, row: Row, label: str) -> str:
-    where = [
-        run.title(row["contender"]),
-        *(f"{key} {row[key]}" for key in ("seed", "step") if row.get(key) is not None),
-    ]
-    return Markup("<b>{}</b>{}{}").format(", ".join(where), f" ({label}): " if label else ": ", row["message"])
+    return [("Failures", "failure", found["failed"]), ("Warnings and notes", "warning", notes)]
 
 
 def _results(
@@ -124,7 +109,7 @@ def _results(
     metrics, split = metrics_of(shown), split_of(shown)
     columns = words.columns(summaries, metrics, dict.fromkeys(name for run in runs for name in run.counters), split)
     same_task = len({(run.task, *run.config["nets"]) for run in runs}) == 1
-    best = best_of(summaries, metrics[0], lambda s: s.final) if same_task else None
+    best = best_of(summaries, metrics[0]) if same_task else None
     body = []
     for entry, s, final, *cells in zip(shown, summaries, *columns.values(), strict=True):
         if s.final is None and s.seeds_failed:
@@ -142,27 +127,9 @@ def _results(
         "1 is what one backpropagation step on the same batch costs in multiply-adds. Seconds are training time only. "
     )
     note += f"★ {lead} mean among the contenders whose seeds all reached the end. " if best is not None else ""
-    labels = [f"{label}: " for label in run_labels(runs)] if len(runs) > 1 else [""]
-    for label, run in zip(labels, runs, strict=True):
+    for label, run in zip(beside(runs, "{}: "), runs, strict=True):
         note += "".join(f"{label}{words.warm_start(s, run.metric)} " for s in warm_starts(run))
     return ["Contender", *columns], body, note
-
-
-def _alignment(shown: Sequence[Entry]) -> list[list[str]]:
-    def cell(spread: Spread | None, form: str) -> str:
-        if spread is None:
-            return words.DASH
-        if not math.isfinite(spread.mean):
-            return "undefined"  # in a seed whose update or gradient is 0
-        text = f"{spread.mean:{form}}"
-        between = words.DASH if spread.low >= 0 else " to "
-        return text + (f" ({spread.low:{form}}{between}{spread.high:{form}})" if spread.n > 1 else "")
-
-    forms = (".3f", ".1f", "#.3g")  # of cosine, angle and norm ratio
-    return [
-        [label, stage, f"{epoch:.3g}", *map(cell, spreads, forms)]
-        for label, stage, epoch, spreads in final_alignment(shown)
-    ]
 
 
 def _side_by_side(tables: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -176,11 +143,14 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _contenders(shown: Sequence[Entry]) -> list[list[str]]:
-    found = []
-    for entry in shown:
-        settings = ", ".join(f"{key} = {_value(value)}" for key, value in entry.contender.settings.items())
-        found.append([_name(entry), entry.contender.summary or words.DASH, settings or words.DASH])
-    return found
+    return [
+        [
+            _name(entry),
+            entry.contender.summary or words.DASH,
+            ", ".join(f"{key} = {_value(value)}" for key, value in entry.contender.settings.items()) or words.DASH,
+        ]
+        for entry in shown
+    ]
 
 
 def _value(value: Any) -> str:

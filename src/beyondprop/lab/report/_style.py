@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from beyondprop.lab.runs.recorded import ContenderInfo, Run
+from beyondprop.lab.runs.recorded import ContenderInfo, Row, Run
 
 # Okabe and Ito's palette without its yellow (too pale on white); in black and white line and marker tell.
 _KNOWN = {
@@ -69,6 +69,15 @@ class Entry:
         """The seeds that were stopped."""
         return self.run.seeds(self.contender.name)["failed"]
 
+    @property
+    def seen(self) -> list[int]:
+        """The seeds that have evaluations, however they ended."""
+        return [s for group in self.run.seeds(self.contender.name).values() for s in group if self.rows(s)]
+
+    def rows(self, seed: int, kind: str = "eval") -> list[Row]:
+        """Return the rows of a seed."""
+        return self.run.of(kind, self.contender.name, seed)
+
 
 def entries(runs: Sequence[Run]) -> list[Entry]:
     """Return every contender of every run with its label and look.
@@ -77,43 +86,33 @@ def entries(runs: Sequence[Run]) -> list[Entry]:
     is in the label. Where that would not tell all apart, each contender has a colour.
     """
     several = len({net for run in runs for net in run.config["nets"]}) > 1
-    by_rule = _told_apart(runs)
-    # What has a colour, and what has a line, of every contender.
-    keys = [[info.rule if by_rule else info.name for info in run.contenders] for run in runs]
-    groups = [[(i, info.net if several and by_rule else "") for info in run.contenders] for i, run in enumerate(runs)]
-    look = _looks(list(dict.fromkeys(key for own in keys for key in own)))
-    lines = list(dict.fromkeys(group for own in groups for group in own))
-    labels = run_labels(runs)
-    found: list[Entry] = []
-    for i, run in enumerate(runs):
-        titles = Counter(info.title for info in run.contenders)
-        for info, key, group in zip(run.contenders, keys[i], groups[i], strict=True):
-            color, line, marker = look[key]
-            # Two contenders of one title differ by their names.
-            label = info.title if titles[info.title] == 1 else f"{info.title} [{info.name}]"
-            if len(runs) > 1:
-                label += f" · {labels[i]}"
-            if len(lines) > 1:
-                line = _LINES[lines.index(group) % len(_LINES)]
-            found.append(Entry(run, info, label, color, line, marker))
-    return found
-
-
-def _told_apart(runs: Sequence[Run]) -> bool:
-    """Return whether a colour for each rule and a line for each net tell the contenders of every run apart."""
-    pairs = [[(info.rule, info.net) for info in run.contenders] for run in runs]
-    rules, nets = ({pair[i] for own in pairs for pair in own} for i in (0, 1))
-    return all(len(set(own)) == len(own) for own in pairs) and (
+    infos = [(i, info) for i, run in enumerate(runs) for info in run.contenders]
+    rules, nets = {info.rule for _, info in infos}, {info.net for _, info in infos}
+    # Whether a colour for each rule and a line for each net tell the contenders of every run apart.
+    by_rule = len({(i, info.rule, info.net) for i, info in infos}) == len(infos) and (
         len(nets) == 1 or len(rules) > 1 < len(nets) <= len(_LINES)
     )
+    # What has a colour, and what has a line, of every contender.
+    keys = [info.rule if by_rule else info.name for _, info in infos]
+    groups = [(i, info.net if several and by_rule else "") for i, info in infos]
+    looks, lines = _looks(list(dict.fromkeys(keys))), list(dict.fromkeys(groups))
+    titles, labels = Counter((i, info.title) for i, info in infos), beside(runs, " · {}")
+    found: list[Entry] = []
+    for (i, info), key, group in zip(infos, keys, groups, strict=True):
+        color, line, marker = looks[key]
+        # Two contenders of one title differ by their names.
+        label = info.title if titles[i, info.title] == 1 else f"{info.title} [{info.name}]"
+        if len(lines) > 1:
+            line = _LINES[lines.index(group) % len(_LINES)]
+        found.append(Entry(runs[i], info, label + labels[i], color, line, marker))
+    return found
 
 
 def warm_entries(runs: Sequence[Run]) -> list[Entry]:
     """Return what the contenders of each run started with, in grey, where they did."""
-    labels = [f" · {label}" for label in run_labels(runs)] if len(runs) > 1 else [""]
     return [
         Entry(run, info, info.title + label, ("#888888", "#444444", "#b0b0b0")[i % 3], (0, (2, 1)), ".")
-        for run, label in zip(runs, labels, strict=True)
+        for run, label in zip(runs, beside(runs, " · {}"), strict=True)
         for i, info in enumerate(run.warm_starts)
     ]
 
@@ -138,21 +137,25 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     return [f"{label} ({i})" if label in repeated else label for i, label in enumerate(labels, start=1)]
 
 
+def beside(runs: Sequence[Run], form: str) -> list[str]:
+    """Return each run's label in a form such as `"{}: "` to stand beside a text; one run alone needs none."""
+    return [form.format(label) for label in run_labels(runs)] if len(runs) > 1 else [""]
+
+
 def plain(text: str) -> str:
     """Return text that matplotlib draws as it stands: no mathematics, no label hidden for an underscore."""
     text = text.replace("$", r"\$")
     return f"\u200a{text}" if text.startswith("_") else text
 
 
-def drawing() -> AbstractContextManager[Any]:
-    """Return a context in which figures look the same whatever the user's matplotlib settings are."""
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw figures that look the same whatever the user's matplotlib settings are."""
     import warnings
 
     import matplotlib.style
 
-    stack = ExitStack()
-    stack.enter_context(warnings.catch_warnings())
-    # A rule's title may hold characters that the figure font lacks; the page shows them.
-    warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    stack.enter_context(matplotlib.style.context(["default", _RC]))
-    return stack
+    with warnings.catch_warnings(), matplotlib.style.context(["default", _RC]):
+        # A rule's title may hold characters that the figure font lacks; the page shows them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield

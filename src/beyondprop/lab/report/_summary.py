@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,7 @@ class Spread:
 
     Attributes:
         mean: The mean; NaN where a seed's number is not finite.
-        low: The smallest.
-        high: The largest.
+        low, high: The smallest and the largest.
         std: The sample standard deviation (n − 1), `None` for one seed.
         n: How many seeds.
     """
@@ -61,12 +61,10 @@ class ContenderSummary:
         others: Every further metric at the last evaluation, by its key.
         final_train_loss: The training loss at the last evaluation.
         epochs: Epochs that every counted seed has reached.
-        seconds: Training time in seconds, the median over the seeds.
-        work: Gradient-equivalents (1 = one backpropagation step on the same batch), the median over seeds.
-        counters: What the model counted, by name, the median over seeds.
-        seeds_done: Seeds that reached the end.
-        seeds_failed: Seeds that were stopped, for instance by a non-finite loss.
-        seeds_unfinished: Seeds that did neither.
+        seconds, work, counters: Training time in seconds, gradient-equivalents (1 = one backpropagation step on the same
+            batch), and what the model counted, by name; each the median over the seeds.
+        seeds_done, seeds_failed, seeds_unfinished: Seeds that reached the end, that were stopped, for instance by a
+            non-finite loss, and that did neither.
     """
 
     name: str
@@ -104,12 +102,9 @@ def summary(run: Run, metric: Metric | None = None) -> list[ContenderSummary]:
     return [_summary_of(run, info, metric or run.metric) for info in run.contenders]
 
 
-def best_of(
-    summaries: Iterable[ContenderSummary], metric: Metric, value: Callable[[ContenderSummary], Spread | None]
-) -> float | None:
-    """Return the best mean over the comparable contenders, or `None`."""
-    summaries = list(summaries)
-    found = [v.mean for s in summaries if s.comparable and (v := value(s)) is not None and math.isfinite(v.mean)]
+def best_of(summaries: Sequence[ContenderSummary], metric: Metric, of: str = "final") -> float | None:
+    """Return the best mean of the spreads `of` (`final` or `first`) over the comparable contenders, or `None`."""
+    found = [v.mean for s in summaries if s.comparable and (v := getattr(s, of)) and math.isfinite(v.mean)]
     # With one contender there is nothing to be better than.
     return (max if metric.higher_is_better else min)(found) if found and len(summaries) > 1 else None
 
@@ -137,18 +132,8 @@ def to_json(run: Run) -> dict[str, Any]:
         "failures": run.failures,
         "notes": run.notes,
     }
-    return _plain(content)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     # TOML has dates and times of its own; JSON does not.
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
 
 
 def _summary_of(run: Run, info: ContenderInfo, metric: Metric) -> ContenderSummary:
@@ -169,6 +154,10 @@ def _summary_of(run: Run, info: ContenderInfo, metric: Metric) -> ContenderSumma
         known = any(key in row for r in rows for row in r)
         return Spread.over(number(row, key) for row in last) if known else None
 
+    def middle(key: str) -> float | None:
+        values = [v for row in last if math.isfinite(v := number(row, key))]
+        return median(values) if values else None
+
     return ContenderSummary(
         name=info.name,
         title=info.title,
@@ -182,15 +171,10 @@ def _summary_of(run: Run, info: ContenderInfo, metric: Metric) -> ContenderSumma
         others={m.key: finals(m.key) for m in run.metrics if m.key != key},
         final_train_loss=finals("train_loss"),
         epochs=min((row["epoch"] for row in last), default=None),
-        seconds=_median(number(row, "seconds") for row in last),
-        work=_median(number(row, "work") for row in last),
-        counters={name: _median(number(row, name) for row in last) for name in run.counters},
+        seconds=middle("seconds"),
+        work=middle("work"),
+        counters={name: middle(name) for name in run.counters},
         seeds_done=seeds["done"],
         seeds_failed=seeds["failed"],
         seeds_unfinished=seeds["unfinished"],
     )
-
-
-def _median(values: Iterable[float]) -> float | None:
-    values = [v for v in values if math.isfinite(v)]
-    return median(values) if values else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from beyondprop.lab.report import _words as words
@@ -40,19 +39,18 @@ def table(run: Run) -> Table:
     # 80 columns are spent on a second number and a first counter. The report and the JSON have all.
     whole = words.columns(summaries, run.metrics[:2], run.counters[:1], run.split)
     final, spread, *_, first = list(whole)[:5]
-    left_out = {
-        "std",
-        "best seen",
-        "train loss" if run.metrics[1:] else "",
-        *(h for h in (spread, "work") if _empty(whole[h])),
-    }
-    columns: dict[str, Sequence[str | Text]] = {h: cells for h, cells in whole.items() if h not in left_out}
+    left_out = {"std", "best seen", *(["train loss"] if run.metrics[1:] else [])}
+    left_out |= {header for header in (spread, "work") if set(whole[header]) <= {words.DASH}}
+    columns = {header: [Text(cell) for cell in cells] for header, cells in whole.items() if header not in left_out}
     for header, of, star in ((final, "final", "★ "), (first, "first", "")):
-        best = best_of(summaries, run.metric, attrgetter(of))
+        best = best_of(summaries, run.metric, of)
         columns[header] = [
             _marked(s, getattr(s, of), text, best, star) for s, text in zip(summaries, whole[header], strict=True)
         ]
-    columns["seeds"] = [_seeds(s) for s in summaries]
+    columns["seeds"] = [
+        Text(f"{len(s.seeds_done)}/{s.seeds}", "red" if s.seeds_failed else "yellow" if s.seeds_unfinished else "")
+        for s in summaries
+    ]
     heads = {header: textwrap.wrap(header, 8, break_long_words=False) for header in columns}
     widths = {header: 2 + max(map(len, [*heads[header], *cells])) for header, cells in columns.items()}
     for header in (first, spread):  # dropped where they leave names less than 16 characters
@@ -61,19 +59,8 @@ def table(run: Run) -> Table:
     for header in columns:
         result.add_column(Text("\n".join(heads[header])), justify="right", no_wrap=True)
     for s, *cells in zip(summaries, *columns.values(), strict=True):
-        result.add_row(Text(s.title), *(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+        result.add_row(Text(s.title), *cells)
     return result
-
-
-def _seeds(s: ContenderSummary) -> Text:
-    from rich.text import Text
-
-    style = "red" if s.seeds_failed else "yellow" if s.seeds_unfinished else ""
-    return Text(f"{len(s.seeds_done)}/{s.seeds}", style=style)
-
-
-def _empty(cells: Sequence[str]) -> bool:
-    return all(cell == words.DASH for cell in cells)
 
 
 def _marked(s: ContenderSummary, spread: Spread | None, text: str, best: float | None, star: str) -> Text:
@@ -97,16 +84,13 @@ def _caption(run: Run, summaries: Sequence[ContenderSummary]) -> str:
         if s.final and not s.seeds_done
     ]
     lines += [words.warm_start(s, run.metric) for s in warm_starts(run)]
-    counts = [(len(run.failures), "failure"), (len(run.warnings), "warning")]
-    said = [words.plural(n, noun) for n, noun in counts if n]
-    lines += [", ".join(said) + " recorded: " + _first_message(run)] if said else []
+    rows = [*run.failures, *run.warnings]
+    if rows:
+        counts = ((len(run.failures), "failure"), (len(run.warnings), "warning"))
+        said = ", ".join(words.plural(n, noun) for n, noun in counts if n)
+        row, more = rows[0], f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+        seed = f", seed {row['seed']}" if "seed" in row else ""
+        # A plain name says enough in a narrow terminal; those of warm starts have an equals sign.
+        name = run.title(row["contender"]) if "=" in row["contender"] else row["contender"]
+        lines.append(f"{said} recorded: {name}{seed}: {row['message']}{more}")
     return "\n".join([*lines, *run.notes])
-
-
-def _first_message(run: Run) -> str:
-    row = (run.failures or run.warnings)[0]
-    seed = f", seed {row['seed']}" if "seed" in row else ""
-    more = len(run.failures) + len(run.warnings) - 1
-    # A plain name says enough in a narrow terminal; those of warm starts have an equals sign.
-    name = run.title(row["contender"]) if "=" in row["contender"] else row["contender"]
-    return f"{name}{seed}: {row['message']}" + (f" (and {more} more)" if more else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from beyondprop.lab.report._summary import ContenderSummary, Spread
@@ -34,13 +34,13 @@ def mean(spread: Spread | None, scale: float = 1.0) -> str:
     return value(None if spread is None else spread.mean, scale)
 
 
-def interval(spread: Spread | None, scale: float = 1.0) -> str:
-    """Write the range of a spread, a dash where one seed has none."""
+def interval(spread: Spread | None, write: Callable[[float], str]) -> str:
+    """Write the range of a spread, a dash where one seed has none; `write` writes its numbers."""
     if spread is None or spread.n < 2 or not math.isfinite(spread.mean):
         return DASH
     # A dash before a minus sign cannot be read.
     between = DASH if spread.low >= 0 else " to "
-    return value(spread.low, scale) + between + value(spread.high, scale)
+    return write(spread.low) + between + write(spread.high)
 
 
 def amount(number: float | None) -> str:
@@ -73,12 +73,9 @@ def over_seeds(counts: Iterable[int]) -> str:
 
 def seeds(summary: ContenderSummary) -> str:
     """Say how the seeds of one contender ended."""
-    parts = [f"{len(summary.seeds_done)} of {summary.seeds}"]
-    if summary.seeds_failed:
-        parts.append(f"{len(summary.seeds_failed)} failed")
-    if summary.seeds_unfinished:
-        parts.append(f"{len(summary.seeds_unfinished)} unfinished")
-    return ", ".join(parts)
+    counts = {"failed": len(summary.seeds_failed), "unfinished": len(summary.seeds_unfinished)}
+    ends = [f", {count} {how}" for how, count in counts.items() if count]
+    return "".join([f"{len(summary.seeds_done)} of {summary.seeds}", *ends])
 
 
 def warm_start(summary: ContenderSummary, metric: Metric) -> str:
@@ -106,7 +103,7 @@ def columns(
     (metric, *others), scale = metrics, metrics[0].scale
     found = {
         f"{split} {metric.label}": [mean(s.final, scale) for s in summaries],
-        "range": [interval(s.final, scale) for s in summaries],
+        "range": [interval(s.final, lambda v: value(v, scale)) for s in summaries],
         "std": [value(s.final and s.final.std, scale) for s in summaries],
         "best seen": [mean(s.best, scale) for s in summaries],
         after_first(summaries): [mean(s.first, scale) for s in summaries],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from beyondprop.lab.runs.directory import RunDirectory
+from beyondprop.lab.runs.recorded import Run, read_run
 
-__all__ = [
-    "RunDirectory",
-]
+__all__ = ["Run", "RunDirectory", "read_run"]

@@ -62,12 +62,11 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         # A copy of its own: safetensors refuses memory that two tensors share.
         tensors[where] = value.detach().permute(order).to("cpu", copy=True, memory_format=torch.contiguous_format)
         return ["tensor", [where, order]]
+    place = where or "the top level"
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str | int):
-                raise TypeError(
-                    f"Keys of a checkpoint are strings or integers, got {key!r} in {where or 'the top level'}."
-                )
+                raise TypeError(f"Keys of a checkpoint are strings or integers, got {key!r} in {place}.")
         return ["dict", [[key, _pack(v, f"{where}/{key}", tensors)] for key, v in value.items()]]
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
@@ -75,8 +74,8 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
-        f"A checkpoint holds tensors, numbers, strings, None and dicts, lists and tuples of them; {where or 'the top level'} "
-        f"is a {type(value).__name__}."
+        f"A checkpoint holds tensors, numbers, strings, None and dicts, lists and tuples of them; {place} is a "
+        f"{type(value).__name__}."
     )
 
 

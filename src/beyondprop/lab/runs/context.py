@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TextIO
+from typing import Any
 
 
 @contextmanager
@@ -52,18 +52,11 @@ def recorded_warnings(seen: list[str], record: Callable[[str], None]) -> Iterato
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def both(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
+        def both(message: Warning | str, *where: Any, **more: Any) -> None:
             if str(message) not in seen:
                 seen.append(str(message))
                 record(str(message))
-            show(message, category, filename, lineno, file, line)
+            show(message, *where, **more)
 
         warnings.showwarning = both
         yield

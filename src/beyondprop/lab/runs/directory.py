@@ -12,10 +12,12 @@ A row of kind finished or failed ends the training of one contender with one see
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,6 @@ from beyondprop.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from beyondprop.lab.runs.environment import now
 from beyondprop.lab.runs.files import write_atomically
 from beyondprop.lab.runs.recorded import Row, read_config, read_rows
-
-_ENDS = ("finished", "failed")
 
 
 class RunDirectory:
@@ -38,10 +38,10 @@ class RunDirectory:
         rows: what the files in `metrics/` hold.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], rows: list[Row]) -> None:
-        self.path, self.config, self.rows = path, config, rows
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path, self.config = path, config
+        self.rows: list[Row] = []
         self._lock = _lock(path)
-        self._ended = {(r["contender"], r["seed"]) for r in rows if r.get("kind") in _ENDS}
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], env: Mapping[str, Any]) -> RunDirectory:
@@ -51,11 +51,11 @@ class RunDirectory:
             FileExistsError: if there is something at `path` already.
         """
         check_free(path)
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "env.json", (json.dumps(env, indent=2, ensure_ascii=False) + "\n").encode())
-        (path / "metrics").mkdir(exist_ok=True)
+        for folder in ("checkpoints", "metrics"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        _write_env(path, env)
         write_atomically(path / "config.toml", tomli_w.dumps(config).encode())
-        return cls(path, config, [])
+        return cls(path, config)
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -66,8 +66,7 @@ class RunDirectory:
             ValueError: if a file in it is damaged; the message names it.
             RuntimeError: if another process is writing it.
         """
-        config = read_config(path)
-        run = cls(path, config, [])
+        run = cls(path, read_config(path))
         try:
             run._resume()
         except BaseException:
@@ -80,8 +79,6 @@ class RunDirectory:
         with open(self._file(row), "a", encoding="utf-8") as file:
             file.write(_line(row))
         self.rows.append(row)
-        if row.get("kind") in _ENDS:
-            self._ended.add((row["contender"], row["seed"]))
 
     def _file(self, row: Row) -> Path:
         if row.get("kind") == "tuning":
@@ -92,7 +89,8 @@ class RunDirectory:
 
     def ended(self, contender: str, seed: int) -> bool:
         """Return whether this training finished or failed."""
-        return (contender, seed) in self._ended
+        ends = (row for row in self.rows if row.get("kind") in ("finished", "failed"))
+        return any((row["contender"], row["seed"]) == (contender, seed) for row in ends)
 
     def checkpoint(self, contender: str, seed: int) -> Path:
         """Return the path of a training's checkpoint, the trained weights at its end."""
@@ -128,20 +126,22 @@ class RunDirectory:
         self.close()
 
     def _resume(self) -> None:
-        rows, _ = read_rows(self.path)
-        self._ended = {(r["contender"], r["seed"]) for r in rows if r.get("kind") in _ENDS}
-        kept_until: dict[tuple[str, int], int] = {}
+        self.rows, _ = read_rows(self.path)
 
-        def keep(row: Row) -> bool:
-            if "seed" not in row or row.get("kind") == "tuning" or self.ended(row["contender"], row["seed"]):
-                return True
-            key = row["contender"], row["seed"]
-            if key not in kept_until:
-                state = self.load(*key)
-                kept_until[key] = -1 if state is None else state["step"]
-            return row.get("step", 0) <= kept_until[key]
+        @cache
+        def kept_until(contender: str, seed: int) -> float:
+            if self.ended(contender, seed):
+                return math.inf
+            state = self.load(contender, seed)
+            return -1 if state is None else state["step"]
 
-        self.rows = [row for row in rows if keep(row)]
+        self.rows = [
+            row
+            for row in self.rows
+            if "seed" not in row
+            or row.get("kind") == "tuning"
+            or row.get("step", 0) <= kept_until(row["contender"], row["seed"])
+        ]
         files: dict[Path, str] = {file: "" for file in (self.path / "metrics").glob("*.jsonl")}
         for row in self.rows:
             files[self._file(row)] = files.get(self._file(row), "") + _line(row)
@@ -149,8 +149,7 @@ class RunDirectory:
             write_atomically(file, lines.encode())
         (self.path / "metrics.jsonl").unlink(missing_ok=True)  # of an older run
         env = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
-        env["resumed"] = [*env.get("resumed", []), now()]
-        write_atomically(self.path / "env.json", (json.dumps(env, indent=2, ensure_ascii=False) + "\n").encode())
+        _write_env(self.path, env | {"resumed": [*env.get("resumed", []), now()]})
 
 
 def default_path(data: str, net: str, parent: Path = Path("runs")) -> Path:
@@ -166,13 +165,14 @@ def check_free(path: Path) -> None:
         raise FileExistsError(
             f"{str(path)!r} holds a run already; go on with it by --resume, or choose another directory."
         )
-    if path.exists() and not (path.is_dir() and _holds_nothing(path)):
+    # A run that was killed before its config was written leaves these behind, and nothing in them was trained.
+    leftovers = {path / "env.json", path / "metrics", path / "checkpoints"}
+    if path.exists() and not (path.is_dir() and leftovers.issuperset(path.rglob("*"))):
         raise FileExistsError(f"{str(path)!r} is there already and no empty directory; choose another.")
 
 
-def _holds_nothing(path: Path) -> bool:
-    # A run that was killed before its config was written leaves these behind, and nothing in them was trained.
-    return all(p in {path / "env.json", path / "metrics", path / "checkpoints"} for p in path.rglob("*"))
+def _write_env(path: Path, env: Mapping[str, Any]) -> None:
+    write_atomically(path / "env.json", (json.dumps(env, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _line(row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "commit": _commit(Path(__file__).parent),
+        "commit": _commit(),
         "started": now(),
     }
     return {key: value for key, value in found.items() if value}
@@ -45,27 +46,25 @@ def _version() -> str:
 
 
 def _cpu() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
-def _commit(folder: Path) -> str:
+def _commit() -> str:
     """Return the commit of the source tree, `+` appended where files differ from it; empty without one."""
     try:
         # An installed package may lie inside somebody else's repository, which does not track it.
-        if not _git(folder, "ls-files", "--", Path(__file__).name):
+        if not _git("ls-files", "--", Path(__file__).name):
             return ""
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--", ".") else "")
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True)
-    return done.stdout.strip()
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

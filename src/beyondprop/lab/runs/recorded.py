@@ -1,8 +1,7 @@
 """A recorded run in memory: configuration, environment and rows, as reports, recipes and resumed comparisons read them.
 
-    config.toml        `data` or `name`, `nets`, `[[metrics]]` (the first decides), `[[contenders]]`, `[warm_start_rule]`
-    env.json           versions, hardware, commit
-    metrics/*.jsonl    one file a training, one row a line; joined by file name, then line
+`config.toml` has `data` or `name`, `nets`, `[[metrics]]` (the first decides), `[[contenders]]` and `[warm_start_rule]`; the
+files of `metrics/`, one a training, are joined by their names.
 
 Older runs have one `metrics.jsonl`, `net` and `[[rules]]`, and are read as if they had been written today.
 """
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from beyondprop.lab.tasks.base import Metric
 
 Row: TypeAlias = dict[str, Any]
+"""One record; `fit` makes it without the names of contender and seed."""
 
 WARM_START = "warm-start="
 """What comes before the name in the rows of a warm start."""
@@ -113,7 +113,7 @@ class Run:
             Metric(e["key"], str(e.get("label", e["key"])), float(e.get("scale", 1)), e.get("higher_is_better", True))
             for e in self.config.get("metrics", [])
         ]
-        old = (ACCURACY, LOSS) if any("accuracy" in row for row in self._evaluations) else (LOSS,)
+        old = (ACCURACY, LOSS) if any("accuracy" in row for row in self._kind("eval")) else (LOSS,)
         return tuple(found) or old
 
     @property
@@ -124,7 +124,7 @@ class Run:
     @cached_property
     def counters(self) -> tuple[str, ...]:
         """The names of all that the models counted."""
-        return tuple(dict.fromkeys(name for row in self._evaluations for name in row.get("counters", {})))
+        return tuple(dict.fromkeys(name for row in self._kind("eval") for name in row.get("counters", {})))
 
     @cached_property
     def contenders(self) -> tuple[ContenderInfo, ...]:
@@ -162,12 +162,12 @@ class Run:
     @property
     def warnings(self) -> list[Row]:
         """The recorded warnings, in order."""
-        return [row for row in self.rows if row.get("kind") == "warning"]
+        return self._kind("warning")
 
     @property
     def failures(self) -> list[Row]:
         """The recorded failures, in order: each stopped one contender with one seed."""
-        return [row for row in self.rows if row.get("kind") == "failed"]
+        return self._kind("failed")
 
     def of(self, kind: str, contender: str, seed: int) -> list[Row]:
         """Return the rows of one kind (`"eval"` or `"alignment"`), contender and seed, by rising step."""
@@ -181,16 +181,13 @@ class Run:
         is unfinished.
         """
         failed = {row["seed"] for row in self.failures if row["contender"] == contender}
-        finished = {r["seed"] for r in self.rows if r.get("kind") == "finished" and r["contender"] == contender}
+        finished = {row["seed"] for row in self._kind("finished") if row["contender"] == contender}
         seen = {seed for kind, name, seed in self._index if name == contender and kind == "eval"}
-        ended: dict[str, list[int]] = {"done": [], "failed": [], "unfinished": []}
+        ended: dict[str, tuple[int, ...]] = {"done": (), "failed": (), "unfinished": ()}
         for seed in sorted(failed | seen | set(self.config.get("seeds", []))):
-            if seed in failed:
-                ended["failed"].append(seed)
-            else:
-                done = seed in finished or self._at_end(self.of("eval", contender, seed))
-                ended["done" if done else "unfinished"].append(seed)
-        return {how: tuple(seeds) for how, seeds in ended.items()}
+            done = seed in finished or self._at_end(self.of("eval", contender, seed))
+            ended["failed" if seed in failed else "done" if done else "unfinished"] += (seed,)
+        return ended
 
     def counted(self, contender: str) -> tuple[int, ...]:
         """Return the seeds that means are over: the done ones, else the unfinished ones with rows."""
@@ -204,9 +201,8 @@ class Run:
         one_step = last["epoch"] / last["step"]
         return math.isnan(epochs) or last["epoch"] + one_step >= epochs * (1 - 1e-6)
 
-    @property
-    def _evaluations(self) -> list[Row]:
-        return [row for row in self.rows if row.get("kind") == "eval"]
+    def _kind(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row.get("kind") == kind]
 
     @cached_property
     def _names(self) -> tuple[str, ...]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from beyondprop import data
 from beyondprop.stages.losses import LossFunction
 
 
@@ -42,45 +40,37 @@ class Task(Protocol):
     A task may also have any of these: `batches(epoch, batch_size, seed, start)`, the batches of an epoch, where these are not
     its rows shuffled; `epoch_rows`, the rows of each epoch, where epochs differ; `epochs`, how many there are, where it says;
     `drawn(seed)`, the task as that seed draws it; `over(evaluations)`, further metrics from all evaluations so far;
-    `epochs_are_tasks`, where the rule is to know that a task of a stream is over; `input_shape` and `outputs`, for tables.
-
-    Attributes:
-        name: for tables and run directories.
-        x_train: training rows, or the numbers that stand for them, `(N, ...)`.
-        y_train: their targets, `(N, ...)`.
-        loss: `loss(output, y)`, the mean (or sum) over the rows.
-        metrics: what `evaluate` measures; empty where there are no rows to evaluate on.
-        sample: what a row is called: `"row"`, `"sequence"`, `"game"`.
+    `epochs_are_tasks`, where the rule is to know that a task of a stream is over; `outputs`, for nets that are functions.
     """
 
     @property
     def name(self) -> str:
-        """For tables and run directories."""
+        """What it is called in tables and run directories."""
         ...
 
     @property
     def x_train(self) -> Tensor:
-        """Training rows."""
+        """Training rows, or the numbers that stand for them, `(N, ...)`."""
         ...
 
     @property
     def y_train(self) -> Tensor:
-        """Their targets."""
+        """Their targets, `(N, ...)`."""
         ...
 
     @property
     def loss(self) -> LossFunction:
-        """What a network is trained on."""
+        """What a network is trained on: `loss(output, y)`, the mean (or sum) over the rows."""
         ...
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """What it is judged by."""
+        """What `evaluate` measures; empty where there are no rows to evaluate on."""
         ...
 
     @property
     def sample(self) -> str:
-        """What a row is called."""
+        """What a row is called: `"row"`, `"sequence"`, `"game"`."""
         ...
 
     def net(self, form: str) -> nn.Module:
@@ -98,20 +88,6 @@ class Task(Protocol):
     def to(self, device: str) -> Task:
         """Return the task with its rows on a device."""
         ...
-
-
-OF_DATASET: dict[str, Callable[[data.Dataset], Task]] = {}
-"""By kind of targets: what makes a task of a data set; the kinds enter themselves."""
-
-
-def from_arrays(x: Any, y: Any = None, **options: Any) -> Task:
-    """Return the task of one's own arrays, DataFrame or torch Dataset; see `data.from_arrays` for the options."""
-    dataset = data.from_arrays(x, y, **options)
-    return OF_DATASET[dataset.kind](dataset)
-
-
-# Not in the protocol: a task of one's own need not have it.
-Task.from_arrays = staticmethod(from_arrays)  # type: ignore[attr-defined]
 
 
 class Kind(abc.ABC):

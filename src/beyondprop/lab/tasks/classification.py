@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop.data import Dataset
-from beyondprop.lab.tasks.base import ACCURACY, LOSS, OF_DATASET, Kind
+from beyondprop.lab.tasks.base import ACCURACY, LOSS, Kind
 from beyondprop.lab.tasks.evaluation import loss_sums, row_weights
 from beyondprop.lab.tasks.rows import RowsTask
 from beyondprop.stages.losses import LossFunction
@@ -31,7 +31,7 @@ class Classification(Kind):
     @classmethod
     def task(cls, dataset: Dataset) -> RowsTask:
         """Return the task of a data set with labels."""
-        return RowsTask.of(dataset, cls(classes=dataset.classes), dataset.num_classes)
+        return RowsTask.of(dataset, cls(classes=dataset.classes))
 
     def part(self, output: Tensor, y: Tensor) -> Tensor:
         value, total = loss_sums(self.loss, output, y)
@@ -53,6 +53,3 @@ class Classification(Kind):
             found = ", ".join(map(str, ("N", *output.shape[1:])))
             raise ValueError(f"its output is ({found}); {len(self.classes)} classes need (N, {len(self.classes)})")
         super().check(output, y)
-
-
-OF_DATASET["classification"] = Classification.task

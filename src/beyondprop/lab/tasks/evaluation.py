@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop.lab.tasks.base import Kind
+from beyondprop.nn.functional import evaluation_mode
 from beyondprop.stages.losses import LossFunction
 
 ROWS = 1024
@@ -31,13 +31,13 @@ def loss_sums(loss: LossFunction, output: Tensor, y: Tensor) -> tuple[Tensor, Te
     """
     dtype = wide(y.device)
     weights = row_weights(loss, output, y)
-    total = torch.tensor(float(len(y))) if weights is None else weights.to(dtype).sum()
-    total = total.to(y.device, dtype)
+    rows = torch.tensor(float(len(y))).to(y.device, dtype)
+    total = rows if weights is None else weights.to(dtype).sum()
     is_mean = getattr(loss, "is_mean", getattr(loss, "reduction", "mean") == "mean")
     value = loss(output, y).to(dtype) * (total if is_mean else 1)
     if weights is not None:
         value = torch.where(total > 0, value, 0.0)  # the mean of no row is nan
-    return value, total if is_mean else torch.tensor(float(len(y))).to(y.device, dtype)
+    return value, total if is_mean else rows
 
 
 def row_weights(loss: object, output: Tensor, y: Tensor) -> Tensor | None:
@@ -54,16 +54,3 @@ def row_weights(loss: object, output: Tensor, y: Tensor) -> Tensor | None:
 def wide(device: torch.device) -> torch.dtype:
     """Return the dtype for sums over many rows: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and give every module its own mode back."""
-    # Each module's own: a part of the model may be in evaluation mode during training, too.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

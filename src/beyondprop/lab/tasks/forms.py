@@ -9,15 +9,27 @@ import torch
 
 from beyondprop import _checks, data
 from beyondprop.lab.registry import TaskSpec, register, tasks
-from beyondprop.lab.tasks.base import OF_DATASET, Task
+from beyondprop.lab.tasks.base import Task
+from beyondprop.lab.tasks.classification import Classification
 from beyondprop.lab.tasks.reconstruction import autoencoder
+from beyondprop.lab.tasks.regression import Regression
 from beyondprop.lab.tasks.sequences import adding_problem
 from beyondprop.lab.tasks.streams import permuted, split
 
 
 def of_dataset(dataset: data.Dataset) -> Task:
     """Return classification or regression, as a data set's targets are."""
-    return OF_DATASET[dataset.kind](dataset)
+    kind = Classification if dataset.kind == "classification" else Regression
+    return kind.task(dataset)
+
+
+def from_arrays(x: Any, y: Any = None, **options: Any) -> Task:
+    """Return the task of one's own arrays, DataFrame or torch Dataset; see `data.from_arrays` for the options."""
+    return of_dataset(data.from_arrays(x, y, **options))
+
+
+# Not in the protocol: a task of one's own need not have it.
+Task.from_arrays = staticmethod(from_arrays)  # type: ignore[attr-defined]
 
 
 def of_data(name: str, progress: data.Progress | None = None) -> Task:
@@ -31,10 +43,9 @@ def _of_kind(kind: str) -> Any:
     def load(name: str, progress: data.Progress | None = None) -> Task:
         embedded = {"classification": "digits", "regression": "diabetes"}
         task = of_data(name or embedded[kind], progress)
-        if type(getattr(task, "kind", None)).__name__.lower() != kind:
-            raise ValueError(
-                f"task {kind}: the targets of {name!r} are for {type(getattr(task, 'kind', None)).__name__}."
-            )
+        found = type(getattr(task, "kind", None)).__name__
+        if found.lower() != kind:
+            raise ValueError(f"task {kind}: the targets of {name!r} are for {found}.")
         return task
 
     return load

@@ -16,10 +16,8 @@ from beyondprop.lab.tasks.base import Kind, Metric, Task
 from beyondprop.lab.tasks.classification import Classification
 from beyondprop.lab.tasks.evaluation import ROWS, measured
 from beyondprop.lab.tasks.regression import LossOnly
-from beyondprop.lab.tasks.rows import RowsTask
+from beyondprop.lab.tasks.rows import RowsTask, seed_of
 from beyondprop.stages.losses import LossFunction
-
-_SEEDS = 2**63
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,7 @@ class LoaderTask:
     def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
         """Yield an epoch's batches, from number `start` on."""
         del batch_size
-        drawn = (seed * 0x9E3779B97F4A7C15 + epoch) % _SEEDS
+        drawn = seed_of(seed, epoch)
         for owner in (self.loader, getattr(self.loader, "sampler", None)):
             if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
                 generator.manual_seed(drawn)
@@ -89,6 +87,10 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
     return (tuple(x) if isinstance(x, list) else x), y  # a pair as the data set had it, which collating makes a list
 
 
+def _is_pair(rows: Any) -> bool:
+    return isinstance(rows, tuple | list) and len(rows) == 2 and all(isinstance(part, Tensor) for part in rows)
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """Return nested tensors on a device."""
     if isinstance(value, Tensor):
@@ -105,7 +107,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def pairs_of(rows: Any, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
     """Yield pairs of inputs and targets of a pair of tensors, or of a DataLoader, on a device."""
-    if isinstance(rows, tuple | list) and len(rows) == 2 and all(isinstance(part, Tensor) for part in rows):
+    if _is_pair(rows):
         _checks.batch(*rows)
         yield from zip(rows[0].split(ROWS), rows[1].split(ROWS), strict=True)
     else:
@@ -140,8 +142,7 @@ def as_task(rows: Any, loss: LossFunction, test: Any = None) -> Task | LoaderTas
         with torch.random.fork_rng(devices=[]):
             first = next(iter(test), (None, None)) if isinstance(test, DataLoader) else test or (None, None)
         return LoaderTask(rows, test, kind_of(loss, first[1]))
-    if isinstance(rows, tuple | list) and len(rows) == 2 and all(isinstance(part, Tensor) for part in rows):
-        _checks.batch(*rows)
+    if _is_pair(rows):
         if test is not None and not isinstance(test, tuple | list):
             raise TypeError(f"test must be a pair of tensors like the training rows, got {type(test).__name__}.")
         x_test, y_test = test or (None, None)

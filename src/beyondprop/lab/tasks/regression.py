@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop.data import Dataset
-from beyondprop.lab.tasks.base import LOSS, OF_DATASET, R2, Kind
+from beyondprop.lab.tasks.base import LOSS, R2, Kind
 from beyondprop.lab.tasks.evaluation import loss_sums, wide
 from beyondprop.lab.tasks.rows import RowsTask
 from beyondprop.stages.losses import LossFunction
@@ -48,7 +48,7 @@ class Regression(Kind):
     @classmethod
     def task(cls, dataset: Dataset) -> RowsTask:
         """Return the task of a data set with numbers as targets."""
-        return RowsTask.of(dataset, cls(), dataset.y_train.shape[1])
+        return RowsTask.of(dataset, cls())
 
     def part(self, output: Tensor, y: Tensor) -> Tensor:
         dtype = wide(y.device)
@@ -72,6 +72,3 @@ class Regression(Kind):
             found, wanted = (", ".join(map(str, ("N", *shape[1:]))) for shape in (output.shape, y.shape))
             raise ValueError(f"its output is ({found}); the targets are ({wanted})")
         super().check(output, y)
-
-
-OF_DATASET["regression"] = Regression.task

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop.data import Dataset, batches
+from beyondprop.data._dataset import split_rows
 from beyondprop.lab.nets import build
 from beyondprop.lab.tasks.base import Kind, Metric
 from beyondprop.lab.tasks.evaluation import ROWS, measured
 from beyondprop.stages.losses import LossFunction
 
-_SEEDS = 2**63
+TRAINING = "training "
+"""What comes before a metric's key where it is measured on the training rows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -24,6 +26,7 @@ class RowsTask:
     Attributes:
         kind: loss and metrics.
         outputs: what a network gives for a row.
+        measures_training: whether `evaluate` measures the training rows, too, as `training accuracy` and so on.
         draw: `draw(task, seed)` returns the task as a seed draws it, for instance with some of its rows; None: as it is.
     """
 
@@ -35,20 +38,19 @@ class RowsTask:
     kind: Kind
     outputs: int = 0
     sample: str = "row"
+    measures_training: bool = False
     draw: Callable[[RowsTask, int], RowsTask] | None = None
 
     @classmethod
-    def of(cls, dataset: Dataset, kind: Kind, outputs: int) -> RowsTask:
+    def of(cls, dataset: Dataset, kind: Kind) -> RowsTask:
         """Return the task of a data set."""
         rows = {key: getattr(dataset, key) for key in ("name", "x_train", "y_train", "x_test", "y_test")}
-        return cls(kind=kind, outputs=outputs, **rows)
+        return cls(kind=kind, outputs=dataset.outputs, **rows)
 
     def __repr__(self) -> str:
         tested = 0 if self.y_test is None else len(self.y_test)
-        kind = type(self.kind).__name__
-        return (
-            f"RowsTask({self.name!r}, {kind}, train={len(self.y_train)}, test={tested}, input_shape={self.input_shape})"
-        )
+        kind, shape = type(self.kind).__name__, tuple(self.x_train.shape[1:])
+        return f"RowsTask({self.name!r}, {kind}, train={len(self.y_train)}, test={tested}, input_shape={shape})"
 
     @property
     def loss(self) -> LossFunction:
@@ -58,22 +60,29 @@ class RowsTask:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """What `evaluate` measures; nothing without test rows."""
-        return () if self.x_test is None else self.kind.metrics
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one row's input."""
-        return tuple(self.x_train.shape[1:])
+        if self.x_test is None:
+            return ()
+        own = self.kind.metrics
+        if self.measures_training:
+            own += tuple(replace(m, key=f"{TRAINING}{m.key}", label=f"{TRAINING}{m.label}") for m in own)
+        return own
 
     def net(self, form: str) -> nn.Module:
         """See `Task.net`."""
-        return build(form, self.input_shape, self.outputs)
+        return build(form, tuple(self.x_train.shape[1:]), self.outputs)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """See `Task.evaluate`."""
         if self.x_test is None or self.y_test is None:
             return {}
-        return measured(model, self.kind, zip(self.x_test.split(ROWS), self.y_test.split(ROWS), strict=True))
+        found = self._measured(model, self.x_test, self.y_test)
+        if self.measures_training:
+            own = self._measured(model, self.x_train, self.y_train)
+            found |= {f"{TRAINING}{key}": value for key, value in own.items()}
+        return found
+
+    def _measured(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+        return measured(model, self.kind, zip(x.split(ROWS), y.split(ROWS), strict=True))
 
     def drawn(self, seed: int) -> RowsTask:
         """Return the task as a seed draws it."""
@@ -81,16 +90,12 @@ class RowsTask:
 
     def held_out(self, share: float) -> RowsTask:
         """See `Task.held_out`; equal rows, whatever the seeds of trainings are."""
-        generator = torch.Generator().manual_seed(0)
-        held, kept = split_rows(len(self.y_train), share, generator)
-        held, kept = held.to(self.x_train.device), kept.to(self.x_train.device)
-        return replace(
-            self,
-            x_train=self.x_train.index_select(0, kept),
-            y_train=self.y_train.index_select(0, kept),
-            x_test=self.x_train.index_select(0, held),
-            y_test=self.y_train.index_select(0, held),
-        )
+        x, y, rows = self.x_train, self.y_train, len(self.y_train)
+        count = min(max(1, round(share * rows)), rows - 1)
+        accepted = "the training rows that are held out must be 1 … {last}"
+        halves = split_rows(rows, count, 1, torch.Generator().manual_seed(0), accepted)
+        kept, held = (part.to(x.device) for part in halves)
+        return replace(self, x_train=x[kept], y_train=y[kept], x_test=x[held], y_test=y[held])
 
     def to(self, device: str) -> RowsTask:
         """See `Task.to`."""
@@ -98,19 +103,14 @@ class RowsTask:
         return replace(self, **{key: None if value is None else value.to(device) for key, value in rows.items()})
 
 
-def split_rows(rows: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the rows that are held out, and of those that are kept, both rising."""
-    count = min(max(1, round(share * rows)), rows - 1)
-    if rows < 2:
-        raise ValueError(f"There is {rows} training row; one or more must be left beside those that are held out.")
-    order = torch.randperm(rows, generator=generator)
-    return order[:count].sort().values, order[count:].sort().values
-
-
 def shuffled(
     x: Tensor, y: Tensor, epoch: int, batch_size: int, seed: int, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return an epoch's batches, from number `start` on; the order comes from `seed` and the epoch's number alone."""
-    # Seeded by both numbers, so that no epoch's order depends on what was drawn before it.
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % _SEEDS)
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     return batches(x, y, batch_size, generator=generator, start=start)
+
+
+def seed_of(seed: int, epoch: int) -> int:
+    """Return a seed made of both numbers, so that no epoch's order depends on what was drawn before it."""
+    return (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63

@@ -14,10 +14,8 @@ from beyondprop.lab.nets import build
 from beyondprop.lab.tasks.base import Metric
 from beyondprop.lab.tasks.evaluation import measured
 from beyondprop.lab.tasks.regression import LossOnly
-from beyondprop.stages.losses import LossFunction
 
 ERROR = Metric("loss", "mean squared error", higher_is_better=False)
-_KIND = LossOnly(nn.MSELoss())
 _TEST = 10**6
 
 
@@ -64,35 +62,18 @@ class AddingTask:
         """Their sums, `(1000, 1)`."""
         return self.rows[1]
 
-    @property
-    def loss(self) -> LossFunction:
-        """Mean squared error."""
-        return _KIND.loss
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The error alone."""
-        return (ERROR,)
-
-    @property
-    def kind(self) -> LossOnly:
-        """How outputs are judged."""
-        return _KIND
-
-    @property
-    def input_shape(self) -> tuple[int, int]:
-        """The shape of a sequence."""
-        return (self.length, 2)
-
+    kind = LossOnly(nn.MSELoss())
+    loss = kind.loss
+    metrics = (ERROR,)
     outputs = 1
 
     def net(self, form: str) -> nn.Module:
         """See `Task.net`."""
-        return build(form, self.input_shape, self.outputs)
+        return build(form, (self.length, 2), self.outputs)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """See `Task.evaluate`."""
-        return measured(model, _KIND, [self.rows])
+        return measured(model, self.kind, [self.rows])
 
     def drawn(self, seed: int) -> AddingTask:
         """Return the task with the test sequences of a seed."""

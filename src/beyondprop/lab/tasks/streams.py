@@ -53,6 +53,7 @@ class ContinualTask:
     stream: Any = field(init=False)
     parts: Sequence[data.StreamTask] = field(init=False)
     loss: LossFunction = field(default_factory=nn.CrossEntropyLoss)
+    metrics = (AVERAGE, FORGETTING)
 
     def __post_init__(self) -> None:
         stream = self.make(self.dataset, self.seed)
@@ -72,19 +73,9 @@ class ContinualTask:
         return self.dataset.y_train % self.outputs
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """Average accuracy, and forgetting."""
-        return (AVERAGE, FORGETTING)
-
-    @property
     def kind(self) -> Classification:
         """How outputs are judged."""
         return Classification(self.loss, tuple(map(str, range(self.outputs))))
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
-        return self.dataset.input_shape
 
     @property
     def outputs(self) -> int:
@@ -103,7 +94,7 @@ class ContinualTask:
 
     def net(self, form: str) -> nn.Module:
         """See `Task.net`."""
-        return build(form, self.input_shape, self.outputs)
+        return build(form, self.dataset.input_shape, self.outputs)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return the accuracy on every task, those to come among them, and their mean."""
@@ -117,11 +108,9 @@ class ContinualTask:
     def over(self, evaluations: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Return forgetting after the last of the evaluations, the first of which is from before the training."""
         rows = [[value for key, value in row.items() if key.startswith(ON_TASK)] for row in evaluations[1:]]
-        done = len(rows)
-        if done < 2:
+        if len(rows) < 2:
             return {"forgetting": 0.0}
-        matrix = torch.tensor(rows, dtype=torch.float64)[:, :done]
-        return {"forgetting": forgetting(matrix)}
+        return {"forgetting": forgetting(torch.tensor(rows, dtype=torch.float64)[:, : len(rows)])}
 
     def drawn(self, seed: int) -> ContinualTask:
         """Return the stream that a seed draws."""

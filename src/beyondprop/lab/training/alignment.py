@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,39 +50,32 @@ def alignment(rule: LearningRule, x: Tensor, y: Tensor, *, of: str = "gradient")
     twin.discard()
     devices = [y.device] if y.device.type == "cuda" else []
     groups = {name: [p for p in parameters if p.requires_grad] for name, parameters in twin.stage_parameters().items()}
-    groups = {name: parameters for name, parameters in groups.items() if parameters}
     every = [p for parameters in groups.values() for p in parameters]
     buffers = [b.clone() for b in twin.model.buffers()]
     with torch.random.fork_rng(devices=devices):
-        random_state = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
         loss = twin.loss(twin.model(x), y)
-        true = dict(zip(every, torch.autograd.grad(loss, every, allow_unused=True), strict=True))
-        with torch.no_grad():
-            for buffer, saved in zip(twin.model.buffers(), buffers, strict=True):
-                buffer.copy_(saved)
-        before = {p: p.detach().clone() for p in every}
-        torch.set_rng_state(random_state[0])  # the same dropout masks
-        for device, state in zip(devices, random_state[1], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        gradients = torch.autograd.grad(loss, every, allow_unused=True, materialize_grads=True)
+        true = dict(zip(every, gradients, strict=True))
+    with torch.no_grad():
+        for buffer, saved in zip(twin.model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+    before = {p: p.detach().clone() for p in every}
+    with torch.random.fork_rng(devices=devices):  # from the same state again, for the same dropout masks
         if of == "gradient":
             twin.backward(x, y)
-            moved = {p: None if p.grad is None else -p.grad for p in every}
+            moved = {p: torch.zeros_like(p) if p.grad is None else -p.grad for p in every}
         else:
             twin.step(x, y)
             moved = {p: p.detach() - before[p] for p in every}
-    return {name: _compare(parameters, moved, true) for name, parameters in groups.items()}
+    return {
+        name: _compare(*(torch.cat([found[p].flatten() for p in parameters]).double() for found in (moved, true)))
+        for name, parameters in groups.items()
+        if parameters
+    }
 
 
-def _compare(
-    parameters: list[torch.nn.Parameter],
-    moved: Mapping[torch.nn.Parameter, Tensor | None],
-    true: Mapping[torch.nn.Parameter, Tensor | None],
-) -> Alignment:
-    update, descent = (
-        torch.cat([torch.zeros_like(p).flatten() if v[p] is None else v[p].flatten() for p in parameters]).double()  # type: ignore[union-attr]
-        for v in (moved, true)
-    )
-    descent = -descent
+def _compare(update: Tensor, gradient: Tensor) -> Alignment:
+    descent = -gradient
     lengths = float(update.norm()), float(descent.norm())
     if 0.0 in lengths:
         return Alignment(math.nan, math.nan, math.inf if lengths[0] else 0.0 if lengths[1] else math.nan)

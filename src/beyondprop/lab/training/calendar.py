@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -29,7 +30,7 @@ class Calendar:
         if hasattr(task, "steps"):
             return cls((task.steps,))
         rows = getattr(task, "epoch_rows", None) or (len(task.x_train),)
-        return cls(tuple(epoch_of(model, count, batch_size)[0] for count in rows))
+        return cls(tuple(_steps(model, count, batch_size) for count in rows))
 
     @property
     def longest(self) -> int:
@@ -39,16 +40,13 @@ class Calendar:
     def where(self, step: int) -> tuple[int, int]:
         """Return the epoch that step number `step` is in, and how many of its steps are done before."""
         rounds, rest = divmod(step, sum(self.lengths))
-        for index, length in enumerate(self.lengths):
-            if rest < length:
-                return rounds * len(self.lengths) + index, rest
-            rest -= length
-        raise AssertionError
+        index = bisect_right(list(accumulate(self.lengths)), rest)
+        return rounds * len(self.lengths) + index, rest - sum(self.lengths[:index])
 
     def end(self, epoch: int) -> int:
         """Return the number of steps that are done when an epoch is over."""
         rounds, index = divmod(epoch, len(self.lengths))
-        return rounds * sum(self.lengths) + list(accumulate(self.lengths))[index]
+        return rounds * sum(self.lengths) + sum(self.lengths[: index + 1])
 
     def epochs(self, step: int) -> float:
         """Return the epochs that so many steps are."""
@@ -62,8 +60,7 @@ class Calendar:
         if len(self.lengths) == 1:
             return round(epochs * self.lengths[0])
         whole = int(epochs)
-        begun = self.end(whole - 1) if whole else 0
-        return begun + round((epochs - whole) * self.lengths[whole % len(self.lengths)])
+        return self.end(whole - 1) + round((epochs - whole) * self.lengths[whole % len(self.lengths)])
 
 
 def stop_step(stop: float, steps: int, calendar: Calendar) -> int:
@@ -79,14 +76,10 @@ def stop_step(stop: float, steps: int, calendar: Calendar) -> int:
     return step
 
 
-def epoch_of(model: nn.Module, rows: int, batch_size: int) -> tuple[int, int]:
-    """Return the steps and the rows of an epoch, without a last batch that a BatchNorm could not normalise."""
-    steps = -(-rows // batch_size)
-    if batch_size > 1 and rows % batch_size == 1 and any(isinstance(m, _BATCH_NORM) for m in model.modules()):
+def _steps(model: nn.Module, rows: int, batch_size: int) -> int:
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    if batch_size > 1 and rows % batch_size == 1 and any(isinstance(m, batch_norm) for m in model.modules()):
         if rows == 1:
             raise ValueError("There is 1 training row; a model with BatchNorm needs 2 or more in a batch.")
-        return steps - 1, rows - 1
-    return steps, rows
-
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+        return rows // batch_size
+    return -(-rows // batch_size)

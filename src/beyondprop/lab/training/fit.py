@@ -10,7 +10,7 @@ There is no trainer object to satisfy: whoever wants another loop calls `rule.st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from beyondprop.lab.runs.context import recorded_warnings
@@ -76,25 +76,15 @@ def fit(
     elif settings:
         raise TypeError(f"{', '.join(settings)} are given beside training; put them into it.")
     task = as_task(data, rule.loss.loss, test)
-    with _shown(progress) as shown:
-        loop = Loop(
-            rule=rule,
-            task=task,
-            training=training,
-            after=after,
-            log=log,
-            progress=shown,
-            save=save,
-            interrupted=interrupted,
-        )
+    with _bar() if progress is True else nullcontext(progress or None) as shown:
+        loop = Loop(rule, task, training, after, log, shown, save, interrupted)
         if resume is not None:
             loop.restore(resume)
-        with recorded_warnings(loop.warned, loop.on_warning):
+        with recorded_warnings(loop.warned, lambda message: loop.record("warning", {"message": message})):
             try:
                 loop.run()
             except Failed as error:
-                message = " ".join(str(error).split()) or type(error).__name__
-                loop.record({"kind": "failed", "step": loop.step, "epoch": loop.epoch, "message": message})
+                loop.record("failed", {"message": " ".join(str(error).split()) or type(error).__name__})
                 raise
             finally:
                 loop.give_back()
@@ -102,13 +92,7 @@ def fit(
 
 
 @contextmanager
-def _shown(progress: Callable[[int, int], None] | bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    if not progress:
-        yield None
-        return
+def _bar() -> Iterator[Callable[[int, int], None]]:
     from rich.progress import Progress
 
     with Progress(transient=True) as bar:

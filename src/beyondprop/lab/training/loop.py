@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError
+from beyondprop.lab.runs.recorded import Row
 from beyondprop.lab.tasks.evaluation import wide
 from beyondprop.lab.tasks.loader import device_of, moved
 from beyondprop.lab.tasks.rows import shuffled
@@ -22,9 +23,6 @@ from beyondprop.lab.training.alignment import alignment as measure_alignment
 from beyondprop.lab.training.calendar import Calendar, stop_step
 from beyondprop.lab.training.work import is_plain, work_per_step
 from beyondprop.rules.base import LearningRule
-
-Row = dict[str, Any]
-"""One record as `metrics.jsonl` has it, without the names of rule and seed."""
 
 State = dict[str, Any]
 """Everything that training goes on from: nested dicts and lists of tensors, numbers and strings."""
@@ -95,7 +93,7 @@ class History:
         return [row for row in self.rows if row["kind"] == "eval"]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Loop:
     """One call of `fit`: its arguments, and how far it is."""
 
@@ -114,22 +112,20 @@ class Loop:
         self._check()
         self.costly = bool(getattr(model, "costly", False))
         self.calendar = Calendar.of(model, self.task, training.batch_size, whole_set=self.whole_set)
-        every, most = training.evaluate_every, self.calendar.longest
-        self.every = most if every is None else every
-        if self.whole_set and every is not None:  # what other rules call an epoch is one step here
-            batches = Calendar.of(model, self.task, training.batch_size).longest
-            self.every = max(1, round(every / batches))
-        self.at_epochs = every is None
+        self.every = training.evaluate_every
+        if self.whole_set and self.every is not None:  # what other rules call an epoch is one step here
+            self.every = max(1, round(self.every / Calendar.of(model, self.task, training.batch_size).longest))
         self.steps = max(1, self.calendar.step_at(training.epochs))
-        self.first, self.seconds, self.work_before = self._handed_over()
-        self.samples = self._samples_before()
+        self.first, self.samples, self.seconds, self.work_before = self._handed_over()
         self.last = self.steps if training.stop is None else stop_step(training.stop, self.steps, self.calendar)
         if self.first >= self.last:
             raise ValueError(
                 f"The training handed over in after ends at step {self.first}, this one at step {self.last}."
             )
         self.rates = [(group["lr"], "initial_lr" in group) for group in self._groups()]
-        self.schedulers = schedules.attach(self.rule.optimizers, training.schedule, self.steps, most, self.first)
+        self.schedulers = schedules.attach(
+            self.rule.optimizers, training.schedule, self.steps, self.calendar.longest, self.first
+        )
         self.history = History()
         self.device = device_of(model)
         self.step = self.first
@@ -156,15 +152,10 @@ class Loop:
         if training.early_stop is not None and not self.task.metrics:
             raise ValueError(f"early_stop needs rows to evaluate on; {name} has none: give test rows.")
 
-    @property
-    def epoch(self) -> float:
-        """Epochs done, fractions among them."""
-        return self.calendar.epochs(self.step)
-
-    def _handed_over(self) -> tuple[int, float, float]:
-        """Return the steps, seconds and work of the training that this one goes on from."""
+    def _handed_over(self) -> tuple[int, int, float, float]:
+        """Return the steps, samples, seconds and work of the training that this one goes on from."""
         if self.after is None:
-            return 0, 0.0, 0.0
+            return 0, 0, 0.0, 0.0
         if not self.after.evaluations:
             raise ValueError("after has no evaluation; it must be what fit returned for the training before this one.")
         row = self.after.evaluations[-1]
@@ -173,10 +164,7 @@ class Loop:
                 f"after ends at step {row['step']} and epoch {row['epoch']:.4g}; here an epoch has "
                 f"{self.calendar.longest} steps. Go on with the same data and batch_size."
             )
-        return row["step"], row["seconds"], math.nan if row["work"] is None else row["work"]
-
-    def _samples_before(self) -> int:
-        return 0 if self.after is None else int(self.after.evaluations[-1]["samples"])
+        return row["step"], row["samples"], row["seconds"], math.nan if row["work"] is None else row["work"]
 
     def run(self) -> None:
         """Train to the end."""
@@ -186,8 +174,7 @@ class Loop:
             self._save()
         while self.step < self.last and not self.history.stopped_early:
             self._run_epoch()
-        row: Row = {"kind": "finished", "step": self.step, "epoch": self.epoch}
-        self.record(row | {"stopped_early": self.history.stopped_early})
+        self.record("finished", {"stopped_early": self.history.stopped_early})
 
     def _measure_work(self) -> float:
         if self.costly:
@@ -231,7 +218,7 @@ class Loop:
                 self.rule.end_epoch()
                 if getattr(self.task, "epochs_are_tasks", False):
                     self.rule.end_task()
-            if (self.step == end if self.at_epochs else self.step % self.every == 0) or self.step == self.last:
+            if (self.step == end if self.every is None else self.step % self.every == 0) or self.step == self.last:
                 self.seconds += self._now() - began
                 self._evaluate()
                 self._save()
@@ -273,63 +260,48 @@ class Loop:
             if self.calendar.where(self.step)[1] == 0:
                 self.found.append(found)
             found = found | self.task.over(self.found)
-        train = self.loss_sum.item()
         row: Row = {
-            "kind": "eval",
-            "step": self.step,
-            "epoch": self.epoch,
             "samples": self.samples,
             "work": _finite(self.work_before + (self.step - self.first) * self.work),
             "seconds": round(self.seconds, 6),
-            "train_loss": _finite(train / self.loss_rows) if self.loss_rows else None,
+            "train_loss": _finite(self.loss_sum.item() / self.loss_rows) if self.loss_rows else None,
             **{key: _finite(value) for key, value in found.items()},
         }
         if counted := counters(self.rule.model):
             row["counters"] = {key: _finite(value) for key, value in counted.items()}
-        self.record(row)
+        self.record("eval", row)
         self.loss_sum.zero_()
         self.loss_rows = 0
         if self.training.alignment and not self.costly:
             self._align()
         if self.training.early_stop is not None and self.task.metrics:
             metric = self.task.metrics[0]
-            value = found[metric.key]
-            self._note_improvement(value if metric.higher_is_better else -value, self.training.early_stop)
+            value = found[metric.key] if metric.higher_is_better else -found[metric.key]
+            if math.isfinite(value) and (self.best is None or value > self.best):
+                self.best, self.since_best = value, 0
+            else:
+                self.since_best += 1
+            self.history.stopped_early = self.since_best >= self.training.early_stop
         if self.progress is not None:
             self.progress(self.step - self.first, self.last - self.first)
 
     def _align(self) -> None:
-        if not hasattr(self.task, "x_train"):  # a loader's
+        if self.whole_set or not hasattr(self.task, "x_train"):  # a loader has none
             x, y = next(iter(self._batches(0, 0)))
         else:
-            x, y = self.task.x_train, self.task.y_train
-        if not self.whole_set and hasattr(self.task, "x_train"):
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.training.seed))
-            chosen = order[: self.training.batch_size].to(x.device)
-            x, y = x[chosen], y[chosen]
-        found = measure_alignment(self.rule, x, y)
-        stages = {
-            name: {key: _finite(getattr(a, key)) for key in ("cosine", "angle", "norm_ratio")}
-            for name, a in found.items()
-        }
-        self.record({"kind": "alignment", "step": self.step, "epoch": self.epoch, "stages": stages})
+            order = torch.randperm(len(self.task.x_train), generator=torch.Generator().manual_seed(self.training.seed))
+            chosen = order[: self.training.batch_size].to(self.task.x_train.device)
+            x, y = self.task.x_train[chosen], self.task.y_train[chosen]
+        found = {name: asdict(stage) for name, stage in measure_alignment(self.rule, x, y).items()}
+        stages = {name: {key: _finite(value) for key, value in stage.items()} for name, stage in found.items()}
+        self.record("alignment", {"stages": stages})
 
-    def _note_improvement(self, value: float, patience: int) -> None:
-        if math.isfinite(value) and (self.best is None or value > self.best):
-            self.best, self.since_best = value, 0
-        else:
-            self.since_best += 1
-        self.history.stopped_early = self.since_best >= patience
-
-    def record(self, row: Row) -> None:
-        """Keep a row and pass it on."""
+    def record(self, kind: str, fields: Row) -> None:
+        """Keep a row of what is found at this step, and pass it on."""
+        row: Row = {"kind": kind, "step": self.step, "epoch": self.calendar.epochs(self.step), **fields}
         self.history.rows.append(row)
         if self.log is not None:
             self.log(row)
-
-    def on_warning(self, message: str) -> None:
-        """Record a warning."""
-        self.record({"kind": "warning", "step": self.step, "epoch": self.epoch, "message": message})
 
     def _save(self) -> None:
         if self.save is not None:
@@ -356,10 +328,8 @@ class Loop:
             raise ValueError(
                 f"The state is of an older version and lacks {', '.join(missing)}; begin the training anew."
             )
-        differing = [
-            f"{k} {v!r} then, {self._call()[k]!r} now" for k, v in state["call"].items() if v != self._call()[k]
-        ]
-        if differing:
+        now = self._call()
+        if differing := [f"{k} {v!r} then, {now[k]!r} now" for k, v in state["call"].items() if v != now[k]]:
             raise ValueError(f"The state is of another training: {'; '.join(differing)}. Resume with equal arguments.")
         self.rule.model.load_state_dict(state["model"])
         self.rule.load_state_dict(state["rule"])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from beyondprop import _checks
+
 FORMS: dict[str, str] = {
     "constant": "the learning rate as it is",
     "linear": "falls to 0 over the run, a little every step",
     "cosine": "falls to 0 over the run, along half a cosine",
     "halve:N": "halved every N epochs",
+    "warmup:S": "rises over a share S of the run, such as 0.05, then falls linearly to 0",
 }
 """What `factor` accepts, for help texts."""
 
@@ -39,11 +41,21 @@ def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], f
     if kind == "halve" and number.isdecimal() and int(number) > 0:
         period = int(number) * steps_per_epoch
         return lambda step: 0.5 ** (step // period)
-    close = difflib.get_close_matches(kind, [form.partition(":")[0] for form in FORMS], n=1)
-    hint = f"; perhaps you meant {close[0]!r}" if close and close[0] != schedule and close[0] != kind else ""
+    if kind == "warmup" and _is_share(number):
+        warm = max(1, round(float(number) * steps))
+        return lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+    kinds = [form.partition(":")[0] for form in FORMS]
+    hint = "" if kind in kinds else _checks.hint(kind, kinds)
     raise ValueError(
-        f"schedule must be one of {', '.join(FORMS)} (N a whole number of epochs >= 1), got {schedule!r}{hint}."
+        f"schedule must be one of {', '.join(FORMS)} (N a whole number of epochs >= 1, S in (0, 1)), got {schedule!r}{hint}."
     )
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
 
 
 def attach(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beyondprop.data import Stream
-from beyondprop.lab.tasks.evaluation import evaluation_mode
+from beyondprop.lab.runs.recorded import Row
 from beyondprop.lab.tasks.streams import ON_TASK, ContinualTask, average_accuracy, backward_transfer, forgetting
 from beyondprop.lab.training.fit import fit
-from beyondprop.lab.training.loop import Row
+from beyondprop.nn.functional import evaluation_mode
 from beyondprop.rules.base import LearningRule
 
 
@@ -80,28 +81,21 @@ def run_stream(
     task = ContinualTask("stream", dataset, lambda dataset, seed: stream, loss=rule.loss.loss)
     x, _ = parts[0].test()
     rule.check_input(x)
-    _check_outputs(rule.model, x[:1], stream.num_classes)
-    done = 0
+    with evaluation_mode(rule.model), torch.inference_mode():
+        output = rule.model(x[:1])
+    if output.ndim != 2 or output.shape[1] < stream.num_classes:
+        raise ValueError(
+            f"The model must have an output for each of the stream's classes, (N, {stream.num_classes}), got "
+            f"({', '.join(map(str, ('N', *output.shape[1:])))})."
+        )
+    evaluations = count()  # the first comes before any task
 
     def log(row: Row) -> None:
-        nonlocal done
-        if row["kind"] == "eval":
-            if done and progress is not None:
-                progress(done, len(parts))
-            done += 1
+        if row["kind"] == "eval" and (done := next(evaluations)) and progress is not None:
+            progress(done, len(parts))
 
     history = fit(rule, task, epochs=len(parts), batch_size=batch_size, seed=seed, schedule="constant", log=log)
     rows = history.evaluations[1:]
     found = [[value or 0.0 for key, value in row.items() if key.startswith(ON_TASK)] for row in rows]
     last = rows[-1]
     return StreamResult(torch.tensor(found, dtype=torch.float64), last["samples"], last["step"], last["seconds"])
-
-
-def _check_outputs(model: nn.Module, x: Tensor, classes: int) -> None:
-    with evaluation_mode(model), torch.inference_mode():
-        output = model(x)
-    if output.ndim != 2 or output.shape[1] < classes:
-        found = ", ".join(map(str, ("N", *output.shape[1:])))
-        raise ValueError(
-            f"The model must have an output for each of the stream's classes, (N, {classes}), got ({found})."
-        )

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from beyondprop.errors import NonFiniteError
-from beyondprop.rules.backprop import Backprop
-from beyondprop.rules.base import LearningRule
+from beyondprop.rules import Backprop, LearningRule
 
 _aten = torch.ops.aten
 
@@ -38,8 +37,7 @@ def work_per_step(rule: LearningRule, x: Tensor, y: Tensor, *, steps: int = 10) 
         The ratio; nan where it cannot be known: a first step that fails, or a model without products.
     """
     baseline = Backprop(copy.deepcopy(rule.model), rule.loss.loss, partial(torch.optim.SGD, lr=0.0))
-    device = y.device
-    devices = [device] if device.type == "cuda" else []
+    devices = [y.device] if y.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain, _ = _count(baseline, x, y, 1)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.rules.offline.base import OfflineRule, OfflineState
-from beyondprop.rules.offline.layers import Weights, code_gaps, in_dtype, pre_activations, rows, split_penalty
+from beyondprop.rules.offline.layers import Weights, in_dtype, post_activations, pre_activations, rows
 from beyondprop.rules.offline.least_squares import LeastSquares
-from beyondprop.rules.offline.proximal import FeatureProx, piecewise_prox
+from beyondprop.rules.offline.proximal import feature_prox, piecewise_prox
 from beyondprop.stages.losses import LossFunction
 
 
@@ -34,8 +34,7 @@ class ADMM(OfflineRule):
     each other. There is no step length and no guarantee of descent.
 
     Args:
-        model: `nn.Sequential` of Linear layers behind reshapes and piecewise linear activations.
-        loss: `loss(output, y)`, reported; its closed form is fitted where it has one.
+        model, loss: of `OfflineRule`; activations are piecewise linear.
         output_loss: `"hinge"` (as published, on labels or rows of 0 and 1) or `"squared"`.
         gamma: > 0, weight of a_l = h(z_l).
         beta: > 0, weight of z_l = W_l a_{l-1} + b_l.
@@ -44,10 +43,6 @@ class ADMM(OfflineRule):
         initial_codes: `"forward"`: codes from the network's forward pass; `"normal"`: independent standard normal numbers,
             as published, which forget the initial weights.
         generator: where normal codes come from; default: torch's global one.
-
-    Raises:
-        UnsupportedModelError: if a stage has no closed form; the message names it and the way out.
-        ValueError: if an argument is out of its range, or the loss has no closed form.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
@@ -87,64 +82,49 @@ class ADMM(OfflineRule):
             pre = [u.normal_(generator=self.generator) for u in pre]
             post = [torch.empty_like(u).normal_(generator=self.generator) for u in pre[:-1]]
         else:
-            post = [layer.features(u) for layer, u in zip(self.layers[1:], pre, strict=False)]
-            post = [v.clone() if v is u else v for v, u in zip(post, pre, strict=False)]
+            post = post_activations(self.layers, pre)
         return OfflineState({"pre": pre, "post": post, "multiplier": [torch.zeros_like(pre[-1])]}, {"sweeps": 0})
 
     def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
         pre, post = list(state.codes["pre"]), list(state.codes["post"])
         (multiplier,) = state.codes["multiplier"]
         weights = self._weights
-        prox = self.output_loss.prox
-        assert prox is not None
-        for index, layer in enumerate(self.layers[:-1]):
+        for index, layer in enumerate(self.layers):
             below = post[index - 1] if index else features
             with self.solving(layer):
-                weights[index] = self._fit(index, below, pre[index])
-                post[index], pre[index] = self._codes_of(index, below, pre, weights)
-        below = post[-1]
-        with self.solving(self.layers[-1]):
-            weights[-1] = self._fit(len(weights) - 1, below, pre[-1])
-        linear = torch.cat([nn.functional.linear(below[part], *weights[-1]) for part in rows(len(below))])
-        pre[-1] = prox(targets, torch.sub(linear, multiplier, alpha=1 / self.beta), self.beta)
+                if layer.trains:
+                    weights[index] = self._fit(below, pre[index], bias=layer.bias is not None)
+                if index < len(post):
+                    post[index], pre[index] = self._codes_of(index, below, pre, weights)
+        linear = torch.cat([nn.functional.linear(post[-1][part], *weights[-1]) for part in rows(len(features))])
+        pre[-1] = self.output_loss.prox(targets, torch.sub(linear, multiplier, alpha=1 / self.beta), self.beta)
         sweeps = state.numbers["sweeps"] + 1
         if sweeps > self.warm_start:
             multiplier = torch.add(multiplier, pre[-1] - linear, alpha=self.beta)
-        codes = {"pre": pre, "post": post, "multiplier": [multiplier]}
-        return OfflineState(codes, {"sweeps": sweeps}), weights
+        return OfflineState({"pre": pre, "post": post, "multiplier": [multiplier]}, {"sweeps": sweeps}), weights
 
-    def _fit(self, index: int, below: Tensor, pre: Tensor) -> Weights:
-        """Return the least-squares weights from a_{l-1} to z_l."""
-        layer = self.layers[index]
-        if not layer.trains:
-            return layer.now
-        moments = LeastSquares(layer.weight.shape[1], layer.weight.shape[0], below.device)
+    def _fit(self, below: Tensor, pre: Tensor, *, bias: bool) -> Weights:
+        moments = LeastSquares(below.shape[1], pre.shape[1], below.device)
         for part in rows(len(below)):
             moments.add(below[part], pre[part])
-        return in_dtype(moments.solve(self.damping, bias=layer.bias is not None), below)
+        return in_dtype(moments.solve(self.damping, bias=bias), below)
 
     def _codes_of(self, index: int, below: Tensor, pre: list[Tensor], weights: list[Weights]) -> tuple[Tensor, Tensor]:
         """Return a_l, then z_l."""
         above = self.layers[index + 1]
-        pieces = above.pieces
-        assert pieces is not None
-        solve = FeatureProx(*weights[index + 1], gamma=self.gamma, rho=self.beta)
+        solve = feature_prox(*weights[index + 1], gamma=self.gamma, rho=self.beta)
         active, moved = torch.empty_like(pre[index]), torch.empty_like(pre[index])
         for part in rows(len(below)):
             active[part] = solve(above.features(pre[index][part]), pre[index + 1][part])
             center = nn.functional.linear(below[part], *weights[index])
-            moved[part] = piecewise_prox(active[part], center, self.beta / self.gamma, pieces)
+            moved[part] = piecewise_prox(active[part], center, self.beta / self.gamma, above.pieces)
         return active, moved
 
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
         """Return the augmented Lagrangian, mean over the rows."""
-        pre, post = state.codes["pre"], state.codes["post"]
-        (multiplier,) = state.codes["multiplier"]
-        linear = nn.functional.linear(post[-1], *weights[-1])
-        total = self.output_loss.values(pre[-1], targets).double().sum()
-        total += (multiplier * (pre[-1] - linear)).double().sum()
-        total += split_penalty(self.layers, weights, features, pre, post, gamma=self.gamma, rho=self.beta)
+        output, (multiplier,) = state.codes["pre"][-1], state.codes["multiplier"]
+        linear = nn.functional.linear(state.codes["post"][-1], *weights[-1])
+        total = self.output_loss.values(output, targets).double().sum()
+        total += (multiplier * (output - linear)).double().sum()
+        total += self.split_penalty(features, state, weights, self.gamma, self.beta)
         return total / len(features)
-
-    def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        return code_gaps(self.layers, weights, features, state.codes["pre"], state.codes["post"])

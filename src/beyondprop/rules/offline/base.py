@@ -1,11 +1,10 @@
-"""What methods share that keep auxiliary variables ("codes") for a whole data set: one step is one sweep over all its rows.
+"""What methods share that keep auxiliary variables ("codes") for a whole data set.
 
-A rule of this kind owns codes for one data set. The first `step(x, y)` makes them by a forward pass, so that at the start
-the relaxed objective is the mean of the rule's `output_loss` over the network's own outputs; every later step must bring the
-same rows. That loss sums over a row's outputs: cross-entropy is `nn.CrossEntropyLoss`, the squared one `|z - y|^2 / 2` is d/2
-times `nn.MSELoss` on d outputs; the penalties' weights (mu, gamma, rho, beta) are relative to it. Weights are written in place
-in the user's model, whole or not at all: a sweep computes new weights and new codes beside the old ones, all are checked,
-then written.
+The first `step(x, y)` makes the codes by a forward pass, so that at the start the relaxed objective is the mean of the rule's
+`output_loss` over the network's own outputs; every later step must bring the same rows. That loss sums over a row's outputs:
+cross-entropy is `nn.CrossEntropyLoss`, the squared one `|z - y|^2 / 2` is d/2 times `nn.MSELoss` on d outputs; the penalties'
+weights (mu, gamma, rho, beta) are relative to it. A sweep computes new weights and new codes beside the old ones; all are
+checked, then written, the weights in place in the user's model.
 """
 
 from __future__ import annotations
@@ -13,68 +12,38 @@ from __future__ import annotations
 import abc
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.nn.activations import closed_form
 from beyondprop.rules.base import LearningRule, StepResult, trainable
-from beyondprop.rules.offline.layers import OfflineLayer, Weights, in_dtype, nested, rows
+from beyondprop.rules.offline.layers import OfflineLayer, Weights, pre_activations, rows, value_of
 from beyondprop.rules.offline.proximal import PIECEWISE, pieces_of
 from beyondprop.rules.offline.row_losses import RowLoss, row_loss
-from beyondprop.stages.affine import AffineStage
-from beyondprop.stages.chain import Chain
-from beyondprop.stages.losses import LossFunction
-from beyondprop.stages.stage import Stage
+from beyondprop.stages import AffineStage, Chain, LossFunction, Stage
 
 
 @dataclass(slots=True)
 class OfflineState:
-    """What a sweep starts from and what it leaves.
-
-    Attributes:
-        codes: lists of tensors `(N, width)` by name, one tensor a layer.
-        numbers: the rule's own counts and schedules.
-    """
+    """What a sweep starts from and what it leaves: codes `(N, width)` by name, one a layer; the rule's counts and schedules."""
 
     codes: dict[str, list[Tensor]]
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Fingerprint:
-    """Enough of a data set to know it again: shape and one projection of every row."""
-
-    shape: list[int]
-    rows: Tensor
-
-    @classmethod
-    def of(cls, data: Tensor) -> _Fingerprint:
-        flat = data.detach().reshape(len(data), -1)
-        # Irrational steps on a circle: no two columns weigh the same, and nothing random is drawn.
-        columns = torch.arange(1, flat.shape[1] + 1, dtype=torch.float64) * (math.sqrt(5) - 1) * math.pi
-        columns = (1.5 + columns.cos()).to(data.device)
-        # In float64, so that another machine's order of summation is no other data set.
-        return cls(list(data.shape), torch.cat([flat[part].double() @ columns for part in rows(len(flat))]))
-
-    def equals(self, other: _Fingerprint) -> bool:
-        if self.shape != other.shape:
-            return False
-        scale = self.rows.abs().max().clamp_min(1e-30)
-        return bool(((self.rows - other.rows.to(self.rows)).abs() <= 1e-9 * scale).all())
-
-
 class OfflineRule(LearningRule):
     """Owns codes for one data set; `step(x, y)` is one sweep over all of its rows.
 
-    Subclasses say what their codes are (`initial`), what a sweep does to codes and weights (`sweep`), and how far codes and
-    weights are from each other (`gaps`).
+    Subclasses say what their codes are (`initial`), what a sweep does to codes and weights (`sweep`), what for (`energy`), and,
+    where codes are others than u and v, how far codes and weights are from each other (`measure`).
 
     Args:
         model: `nn.Sequential` of Linear layers behind reshapes and one known activation each; trained in place.
@@ -83,7 +52,7 @@ class OfflineRule(LearningRule):
 
     Raises:
         UnsupportedModelError: if a stage is anything else; the message names it and the way out.
-        ValueError: if the rule cannot serve the loss; the message names those that it can.
+        ValueError: if an argument is out of its range, or the rule cannot serve the loss; the message says what is accepted.
     """
 
     whole_set = True
@@ -99,6 +68,8 @@ class OfflineRule(LearningRule):
         self.chain = Chain(model)
         self._stages = {stage.name: stage.parameters for stage in self.chain}
         self.layers = [self._layer(stage, index) for index, stage in enumerate(self.chain)]
+        for layer, above in pairwise(self.layers):
+            layer.after = above.before
         trainable(model)
         self._forget()
 
@@ -106,36 +77,68 @@ class OfflineRule(LearningRule):
     def initial(self, features: Tensor, targets: Tensor) -> OfflineState:
         """Return the codes that a forward pass makes.
 
-        Args:
-            features: inputs of the first Linear `(N, in)`.
-            targets: what the output loss takes, `(N, out)` or `(N,)`.
+        `features` `(N, in)` are the inputs of the first Linear, `targets` `(N, out)` or `(N,)` what the output loss takes.
         """
 
     @abc.abstractmethod
     def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
-        """Return new codes and every layer's new weights; change neither `state` nor the model."""
+        """Return new codes and every layer's new weights in the model's dtype; change neither `state` nor the model."""
 
     @abc.abstractmethod
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
         """Return the relaxed objective, mean over the rows, 0-d in float64."""
 
-    @abc.abstractmethod
     def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        """Return each layer's gaps between codes and weights by the layer's name."""
+        """Return `gaps` by the layer's name, here for codes u, `"pre"`, and, unless v = s(u) always, v, `"post"`.
+
+        Those of the output may be left out.
+        """
+        pre, post = state.codes["pre"], state.codes.get("post")
+        given = [features, *(post or pre)]
+        found: dict[str, dict[str, list[Tensor]]] = {}
+        for part in rows(len(features)):
+            z = features[part]
+            for index, u in enumerate(pre):
+                layer, affine, code = self.layers[index], weights[index], u[part]
+                below = given[index][part] if post else layer.features(given[index][part])
+                z = F.linear(z, *affine)
+                distances = {"constraint_gap": (F.linear(below, *affine), code), "nested_gap": (z, code)}
+                if post and index < len(post):
+                    distances["activation_gap"] = value_of(layer.after, code), post[index][part]
+                z = value_of(layer.after, z)
+                own = found.setdefault(layer.name, {})
+                for name, (wanted, is_now) in distances.items():
+                    sums = torch.stack([(is_now - wanted).square().sum(), is_now.square().sum()]).double()
+                    own.setdefault(name, []).append(sums)
+        return {name: {key: _ratio(sums, features) for key, sums in own.items()} for name, own in found.items()}
+
+    def split_penalty(
+        self, features: Tensor, state: OfflineState, weights: list[Weights], gamma: float, rho: float
+    ) -> Tensor:
+        """Return `gamma |v - s(u)|^2 / 2 + rho |u - W v_below - b|^2 / 2`, summed over layers and rows, 0-d in float64.
+
+        Codes are as for `measure`; the output's v may be left out.
+        """
+        pre, post = state.codes["pre"], state.codes["post"]
+        total = torch.zeros((), dtype=torch.float64, device=features.device)
+        for index, (layer, affine) in enumerate(zip(self.layers, weights, strict=True)):
+            below = post[index - 1] if index else features
+            for part in rows(len(features)):
+                rest = pre[index][part] - F.linear(below[part], *affine)
+                total += 0.5 * rho * rest.double().square().sum()
+                if index < len(post):
+                    rest = post[index][part] - value_of(layer.after, pre[index][part])
+                    total += 0.5 * gamma * rest.double().square().sum()
+        return total
 
     @torch.no_grad()
     def start(self, x: Tensor, y: Tensor) -> None:
-        """Make the codes for a data set; the first `step` does it where nobody did. Codes of another set are forgotten.
-
-        Args:
-            x: all inputs `(N, ...)`.
-            y: all targets `(N, ...)`.
+        """Make the codes for all rows of a data set; the first `step` does it where nobody did. Other codes are forgotten.
 
         Raises:
             ValueError: if there are no rows, `x` and `y` differ in length, or they do not fit the model.
         """
-        _checks.batch(x, y)
-        self.check_input(x)
+        self.check_batch(x, y)
         with torch.autocast(x.device.type, enabled=False):
             features = self._features(x)
             state = self.initial(features, self._targets(y, features))
@@ -149,9 +152,6 @@ class OfflineRule(LearningRule):
 
         `constraint_gap` is |c - W a - b| / |c| with the codes c above and a below the stage; `nested_gap` compares c with
         what the network computes from x. Rules with two codes a layer add `activation_gap`, |v - s(u)| / |v|.
-
-        Args:
-            x: the inputs that the rule was trained on.
 
         Raises:
             ValueError: if there are no codes yet, or those that there are belong to other rows.
@@ -177,7 +177,7 @@ class OfflineRule(LearningRule):
             raise ValueError(f"scale must be 1, got {scale!r}: a sweep is a solution, and solutions do not add up.")
         with torch.autocast(x.device.type, enabled=False):
             features = self._enter(x, y)
-            output = nested(self.layers, self._weights, features)
+            output = pre_activations(self.layers, features)[-1]
             self.loss.check(output, y)
             targets = self._targets(y, features)
             loss = self.loss(output, y)
@@ -186,7 +186,6 @@ class OfflineRule(LearningRule):
             state = self.initial(features, targets) if self._state is None else self._state
             state, weights = self.sweep(features, targets, state)
             self._check_codes(state)
-            weights = [in_dtype(new, features) for new in weights]
             self._pending = state, weights, (x, y)
             for layer, (weight, bias) in zip(self.layers, weights, strict=True):
                 if layer.trains:
@@ -213,11 +212,9 @@ class OfflineRule(LearningRule):
     def forget(self) -> None:
         self._pending = None
 
-    def activations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        z = self._features(x)
-        for index, layer in enumerate(self.layers):
-            z = nn.functional.linear(layer.features(z) if index else z, *layer.now)
-            yield layer.name, z
+    def activations(self, x: Tensor) -> Iterable[tuple[str, Tensor]]:
+        names = (layer.name for layer in self.layers)
+        return zip(names, pre_activations(self.layers, self._features(x)), strict=True)
 
     def own_state(self) -> dict[str, Any]:
         """Return the codes, N rows for every unit, and what the data is known by."""
@@ -225,17 +222,16 @@ class OfflineRule(LearningRule):
         return {
             "codes": None if state is None else {name: list(codes) for name, codes in state.codes.items()},
             "numbers": None if state is None else dict(state.numbers),
-            "data": [{"shape": list(f.shape), "rows": f.rows} for f in self._data],
+            "data": list(self._data),
         }
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `own_state` returned; codes go to the model's device."""
         device = self.layers[0].weight.device
         self._forget()
         if state["codes"] is not None:
             codes = {name: [c.to(device) for c in group] for name, group in state["codes"].items()}
             self._state = OfflineState(codes, dict(state["numbers"]))
-        self._data = [_Fingerprint(list(f["shape"]), f["rows"].to(device)) for f in state["data"]]
+        self._data = [{**known, "rows": known["rows"].to(device)} for known in state["data"]]
 
     @contextmanager
     def solving(self, layer: OfflineLayer) -> Iterator[None]:
@@ -243,11 +239,14 @@ class OfflineRule(LearningRule):
         try:
             yield
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise NonFiniteError(
-                f"Stage {layer.name!r} is not finite at step {self._guard.steps + 1}: its linear system has no factorisation. "
-                "No weight was changed. Check the inputs, or raise the damping.",
-                where=layer.name,
-            ) from error
+            raise self._not_finite(layer, "its linear system has no factorisation") from error
+
+    def _not_finite(self, layer: OfflineLayer, why: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"Stage {layer.name!r} is not finite at step {self._guard.steps + 1}: {why}. No weight was changed. Check the "
+            "inputs, or raise the damping.",
+            where=layer.name,
+        )
 
     def _layer(self, stage: Stage, index: int) -> OfflineLayer:
         kind = type(self).__name__
@@ -278,12 +277,15 @@ class OfflineRule(LearningRule):
             raise UnsupportedModelError(
                 f"{kind} solves for weight and bias together; of stage {stage.name!r} only one requires a gradient."
             )
-        return OfflineLayer(stage.name, stage.weight, bias, stage.activation, pieces, stage.weight.requires_grad)
+        before = stage.activation if index else None
+        return OfflineLayer(stage.name, stage.weight, bias, before, pieces, stage.weight.requires_grad)
 
     def _features(self, x: Tensor) -> Tensor:
         """Return the first Linear's input, whose reshapes may start from images."""
-        stage, value = self.chain[0], self.layers[0].features(x)
+        self.chain.check_unchanged()
+        stage = self.chain[0]
         assert isinstance(stage, AffineStage)
+        value = value_of(stage.activation, x)
         for reshape in stage.reshapes:
             value = reshape(value)
         if value.ndim != 2:
@@ -304,7 +306,7 @@ class OfflineRule(LearningRule):
         """Return the features, after a look at whether the data is the codes' own."""
         features = self._features(x)
         if self._data and not all(self._is_known(index, values) for index, values in enumerate((x, *y))):
-            then, now = tuple(self._data[0].shape), tuple(x.shape)
+            then, now = tuple(self._data[0]["shape"]), tuple(x.shape)
             what = f"shape {then} then, {now} now" if then != now else "other rows, or another order"
             raise ValueError(
                 f"This {type(self).__name__} keeps codes for the data set of its first step, and this is another ({what}). "
@@ -321,22 +323,25 @@ class OfflineRule(LearningRule):
 
     def _is_known(self, index: int, values: Tensor) -> bool:
         """Return whether these are the inputs (0) or the targets (1) of the codes' data set."""
-        seen, version = self._seen[index]
+        (seen, version), known = self._seen[index], self._data[index]
         if seen is not None and seen() is values and version == values._version:
             return True
+        if list(values.shape) != known["shape"]:
+            return False
         if values.is_floating_point() and not bool(values.isfinite().all()):
-            return list(values.shape) == self._data[index].shape  # the finite check will name it
-        return self._data[index].equals(_Fingerprint.of(values))
+            return True  # the finite check will name it
+        atol = 1e-9 * float(known["rows"].abs().max().clamp_min(1e-30))
+        return torch.allclose(known["rows"], _projected(values).to(known["rows"]), rtol=0.0, atol=atol)
 
     def _remember(self, x: Tensor, y: Tensor) -> None:
         if not self._data:
-            self._data = [_Fingerprint.of(x), _Fingerprint.of(y)]
+            self._data = [{"shape": list(data.shape), "rows": _projected(data)} for data in (x, y)]
         self._seen = (weakref.ref(x), x._version), (weakref.ref(y), y._version)
 
     def _forget(self) -> None:
         self._state: OfflineState | None = None
         self._pending: tuple[OfflineState, list[Weights], tuple[Tensor, Tensor]] | None = None
-        self._data: list[_Fingerprint] = []
+        self._data: list[dict[str, Any]] = []
         # The very tensors, once they were compared, and their versions.
         self._seen: tuple[tuple[weakref.ref[Tensor] | None, int], ...] = ((None, -1), (None, -1))
 
@@ -344,9 +349,19 @@ class OfflineRule(LearningRule):
         for group, codes in state.codes.items():
             for index, code in enumerate(codes):
                 if not math.isfinite(float(code.sum())):
-                    name = self.layers[-1 if group == "multiplier" else index].name
-                    raise NonFiniteError(
-                        f"Stage {name!r} is not finite at step {self._guard.steps + 1}: its codes overflow. No weight was "
-                        "changed. Check the inputs, or raise the damping.",
-                        where=name,
-                    )
+                    raise self._not_finite(self.layers[-1 if group == "multiplier" else index], "its codes overflow")
+
+
+def _ratio(sums: list[Tensor], like: Tensor) -> Tensor:
+    above, below = torch.stack(sums).sum(0).sqrt()
+    return (above / below.clamp_min(1e-30)).to(like.dtype)
+
+
+def _projected(data: Tensor) -> Tensor:
+    """Return one number for every row, by which a data set is known again, `(N,)`."""
+    flat = data.detach().reshape(len(data), -1)
+    # Irrational steps on a circle: no two columns weigh the same, and nothing random is drawn.
+    columns = torch.arange(1, flat.shape[1] + 1, dtype=torch.float64) * (math.sqrt(5) - 1) * math.pi
+    columns = (1.5 + columns.cos()).to(data.device)
+    # In float64, so that another machine's order of summation is no other data set.
+    return torch.cat([flat[part].double() @ columns for part in rows(len(flat))])

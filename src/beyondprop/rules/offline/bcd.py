@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.rules.offline.base import OfflineRule, OfflineState
-from beyondprop.rules.offline.layers import Weights, code_gaps, in_dtype, pre_activations, rows, split_penalty
+from beyondprop.rules.offline.layers import Weights, in_dtype, post_activations, pre_activations, rows
 from beyondprop.rules.offline.least_squares import LeastSquares
-from beyondprop.rules.offline.proximal import IDENTITY, FeatureProx, piecewise_prox
+from beyondprop.rules.offline.proximal import IDENTITY, feature_prox, piecewise_prox
 from beyondprop.stages.losses import LossFunction
 
 
@@ -37,16 +37,11 @@ class BCD(OfflineRule):
     and row; during a sweep the old and the new ones are there.
 
     Args:
-        model: `nn.Sequential` of Linear layers behind reshapes and piecewise linear activations.
-        loss: `loss(output, y)`, reported; its closed form is fitted where it has one.
+        model, loss: of `OfflineRule`; activations are piecewise linear.
         output_loss: `"squared"` (labels become one-hot rows, as published) or `"hinge"`.
         gamma: > 0, weight of V_l = s(U_l).
         rho: > 0, weight of U_l = W_l V_{l-1} + b_l.
         alpha: > 0, weight of the proximal terms.
-
-    Raises:
-        UnsupportedModelError: if a stage has no closed form; the message names it and the way out.
-        ValueError: if an argument is out of its range, or the loss has no closed form.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -81,14 +76,9 @@ class BCD(OfflineRule):
     ) -> BCD:
         """Return the published settings for three hidden layers of 1500 units, with the published initial weights.
 
-        gamma = rho = 1, alpha = 5, squared error on one-hot labels; the model's weights are drawn anew, 0.01 times a standard
-        normal, biases 0.1. Inputs are pixels in [0, 1].
-
-        Args:
-            model: as for `BCD`; its weights are overwritten.
-            loss: reported.
-            generator: where the weights come from; default: torch's global one.
-            **changes: other values of output_loss, gamma, rho and alpha.
+        gamma = rho = 1, alpha = 5, squared error on one-hot labels, or what `changes` says of these; the model's weights are
+        drawn anew from `generator` (default: torch's global one), 0.01 times a standard normal, biases 0.1. Inputs are pixels
+        in [0, 1].
         """
         rule = cls(model, loss, **{"output_loss": "squared", **changes})
         with torch.no_grad():
@@ -100,18 +90,14 @@ class BCD(OfflineRule):
 
     def initial(self, features: Tensor, targets: Tensor) -> OfflineState:
         pre = pre_activations(self.layers, features)
-        post = [layer.features(code) for layer, code in zip(self.layers[1:], pre, strict=False)]
-        # The output's V is a variable of its own, and so is the V of a layer without activation.
-        post = [p.clone() if p is u else p for p, u in zip([*post, pre[-1]], pre, strict=True)]
-        return OfflineState({"pre": pre, "post": post})
+        return OfflineState({"pre": pre, "post": [*post_activations(self.layers, pre), pre[-1].clone()]})
 
     def sweep(self, features: Tensor, targets: Tensor, state: OfflineState) -> tuple[OfflineState, list[Weights]]:
         pre, post = list(state.codes["pre"]), list(state.codes["post"])
         weights = self._weights
-        prox = self.output_loss.prox
-        assert prox is not None
         near = self.gamma + self.alpha
-        post[-1] = prox(targets, torch.add(self.gamma * pre[-1], post[-1], alpha=self.alpha).div_(near), near)
+        center = torch.add(self.gamma * pre[-1], post[-1], alpha=self.alpha).div_(near)
+        post[-1] = self.output_loss.prox(targets, center, near)
         for index in range(len(self.layers) - 1, -1, -1):
             below = post[index - 1] if index else features
             with self.solving(self.layers[index]):
@@ -126,7 +112,6 @@ class BCD(OfflineRule):
         weight, bias = layer.now
         is_output = index == len(self.layers) - 1
         pieces = IDENTITY if is_output else self.layers[index + 1].pieces
-        assert pieces is not None
         alpha = 0.0 if is_output else self.alpha
         moved = torch.empty_like(pre)
         moments = LeastSquares(weight.shape[1], weight.shape[0], weight.device)
@@ -138,23 +123,19 @@ class BCD(OfflineRule):
             if layer.trains:
                 moments.add(below[part], moved[part])
         if not layer.trains:
-            return moved, (weight, bias)
+            return moved, layer.now
         return moved, in_dtype(moments.proximal_in_turn(weight, bias, alpha=self.alpha, rho=self.rho), weight)
 
     def _features_of(self, index: int, pre_below: Tensor, pre: Tensor, weights: Weights) -> Tensor:
         """Return V_{l-1}: between s(U_{l-1}) and what gives U_l."""
         layer = self.layers[index]
-        solve = FeatureProx(*weights, gamma=self.gamma, rho=self.rho)
+        solve = feature_prox(*weights, gamma=self.gamma, rho=self.rho)
         moved = torch.empty_like(pre_below)
         for part in rows(len(pre)):
             moved[part] = solve(layer.features(pre_below[part]), pre[part])
         return moved
 
     def energy(self, features: Tensor, targets: Tensor, state: OfflineState, weights: list[Weights]) -> Tensor:
-        pre, post = state.codes["pre"], state.codes["post"]
-        total = self.output_loss.values(post[-1], targets).double().sum()
-        total += split_penalty(self.layers, weights, features, pre, post, gamma=self.gamma, rho=self.rho)
+        total = self.output_loss.values(state.codes["post"][-1], targets).double().sum()
+        total += self.split_penalty(features, state, weights, self.gamma, self.rho)
         return total / len(features)
-
-    def measure(self, features: Tensor, state: OfflineState, weights: list[Weights]) -> dict[str, dict[str, Tensor]]:
-        return code_gaps(self.layers, weights, features, state.codes["pre"], state.codes["post"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
+from beyondprop.rules.offline.layers import Weights
 
 _BLOCK = 384  # columns: blocks below the diagonal of a symmetric product are not computed twice
 _LEAST = 1e-30  # far below what any inputs that are not all 0 give
@@ -16,12 +17,8 @@ _LEAST = 1e-30  # far below what any inputs that are not all 0 give
 class LeastSquares:
     """Sums over rows of what least squares needs: inputs and targets, their products with the inputs, and how many rows.
 
-    Products of a chunk are taken in the rows' own precision, sums over chunks in float64.
-
-    Args:
-        inputs: width of the inputs.
-        outputs: width of the targets.
-        device: where the sums live.
+    Products of a chunk are taken in the rows' own precision, sums over chunks in float64. `inputs` and `outputs` are the widths
+    of inputs and targets.
 
     Example:
         >>> x, w = torch.randn(50, 3), torch.randn(2, 3)
@@ -56,23 +53,11 @@ class LeastSquares:
             if last < inputs.shape[1]:
                 self.gram[first:last, last:] += product[_BLOCK:].t()
 
-    def mean_square(self) -> float:
-        """Return the inputs' mean second moment, summed over the rows: what shares of damping are of.
-
-        Where all inputs are 0 it is a tiny number, so that the share of it is a damping and weights stay or vanish.
-
-        Raises:
-            LinAlgError: if it is not finite.
-        """
-        return _size(self.gram)
-
-    def solve(self, damping: float, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+    def solve(self, damping: float, *, bias: bool = True) -> Weights:
         """Return weight and bias of the least-squares fit, `(out, in)` and `(out,)` in float64.
 
-        Args:
-            damping: >= 0, ridge on weights and bias as a share of the moments' mean diagonal; 0 is the pseudo-inverse,
-                singular values of the inputs below 1e-6 of the largest taken for 0. Inputs that are all 0 get weights of 0.
-            bias: whether there is one.
+        `damping` >= 0 is a ridge on weights and bias as a share of the moments' mean diagonal; 0 is the pseudo-inverse,
+        singular values of the inputs below 1e-6 of the largest taken for 0. Inputs that are all 0 get weights of 0.
 
         Raises:
             LinAlgError: if the moments are not finite.
@@ -81,47 +66,30 @@ class LeastSquares:
         gram, cross = self._augmented(bias)
         if damping == 0.0:
             return _split(cross @ torch.linalg.pinv(gram, rtol=1e-12, hermitian=True), bias)
-        add_ridge(gram, damping)
+        gram.diagonal().add_(damping * mean_square(gram))
         return _split(_solve(gram, cross), bias)
 
-    def proximal(
-        self, weight: Tensor, bias: Tensor | None, *, alpha: float, rho: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def proximal(self, weight: Tensor, bias: Tensor | None, *, alpha: float, rho: float = 1.0) -> Weights:
         """Return weight and bias of `rho |t - W x - b|^2 / 2 + alpha |(W, b) - old|^2 / 2`, in float64.
 
-        The objective without the second term does not rise either, whatever alpha is.
-
-        Args:
-            weight: the old W `(out, in)`.
-            bias: the old b `(out,)`, or None for a layer without.
-            alpha: > 0.
-            rho: > 0.
+        The objective without the second term does not rise either, whatever alpha is. `weight` `(out, in)` and `bias` `(out,)`
+        are the old ones.
 
         Raises:
             ValueError: if alpha or rho is not above 0.
             LinAlgError: if the moments are not finite.
         """
-        _checks.positive("alpha", alpha)
-        _checks.positive("rho", rho)
         old = weight.double() if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1).double()
         gram, cross = self._augmented(bias is not None)
-        rest = (cross - old @ gram).mul_(rho)  # delta form: what is left to fit
-        gram.mul_(rho).diagonal().add_(alpha)
-        return _split(old + _solve(gram, rest), bias is not None)
+        return _split(_near(old, gram, cross - old @ gram, alpha, rho), bias is not None)
 
-    def proximal_in_turn(
-        self, weight: Tensor, bias: Tensor | None, *, alpha: float, rho: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def proximal_in_turn(self, weight: Tensor, bias: Tensor | None, *, alpha: float, rho: float = 1.0) -> Weights:
         """Return what `proximal` does with the weight first, at the old bias, and then the bias: two blocks, as published."""
-        _checks.positive("alpha", alpha)
-        _checks.positive("rho", rho)
         old = weight.double()
         rest = self.cross - old @ self.gram
         if bias is not None:
             rest -= torch.outer(bias.double(), self.input_sum)
-        gram = self.gram * rho
-        gram.diagonal().add_(alpha)
-        new = old + _solve(gram, rest.mul_(rho))
+        new = _near(old, self.gram.clone(), rest, alpha, rho)
         if bias is None:
             return new, None
         rest = self.target_sum - new @ self.input_sum
@@ -140,16 +108,14 @@ class LeastSquares:
         return self.input_gram(bias=bias), cross
 
 
-def add_ridge(gram: Tensor, share: float) -> None:
-    """Add a share of the mean diagonal to the diagonal of a Gram matrix; a tiny number where that is 0.
+def mean_square(gram: Tensor) -> float:
+    """Return the inputs' mean second moment, summed over the rows: what shares of damping are of.
+
+    Where all inputs are 0 it is a tiny number, so that the share of it is a damping and weights stay or vanish.
 
     Raises:
-        LinAlgError: if the diagonal is not finite.
+        LinAlgError: if it is not finite.
     """
-    gram.diagonal().add_(share * _size(gram))
-
-
-def _size(gram: Tensor) -> float:
     value = float(gram.diagonal().mean())
     if not math.isfinite(value):
         raise torch.linalg.LinAlgError("The inputs' second moments are not finite.")  # pyright: ignore[reportPrivateImportUsage]
@@ -161,5 +127,13 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.t(), torch.linalg.cholesky(gram)).t()
 
 
-def _split(solved: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+def _near(old: Tensor, gram: Tensor, rest: Tensor, alpha: float, rho: float) -> Tensor:
+    """Return `old + rho rest (rho gram + alpha I)^-1`: `rest` is what old leaves to fit. Overwrites gram and rest."""
+    _checks.positive("alpha", alpha)
+    _checks.positive("rho", rho)
+    gram.mul_(rho).diagonal().add_(alpha)
+    return old + _solve(gram, rest.mul_(rho))
+
+
+def _split(solved: Tensor, bias: bool) -> Weights:
     return (solved[:, :-1], solved[:, -1]) if bias else (solved, None)

@@ -1,13 +1,13 @@
-"""Output losses row by row: values, gradients, curvatures, closed-form minimisers and bounds, one entry a sample.
+"""Output losses row by row, for methods that solve for every sample's codes by themselves.
 
-Losses of `torch.nn` return one number for a batch; methods that solve for every sample's codes by themselves need one for
-each sample. All are sums over the outputs: `squared` is |z - t|^2 / 2, `hinge` that of `proximal.hinge_prox`.
+All are sums over the outputs: `squared` is |z - t|^2 / 2, `hinge` that of `proximal.hinge_prox`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class RowLoss:
     gradient: Callable[[Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor, Tensor], Tensor]
     bound: float
-    prox: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    prox: Callable[[Tensor, Tensor, float], Tensor] | Any = None
     takes_labels: bool = False
 
     def targets(self, y: Tensor, outputs: int, like: Tensor) -> Tensor:
@@ -51,11 +51,7 @@ class RowLoss:
                 )
             return y if self.takes_labels else F.one_hot(y, outputs).to(like.dtype)
         if self.takes_labels or y.shape[1:] != (outputs,) or y.dtype != like.dtype:
-            accepted = (
-                "int64 labels (N,)"
-                if self.takes_labels
-                else f"int64 labels (N,), or rows (N, {outputs}) of {like.dtype}"
-            )
+            accepted = "int64 labels (N,)" + ("" if self.takes_labels else f", or rows (N, {outputs}) of {like.dtype}")
             raise ValueError(
                 f"y of shape {tuple(y.shape)} and dtype {y.dtype} does not fit: {self.name} takes {accepted}."
             )
@@ -64,22 +60,13 @@ class RowLoss:
         return y
 
 
-def _hinge_sign(t: Tensor) -> Tensor:
-    return torch.where(t > 0.5, -1.0, 1.0).to(t.dtype)
-
-
 def _hinge_slack(z: Tensor, t: Tensor) -> Tensor:
     return torch.where(t > 0.5, 1 - z, z)
 
 
 def _cross_entropy_curvature(z: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    del t
     p = z.softmax(1)
     return (p * v.square()).sum(1) - (p * v).sum(1).square()
-
-
-def _cross_entropy_gradient(z: Tensor, t: Tensor) -> Tensor:
-    return z.softmax(1).scatter_add_(1, t.unsqueeze(1), torch.full_like(z[:, :1], -1.0))
 
 
 ROW_LOSSES: dict[str, RowLoss] = {
@@ -94,7 +81,7 @@ ROW_LOSSES: dict[str, RowLoss] = {
     "hinge": RowLoss(
         "hinge",
         lambda z, t: _hinge_slack(z, t).clamp_min(0).sum(1),
-        lambda z, t: torch.where(_hinge_slack(z, t) > 0, _hinge_sign(t), torch.zeros_like(z)),
+        lambda z, t: torch.where(_hinge_slack(z, t) > 0, torch.where(t > 0.5, -1.0, 1.0), 0.0).to(z.dtype),
         lambda z, t, v: torch.zeros_like(z[:, 0]),
         0.0,
         proximal.hinge_prox,
@@ -102,30 +89,24 @@ ROW_LOSSES: dict[str, RowLoss] = {
     "cross_entropy": RowLoss(
         "cross_entropy",
         lambda z, t: F.cross_entropy(z, t, reduction="none"),
-        _cross_entropy_gradient,
+        lambda z, t: z.softmax(1).scatter_add_(1, t.unsqueeze(1), torch.full_like(z[:, :1], -1.0)),
         _cross_entropy_curvature,
         0.5,  # diag(p) - p p^T <= I / 2 (Böhning, 1992)
         takes_labels=True,
     ),
 }
-_OF_MODULE: dict[type[nn.Module], str] = {nn.MSELoss: "squared", nn.CrossEntropyLoss: "cross_entropy"}
+_OF_MODULE: dict[type, str] = {nn.MSELoss: "squared", nn.CrossEntropyLoss: "cross_entropy"}
 
 
 def row_loss(loss: object, name: str | None, accepted: tuple[str, ...], rule: str) -> RowLoss:
-    """Return the row loss of that name, or that of a `torch.nn` loss where `name` is None.
-
-    Args:
-        loss: the user's loss.
-        name: one of `accepted`, or None.
-        accepted: what the rule can serve.
-        rule: its name, for messages.
+    """Return the row loss of that name, or where `name` is None that of the user's `torch.nn` loss.
 
     Raises:
         ValueError: if the rule cannot serve it; the message says what it can.
     """
     options = ", ".join(map(repr, accepted))
     if name is None:
-        name = _OF_MODULE.get(type(loss)) if isinstance(loss, nn.Module) else None
+        name = _OF_MODULE.get(type(loss))
         plain = not isinstance(loss, nn.CrossEntropyLoss) or (
             loss.weight is None and loss.label_smoothing == 0.0 and loss.ignore_index == -100
         )

@@ -1,11 +1,19 @@
-"""CIFAR-10 in its two layouts: the canonical archive of pickles, and lossless WebP strips."""
+"""Formats of published images: IDX of the MNIST family; CIFAR-10 as an archive of pickles, or as lossless WebP strips.
+
+CIFAR-10 is read as `train_images` and `train_labels`, `test_images` and `test_labels`, in this order, all uint8: images
+`(N, 3, 32, 32)`, labels `(N,)`.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import math
 import pickle
+import struct
 import tarfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,39 +37,45 @@ STRIP_SHA256 = {
 """SHA-256 of the decoded images, uint8 `(N, 32, 32, 3)` in C order, and of the file `labels.npz`."""
 
 
-class _Array:
-    """Stands for `numpy.ndarray` while a pickle is read: makes nothing but uint8 arrays."""
+def read_idx(path: Path) -> Bytes:
+    """Read a gzipped IDX file of unsigned bytes: images `(N, rows, columns)` or labels `(N,)`.
 
-    value: Bytes
+    The format: bytes 0 0 8 n (8 for uint8, n dimensions), n big-endian 32-bit sizes, the values in C order.
 
-    def __init__(self, *args: object) -> None:
-        del args  # numpy pickles an empty array first; what it holds comes through __setstate__
+    Raises:
+        DataIntegrityError: The file is not gzip, not IDX of unsigned bytes, too short or too long.
+    """
+    try:
+        with gzip.open(path) as stream:
+            data = bytearray(stream.read())  # a bytearray: the array on it must be writable
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataIntegrityError(f"{path} is not a complete gzip file: {error}.") from None
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise DataIntegrityError(f"{path} begins with bytes {data[:4].hex(' ')}; IDX of uint8 begins with 00 00 08.")
+    start = 4 + 4 * data[3]
+    if len(data) < start:
+        raise DataIntegrityError(f"{path} has {len(data)} bytes, too few for an IDX header of {start}.")
+    shape = struct.unpack(f">{data[3]}I", data[4:start])
+    if len(data) - start != math.prod(shape):
+        raise DataIntegrityError(
+            f"{path} has {len(data) - start} values after its header, expected {math.prod(shape)} for shape {shape}."
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
-    def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, bytes]) -> None:
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            raise pickle.UnpicklingError("only arrays of uint8 are accepted")
-        # A bytearray, so that the array is writable, as torch wants it.
-        self.value = np.frombuffer(bytearray(data), np.uint8).reshape(shape, order="F" if fortran else "C")
 
-
-class _Dtype:
+def _uint8(kind: str, *args: object) -> np.dtype[np.uint8]:
     """Stands for `numpy.dtype` while a pickle is read: uint8 and no other."""
-
-    def __init__(self, kind: str | bytes, *args: object) -> None:
-        del args
-        if kind not in {"u1", b"u1"}:
-            raise pickle.UnpicklingError(f"only arrays of uint8 are accepted, this one is {kind!r}")
-
-    def __setstate__(self, state: object) -> None:
-        del state  # byte order and alignment say nothing about single bytes
+    del args
+    if kind != "u1":
+        raise pickle.UnpicklingError(f"only arrays of uint8 are accepted, this one is {kind!r}")
+    return np.dtype(np.uint8, copy=True)  # whose state the pickle sets
 
 
 _ADMITTED = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): None,  # NumPy pickles an empty array first, of this type, and then its state
+    ("numpy", "dtype"): _uint8,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *args: np.empty(0, np.uint8),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *args: np.empty(0, np.uint8),
 }
 
 
@@ -69,31 +83,21 @@ class _Unpickler(pickle.Unpickler):
     """Reads numbers, strings, containers and uint8 arrays; imports no name in the pickle, so runs nothing."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        try:
-            return _ADMITTED[module_name, global_name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it asks for {module_name}.{global_name}; only arrays of uint8 are accepted"
-            ) from None
+        if (module_name, global_name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}; only arrays of uint8 are accepted")
+        return _ADMITTED[module_name, global_name]
 
 
 def read_batch(data: bytes, where: str) -> tuple[Bytes, Bytes]:
-    """Read one pickled CIFAR-10 batch without running anything that it may contain.
-
-    Args:
-        data: The pickle: a dict with `data`, uint8 `(N, 3072)`, channels first, and `labels`, N integers.
-        where: Its name, for messages.
-
-    Returns:
-        Images `(N, 3, 32, 32)` and labels `(N,)`.
+    """Read images and labels of one batch, a pickle, without running anything that it may contain.
 
     Raises:
-        DataIntegrityError: It is something else.
+        DataIntegrityError: It is no dict with `data`, uint8 `(N, 3072)`, channels first, and `labels`, N integers;
+            the message calls it `where`.
     """
     try:
-        content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-        content = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-        images = content["data"].value.reshape(-1, 3, 32, 32)
+        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()  # as NumPy wants arrays from Python 2
+        images = content["data"].reshape(-1, 3, 32, 32)
         labels = np.array(content["labels"], np.uint8)
     except Exception as error:  # a damaged pickle can raise nearly everything
         raise DataIntegrityError(f"{where} is not a CIFAR-10 batch: {error or type(error).__name__}.") from error
@@ -104,9 +108,6 @@ def read_batch(data: bytes, where: str) -> tuple[Bytes, Bytes]:
 
 def read_archive(path: Path) -> dict[str, Bytes]:
     """Read `cifar-10-python.tar.gz` in one pass, without unpacking it to disk.
-
-    Returns:
-        `train_images` and `test_images` `(N, 3, 32, 32)`, `train_labels` and `test_labels` `(N,)`.
 
     Raises:
         DataIntegrityError: A batch is missing or not readable.
@@ -123,24 +124,17 @@ def read_archive(path: Path) -> dict[str, Bytes]:
         raise DataIntegrityError(f"{path} is not a complete tar.gz archive: {error}.") from error
     if missing := [name for name in wanted if name not in found]:
         raise DataIntegrityError(f"{path} lacks {', '.join(missing)}.")
-    train = [found[name] for name in wanted[:5]]
-    return {
-        "train_images": np.concatenate([images for images, _ in train]),
-        "train_labels": np.concatenate([labels for _, labels in train]),
-        "test_images": found["test_batch"][0],
-        "test_labels": found["test_batch"][1],
-    }
+    images, labels = map(np.concatenate, zip(*(found[name] for name in wanted[:5]), strict=True))
+    test_images, test_labels = found["test_batch"]
+    return {"train_images": images, "train_labels": labels, "test_images": test_images, "test_labels": test_labels}
 
 
 def read_strips(folder: Path, cache: Path) -> dict[str, Bytes]:
     """Read the layout of `train_00.webp`, …, `test_00.webp`, … and `labels.npz`, and check it.
 
     Decoding takes seconds, so the decoded arrays are kept in `cache` (184 MB) and taken from there the next
-    time, after a check of their SHA-256. A cache that cannot be written is done without.
-
-    Returns:
-        `train_images` and `test_images` `(N, 3, 32, 32)`, as views of channels-last arrays, `train_labels`
-        and `test_labels` `(N,)`.
+    time, after a check of their SHA-256. A cache that cannot be written is done without. Images are views of
+    channels-last arrays.
 
     Raises:
         DataIntegrityError: A file is not what it must be; the message has its name.
@@ -150,19 +144,15 @@ def read_strips(folder: Path, cache: Path) -> dict[str, Bytes]:
     arrays: dict[str, Bytes] = {}
     with np.load(folder / "labels.npz") as file:
         for part in ("train", "test"):
-            labels = arrays[f"{part}_labels"] = file[part]
+            labels = file[part]
             images = _decoded(folder, part, len(labels), cache / f"{part}_images.npy")
-            arrays[f"{part}_images"] = images.transpose(0, 3, 1, 2)
+            arrays |= {f"{part}_images": images.transpose(0, 3, 1, 2), f"{part}_labels": labels}
     return arrays
 
 
 def decode_strips(folder: Path, part: str, count: int) -> Bytes:
-    """Decode `count` images from `folder/part_00.webp`, …: one strip in memory at a time.
-
-    Returns:
-        uint8 `(count, 32, 32, 3)`.
-    """
-    from PIL import Image, UnidentifiedImageError  # only this layout needs Pillow
+    """Decode images `(count, 32, 32, 3)` from `folder/part_00.webp`, …: one strip in memory at a time."""
+    from PIL import Image  # only this layout needs Pillow
 
     images = np.empty((count, 32, 32, 3), np.uint8)
     for start in range(0, count, STRIP_IMAGES):
@@ -178,7 +168,7 @@ def decode_strips(folder: Path, part: str, count: int) -> Bytes:
             raise DataUnavailableError(
                 f"{path} was not found, though {folder / 'labels.npz'} is there. Put the missing strip there."
             ) from None
-        except (UnidentifiedImageError, OSError) as error:
+        except OSError as error:
             raise DataIntegrityError(f"{path} is not a readable WebP file: {error}.") from error
     return images
 
@@ -197,9 +187,8 @@ def _decoded(folder: Path, part: str, count: int, cached: Path) -> Bytes:
 
 
 def _verify_images(images: Bytes, part: str, where: Path) -> None:
-    found = hashlib.sha256(images.data).hexdigest()
-    if found != STRIP_SHA256[part]:
+    found, expected = hashlib.sha256(images.data).hexdigest(), STRIP_SHA256[part]
+    if found != expected:
         raise DataIntegrityError(
-            f"{where} gives an array of SHA-256 {found}, expected {STRIP_SHA256[part]}. "
-            "A file of it is damaged or another one."
+            f"{where} gives an array of SHA-256 {found}, expected {expected}. A file of it is damaged or another one."
         )

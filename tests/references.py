@@ -1,21 +1,26 @@
-"""Nets for feedback alignment, and the same nets with layers rewritten by hand."""
+"""What is checked against: nets with feedback rewritten by hand, a sweep of codes and matching losses written out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.grad as conv_grad
-from helpers import Attention, Residual, convnet, mlp
+from cases import Attention, Residual, convnet, jacobian, mlp
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor, nn
 
 from beyondprop.lab.nets.convolutional import basic_block
 from beyondprop.lab.nets.forms import build
 from beyondprop.nn import Residual as _Skip
+from beyondprop.optim.matching import Transfer
 
 CE = nn.CrossEntropyLoss()
 
@@ -152,3 +157,71 @@ every_net = pytest.mark.parametrize("net", list(NETS))
 def case(net: str, rows: int = 7) -> tuple[nn.Module, Tensor, Tensor]:
     build, shape = NETS[net]
     return build().double(), torch.randn(rows, *shape, dtype=torch.float64), torch.arange(rows) % 3
+
+
+def literal_sweep(
+    stages: Sequence[nn.Module],
+    x: Tensor,
+    y: Tensor,
+    damping: Callable[[Tensor, Tensor], float],
+    mu: float,
+    normalize: bool,
+) -> list[Tensor]:
+    """Line search, last code first, with every sample's Jacobian and Hessian written out; nan where a sample is dead.
+
+    `damping` is a function of a hidden code's `|g|^2` and `|J g|^2`, both `(N,)`.
+    """
+    codes = [x]
+    for stage in stages:
+        codes.append(stage(codes[-1]).detach())
+    p = torch.softmax(codes[-1], 1)
+    deltas = [F.one_hot(y, p.shape[1]) - p]
+    for level in range(len(stages) - 1, 0, -1):
+        j = jacobian(stages[level], codes[level])
+        g = (j.mT @ deltas[-1].unsqueeze(-1)).squeeze(-1)
+        image = (j @ g.unsqueeze(-1)).squeeze(-1)
+        squared, curvature = (g**2).sum(1), (image**2).sum(1)
+        weight = damping(squared, curvature)
+        if level == len(stages) - 1:
+            weight = mu
+            curvature = (p * image**2).sum(1) - (p * image).sum(1) ** 2
+        t = squared / (weight * squared + curvature)
+        deltas.append(g * (t / t.mean() if normalize else t).unsqueeze(1))
+    return deltas
+
+
+# Where transfer functions are not smooth: GELUs at their minima, piecewise linear ones, softplus of beta 1, 2.5 and 0.5.
+_KINKS = (-math.inf, -0.7524614220710162, -0.7517915246935645, 0.0, 20.0, 24.0, 40.0, math.inf)
+
+
+@cache
+def _quadrature(panels: int = 32, order: int = 20) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [0, 1]: Gauss-Legendre on equal panels."""
+    nodes, weights = (torch.from_numpy(found) / 2 for found in leggauss(order))
+    starts = torch.arange(panels, dtype=torch.float64).unsqueeze(1)
+    return ((starts + 0.5 + nodes) / panels).flatten(), (weights / panels).repeat(panels)
+
+
+def integral(f: Transfer, z: Tensor, dim: int = -1) -> Tensor:
+    """Of every entry the integral of f from 0 to z, in float64 and differentiable; of softmax the log-sum-exp over `dim`."""
+    z = z.double()
+    if f.name == "softmax":
+        return torch.logsumexp(z, dim)
+    nodes, weights = _quadrature()
+    whole = torch.zeros_like(z)
+    for low, high in pairwise(_KINKS):
+        start = min(max(0.0, low), high)
+        length = z.clamp(low, high) - start
+        whole = whole + length * (f.value(start + length.unsqueeze(-1) * nodes, -1) @ weights)
+    return whole
+
+
+def matching_loss(a: Tensor, z: Tensor, f: Transfer, dim: int = -1) -> Tensor:
+    """D_F(a, z), summed over all entries: 0-d, float64."""
+    between = integral(f, a, dim).sum() - integral(f, z, dim).sum()
+    return between - (f.value(z, dim) * (a - z)).sum()
+
+
+def nlms(row: Tensor, delta: Tensor, damping: float = 0.0) -> Tensor:
+    """Normalised LMS, of one input `(n,)` and what its output should lose `(out,)`: `(out, n)`."""
+    return torch.outer(delta, row) / (damping + row @ row)

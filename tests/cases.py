@@ -1,23 +1,38 @@
-"""Small nets, toy data and comparisons that several tests use."""
+"""Nets, batches and rules that several tests use, and how they are compared."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beyondprop import AffineProjection, Assignment, Credit, DifferenceTargetProp, LearningRule
+from beyondprop import (
+    ADMM,
+    BCD,
+    MAC,
+    AffineProjection,
+    Assignment,
+    Credit,
+    DifferenceTargetProp,
+    LearningRule,
+    OfflineAltMin,
+    OfflineRule,
+    data,
+)
 from beyondprop.nn import ElmanCell, Recurrent
 from beyondprop.stages.chain import Chain, Trace
 from beyondprop.stages.losses import LossFunction, OutputLoss
 
 SGD = partial(torch.optim.SGD, lr=0.1)
+ADAM = partial(torch.optim.Adam, lr=3e-3)
+CE = nn.CrossEntropyLoss()
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -229,37 +244,6 @@ def train(rule: LearningRule, batches: Sequence[tuple[Tensor, Tensor]]) -> list[
     return [float(rule.step(x, y).loss) for x, y in batches]
 
 
-def literal_sweep(
-    stages: Sequence[nn.Module],
-    x: Tensor,
-    y: Tensor,
-    damping: Callable[[Tensor, Tensor], float],
-    mu: float,
-    normalize: bool,
-) -> list[Tensor]:
-    """Line search, last code first, with every sample's Jacobian and Hessian written out; nan where a sample is dead.
-
-    `damping` is a function of a hidden code's `|g|^2` and `|J g|^2`, both `(N,)`.
-    """
-    codes = [x]
-    for stage in stages:
-        codes.append(stage(codes[-1]).detach())
-    p = torch.softmax(codes[-1], 1)
-    deltas = [F.one_hot(y, p.shape[1]) - p]
-    for level in range(len(stages) - 1, 0, -1):
-        j = jacobian(stages[level], codes[level])
-        g = (j.mT @ deltas[-1].unsqueeze(-1)).squeeze(-1)
-        image = (j @ g.unsqueeze(-1)).squeeze(-1)
-        squared, curvature = (g**2).sum(1), (image**2).sum(1)
-        weight = damping(squared, curvature)
-        if level == len(stages) - 1:
-            weight = mu
-            curvature = (p * image**2).sum(1) - (p * image).sum(1) ** 2
-        t = squared / (weight * squared + curvature)
-        deltas.append(g * (t / t.mean() if normalize else t).unsqueeze(1))
-    return deltas
-
-
 def target_propagation(**changes: Any) -> DifferenceTargetProp:
     """Difference target propagation of a net with a normalisation, dropout and two nonlinearities."""
     torch.manual_seed(1)
@@ -268,3 +252,38 @@ def target_propagation(**changes: Any) -> DifferenceTargetProp:
         nn.ReLU(), nn.Linear(7, 3),
     )  # fmt: skip
     return DifferenceTargetProp(model, nn.CrossEntropyLoss(), **changes)
+
+
+OFFLINE_RULES: dict[str, Callable[..., OfflineRule]] = {
+    "OfflineAltMin": OfflineAltMin,
+    "OfflineAltMin-squared": partial(OfflineAltMin, output_loss="squared", code_steps=3),
+    "MAC": partial(MAC, mu_growth=1.0),
+    "MAC-squared": partial(MAC, mu_growth=1.0, output_loss="squared"),
+    "BCD": partial(BCD, output_loss="squared"),
+    "BCD-hinge": partial(BCD, output_loss="hinge", alpha=0.5, gamma=2.0),
+    "ADMM": partial(ADMM, output_loss="hinge", warm_start=2),
+    "ADMM-squared": partial(ADMM, output_loss="squared", warm_start=0, gamma=1.0),
+}
+every_offline_rule = pytest.mark.parametrize("name", list(OFFLINE_RULES))
+
+
+@cache
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
+def whole_set(rows: int = 90, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    found = digits()
+    return found.x_train[:rows].to(dtype), found.y_train[:rows]
+
+
+def offline_rule(
+    name: str, *, dtype: torch.dtype = torch.float64, activation: str = "relu", seed: int = 2
+) -> OfflineRule:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), *mlp(64, 12, 9, 10, activation=activation)).to(dtype)
+    return OFFLINE_RULES[name](model, CE)
+
+
+def sweeps(rule: OfflineRule, x: Tensor, y: Tensor, count: int) -> list[float]:
+    return [float(rule.step(x, y).loss) for _ in range(count)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import blobs, convnet, equal, images, mixed, mlp, relative, rnn, rule_state, state, train
+from cases import blobs, convnet, equal, images, mixed, mlp, relative, rnn, rule_state, state, train
 from torch import Tensor, nn
 
 from beyondprop import AffineProjection, Backprop, LearningRule, LocoProp
