@@ -1,39 +1,42 @@
 """The claims of the consequentialism paper on its kind of data: projection in front of SGD, NAG, RMSProp and Adam.
 
-    python benchmarks/consequentialism.py [--tasks mnist fashion-mnist cifar10] [--seeds 0 1 2] [--out FILE.jsonl]
+    python benchmarks/consequentialism.py [--tasks mnist fashion-mnist cifar10] [--seeds 0 1 2] [--out DIR]
 
 Paeedeh & Ghiasi-Shirazi (2021) claim that the amended update works with all four, needs fewer iterations, depends less on the
 learning rate, and needs momentum less. Every optimizer runs with and without projection at the same five learning rates, half a
 decade apart, constant during a run, each pair around its own middle; all seeds at all rates. Printed are the training loss and
-test accuracy at the rate with the least training loss, how many of the five rates come within 1.5 times of it, and CPU time.
+test accuracy at the rate with the least training loss, how many of the five rates come within 1.5 times of it, and the seconds
+of training. Each task is a run directory, and goes on where it was stopped.
+
+Older results, `results/consequentialism.jsonl`, have a JSON line a training: `loss` and `accuracy` (in percent) at its end,
+`curve` of `[step, loss, accuracy]`, CPU `seconds` with evaluations; null where it failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
+from race import recorded
 from torch import nn
 
-from beyondprop import AffineProjection, Backprop, NonFiniteError, data
-from beyondprop.lab import nets
-from beyondprop.lab.training import fit
+from beyondprop import AffineProjection, Backprop
+from beyondprop.lab import RuleSpec, Settings, tasks
+from beyondprop.lab.report import Run
+from beyondprop.stages.losses import LossFunction
 
 TASKS = {"mnist": ("mlp:100x2", 2.0), "fashion-mnist": ("mlp:100x2", 2.0), "cifar10": ("lenet5", 1.0)}
 BATCH = 100
 STEPS = tuple(10 ** (k / 2) for k in range(-2, 3))  # around the middle
 
-Build = Callable[..., torch.optim.Optimizer]
-OPTIMIZERS: dict[str, tuple[Build, float, float]] = {  # with the middle of the rates, without and with projection
+Make = Callable[..., torch.optim.Optimizer]
+OPTIMIZERS: dict[str, tuple[Make, float, float]] = {  # with the middle of the rates, without and with projection
     "SGD": (torch.optim.SGD, 0.1, 1.0),
     "NAG": (partial(torch.optim.SGD, momentum=0.9, nesterov=True), 0.03, 0.3),
     "RMSProp": (torch.optim.RMSprop, 1e-3, 1e-3),
@@ -41,63 +44,63 @@ OPTIMIZERS: dict[str, tuple[Build, float, float]] = {  # with the middle of the 
 }
 
 
-def run(dataset: data.Dataset, task: str, name: str, projected: bool, lr: float, seed: int) -> dict[str, Any]:
-    """Train once; return the record."""
-    net, epochs = TASKS[task]
-    torch.manual_seed(seed)
-    model = nets.build(net, dataset.input_shape, dataset.num_classes)
-    optimizer = OPTIMIZERS[name][0](model.parameters(), lr=lr)
-    preconditioner = AffineProjection(model) if projected else None
-    rule = Backprop(model, nn.CrossEntropyLoss(), optimizer, preconditioner=preconditioner)
-    record: dict[str, Any] = {"task": task, "optimizer": name, "projected": projected, "lr": lr, "seed": seed}
-    start = time.process_time()
-    steps = math.ceil(len(dataset.x_train) / BATCH)
-    try:
-        history = fit(
-            rule, dataset, epochs=epochs, batch_size=BATCH, seed=seed, schedule="constant", evaluate_every=steps // 4
-        )
-    except NonFiniteError:
-        return record | {"loss": None, "accuracy": None, "curve": [], "seconds": None}
-    rows = history.evaluations
-    return record | {
-        "loss": rows[-1]["train_loss"],
-        "accuracy": 100 * rows[-1]["accuracy"],
-        "curve": [[row["step"], row["train_loss"], 100 * row["accuracy"]] for row in rows if row["step"]],
-        "seconds": time.process_time() - start,
-    }
+def contender(name: str, projected: bool) -> list[RuleSpec]:
+    """Return an optimizer with or without projection, one rule for each of its learning rates."""
+    make, plain, with_projection = OPTIMIZERS[name]
+
+    def build(model: nn.Module, loss: LossFunction, lr: float) -> Backprop:
+        optimizer = make(model.parameters(), lr=lr)
+        return Backprop(model, loss, optimizer, preconditioner=AffineProjection(model) if projected else None)
+
+    rates = [float(f"{(with_projection if projected else plain) * step:.3g}") for step in STEPS]
+    title = name + " + projection" * projected
+    return [RuleSpec(f"{title.replace(' ', '')}@{lr:g}", f"{title}, {lr:g}", "", "", build, lr, (lr,)) for lr in rates]
 
 
-def rates(name: str, projected: bool) -> list[float]:
-    """Return the five learning rates."""
-    _, plain, with_projection = OPTIMIZERS[name]
-    middle = with_projection if projected else plain
-    return [float(f"{middle * step:.3g}") for step in STEPS]
+def compared(name: str, seeds: tuple[int, ...], path: Path) -> Run:
+    """Train everything on a task, or what is left of it."""
+    net, epochs = TASKS[name]
+    task = tasks.load(name)
+    specs = [spec for one in product(OPTIMIZERS, (False, True)) for spec in contender(*one)]
+    settings = Settings(
+        data=name,
+        nets=(net,),
+        rules=tuple(spec.name for spec in specs),
+        epochs=epochs,
+        seeds=seeds,
+        batch_size=BATCH,
+        schedule="constant",
+        evaluate_every=math.ceil(len(task.x_train) / BATCH) // 4,
+        alignment=False,
+        device="cpu",
+    )
+    return recorded(settings, path, task=task, rules=specs)
 
 
-def summary(records: list[dict[str, Any]], task: str) -> str:
+def summary(run: Run, task: str) -> str:
     """Return a text table of a task."""
     lines = [f"{task}: {TASKS[task][0]}, {TASKS[task][1]:g} epochs of batch {BATCH}"]
     lines.append(
-        f"  {'':22} {'lr':>8} {'training loss':>24} {'test accuracy, %':>26} {'rates within 1.5x':>18} {'CPU s':>6}"
+        f"  {'':22} {'lr':>8} {'training loss':>24} {'test accuracy, %':>26} {'rates within 1.5x':>18} {'s':>6}"
     )
     for name, projected in product(OPTIMIZERS, (False, True)):
-        own = [r for r in records if (r["task"], r["optimizer"], r["projected"]) == (task, name, projected)]
-        by_rate = {lr: [r for r in own if r["lr"] == lr] for lr in rates(name, projected)}
-        by_rate = {lr: rows for lr, rows in by_rate.items() if rows}
-        means = {
-            lr: math.inf if any(r["loss"] is None for r in rows) else statistics.mean(r["loss"] for r in rows)
-            for lr, rows in by_rate.items()
-        }
-        if not means or min(means.values()) == math.inf:
+        specs = contender(name, projected)
+        means: dict[str, float] = {}
+        for spec in specs:
+            ended = run.seeds(spec.name)
+            losses = [run.of("eval", spec.name, seed)[-1]["train_loss"] for seed in ended["done"]]
+            means[spec.name] = math.inf if ended["failed"] or None in losses else statistics.fmean(losses)
+        best = min(specs, key=lambda spec: means[spec.name])
+        if means[best.name] == math.inf:
             continue
-        best = min(means, key=lambda lr: means[lr])
-        near = sum(mean <= 1.5 * means[best] for mean in means.values())
-        losses, accuracies = ([r[key] for r in by_rate[best]] for key in ("loss", "accuracy"))
+        near = sum(mean <= 1.5 * means[best.name] for mean in means.values())
+        rows = [run.of("eval", best.name, seed)[-1] for seed in run.seeds(best.name)["done"]]
+        losses, accuracies = [row["train_loss"] for row in rows], [100 * row["accuracy"] for row in rows]
         lines.append(
-            f"  {name + (' + projection' if projected else ''):22} {best:>8g} "
+            f"  {best.title.partition(',')[0]:22} {best.lr:>8g} "
             f"{statistics.mean(losses):>8.4f} ({min(losses):.4f} to {max(losses):.4f}) "
             f"{statistics.mean(accuracies):>8.2f} ({min(accuracies):.2f} to {max(accuracies):.2f}) "
-            f"{near:>13} of {len(means)} {statistics.median(r['seconds'] for r in by_rate[best]):>6.1f}"
+            f"{near:>13} of {len(means)} {statistics.median(row['seconds'] for row in rows):>6.1f}"
         )
     return "\n".join(lines)
 
@@ -106,21 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("consequentialism.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/consequentialism"), metavar="DIR")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    records = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-    done = {(r["task"], r["optimizer"], r["projected"], r["lr"], r["seed"]) for r in records}
     for task in arguments.tasks:
-        dataset = data.load(task)
-        for seed, name, projected in product(arguments.seeds, OPTIMIZERS, (False, True)):
-            for lr in rates(name, projected):
-                if (task, name, projected, lr, seed) in done:
-                    continue
-                records.append(run(dataset, task, name, projected, lr, seed))
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
-        print(summary(records, task), flush=True)
+        print(summary(compared(task, tuple(arguments.seeds), arguments.out / task), task), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which of LocoProp's settings pay: one is changed at a time, at equal CPU time, on the deep autoencoder of MNIST.
 
-    python benchmarks/locoprop_choices.py [--budget-epochs 5] [--out FILE.jsonl]
+    python benchmarks/locoprop_choices.py [--budget-epochs 5] [--out DIR]
 
 Every variant has four learning rates and the CPU time of the same number of RMSProp's epochs, on 50,000 training images; the
 loss is that of the other 10,000. One seed: differences below half a nat are noise.
@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from functools import partial
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from autoencoder import problem
-from contenders import CONTENDERS, Contender
-from race import Results, tune
+from race import TUNING_SEED, contenders, costs, race, timed
+from torch import nn
 
-from beyondprop import LocoProp
+from beyondprop import Backprop, LocoProp
+from beyondprop.lab import RuleSpec
+from beyondprop.stages.losses import LossFunction
 
 # The contender of the race, and what differs from it.
 BASE: dict[str, Any] = {"local_steps": 9, "rows": 32, "target_lr": 30.0, "momentum": 0.998}
@@ -31,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "T = 1": {"local_steps": 1},
     "T = 5": {"local_steps": 5},
     "T = 13": {"local_steps": 13},
-    "T = 3 inside, 9 at both ends": {"layers": {f"{k}": {"local_steps": 3} for k in (2, 4, 6, 7, 9, 11)}},
+    "T = 3 inside, 9 at both ends": {"layers": {f"{k}": {"local_steps": 3} for k in (3, 5, 7, 8, 10, 12)}},
     "target_lr 10": {"target_lr": 10.0},
     "momentum 0.9": {"momentum": 0.9},
     "momentum 0.99": {"momentum": 0.99},
@@ -46,11 +49,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "momentum": 0.999,
     },
 }
+GRID = (1e-5, 2e-5, 5e-5, 1e-4)
 
 
-def build(settings: dict[str, Any], model: torch.nn.Module, lr: float) -> tuple[torch.optim.Optimizer, None]:
+def variant(title: str) -> RuleSpec:
     """Return LocoProp with some settings changed."""
-    return LocoProp(model, lr=lr, **BASE | settings), None
+
+    def build(model: nn.Module, loss: LossFunction, lr: float) -> Backprop:
+        return Backprop(model, loss, LocoProp(model, lr=lr, **BASE | VARIANTS[title]))
+
+    name = re.sub(r"[^\w.]+", "-", title).strip("-")
+    return RuleSpec(name, title, "", "", build, lr=GRID[0], grid=GRID)
 
 
 def main() -> None:
@@ -58,26 +67,31 @@ def main() -> None:
     parser.add_argument("--budget-epochs", type=float, default=5.0, help="time of this many RMSProp epochs")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("locoprop_choices.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/locoprop_choices"), metavar="DIR")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in arguments.variants:
-        CONTENDERS[name] = Contender(
-            name, "beyondprop", partial(build, VARIANTS[name]), (1e-5, 2e-5, 5e-5, 1e-4), "locoprop"
-        )
-    task, results = problem("mnist", "standard", "tanh"), Results(arguments.out)
-    costs = results.costs(task, arguments.variants, arguments.rounds)
-    tune(results, task, arguments.variants, epochs=arguments.budget_epochs, timed=True, share=1.0)
-    print(
-        f"\n{arguments.budget_epochs:g} epochs of RMSProp's time\n{'':42} {'lr':>6} {'step':>5} {'epochs':>7} {'loss':>7}"
-    )
+    task, epochs = problem(), arguments.budget_epochs
+    contenders((), task)  # registers the pacemaker
+    specs = list(map(variant, arguments.variants))
+    cost = costs(task, specs, arguments.out / "costs.json", arguments.rounds)
+    held = task.held_out()
+    epochs_held = epochs * task.epoch / held.epoch  # an epoch of the rows that are left is shorter
+    every_rate = [
+        replace(spec, name=f"{spec.name}@{lr:g}", title=f"{spec.title}, {lr:g}", lr=lr)
+        for spec in timed(held, specs, cost, epochs_held)
+        for lr in GRID
+    ]
+    path = arguments.out / f"{epochs:g}-epochs-of-rmsprop"
+    run = race(held, every_rate, path, epochs=epochs_held, seeds=[TUNING_SEED])
+    print(f"\n{epochs:g} epochs of RMSProp's time\n{'':42} {'lr':>6} {'step':>5} {'epochs':>7} {'loss':>7}")
     rows = []
-    for name in arguments.variants:
-        runs = results.find(kind="run", contender=name, budget=f"{arguments.budget_epochs:g} pacemaker epochs")
-        best = min(runs, key=lambda run: math.inf if run["final"] is None else run["final"])
-        if best["final"] is not None:
-            line = f"{name:42} {best['lr']:>6g} {costs[name] / costs['adam']:>5.2f} {best['epochs']:>7.2f}"
-            rows.append((best["final"], f"{line} {best['final']:>7.2f}"))
+    for spec in specs:
+        own = {lr: run.of("eval", f"{spec.name}@{lr:g}", TUNING_SEED)[-1] for lr in GRID}
+        ended = {lr: row for lr, row in own.items() if run.seeds(f"{spec.name}@{lr:g}")["done"]}
+        score, lr = min(((row["score"] or math.inf, lr) for lr, row in ended.items()), default=(math.inf, 0.0))
+        if score < math.inf:
+            steps, relative = own[lr]["step"] / task.epoch, cost[spec.name] / cost[task.reference]
+            rows.append((score, f"{spec.title:42} {lr:>6g} {relative:>5.2f} {steps:>7.2f} {score:>7.2f}"))
     print("\n".join(line for _, line in sorted(rows)))
     print("step: CPU time in steps of Adam")
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
-import models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beyondprop import AffineProjection, LocoProp, data
+from beyondprop.lab import nets
 
 BATCH = 1000
 Step = Callable[[], object]
@@ -67,7 +67,7 @@ def floor(sizes: list[int], steps: int) -> Step:
 def contenders(x: Tensor) -> dict[str, Step]:
     """Return the steps to compare, each on its own copy of the model."""
     torch.manual_seed(0)
-    model = models.autoencoder()
+    model = nets.build("autoencoder", (784,), 784)
     optimizers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
         "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-3, foreach=True),
         "LocoProp-M T=5": lambda m: LocoProp(m, local_steps=5),
@@ -86,8 +86,7 @@ def contenders(x: Tensor) -> dict[str, Step]:
         own = copy.deepcopy(model)
         sgd = torch.optim.SGD(own.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov)
         steps[name] = loop(own, x, sgd, AffineProjection(own))
-    encoder = models.widths()
-    steps["floor"] = floor([*encoder, *encoder[-2::-1]], 5)
+    steps["floor"] = floor([784, *(m.out_features for m in model.modules() if isinstance(m, nn.Linear))], 5)
     return steps
 
 

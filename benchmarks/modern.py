@@ -1,6 +1,6 @@
 """Local optimization in modern nets: ResNet-20 on CIFAR-10, a character-level transformer on Python's documentation.
 
-    python benchmarks/modern.py {resnet20,transformer} [--seeds 0 1 2] [--budget-epochs E] [--out FILE.jsonl] [--figure FILE]
+    python benchmarks/modern.py {resnet20,transformer} [--seeds 0 1 2] [--budget-epochs E] [--out DIR]
 
 Every contender has four learning rates, chosen on held-out training rows after a third of the budget, and the CPU time of the
 same number of AdamW's epochs; curves and finals are the error rate (ResNet) or the cross-entropy of the next character in nats
@@ -15,18 +15,12 @@ from pathlib import Path
 
 import torch
 import transformer
-from contenders import CONTENDERS
-from race import Problem, Results, figure, race, table, tune
+from race import Problem, contenders, costs, race, show, timed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beyondprop import data
 from beyondprop.lab import nets
-
-NAMES = {
-    "resnet20": ["adamw-default", "nesterov-decayed", "muon-inside", "locoprop-s-small", "projection-small"],
-    "transformer": ["adamw-default", "muon-inside", "locoprop-m-small", "locoprop-s-small", "projection-small"],
-}
 
 
 def error_rate(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,16 +38,19 @@ def resnet20() -> Problem:
     cifar = data.load("cifar10")
     return Problem(
         name="cifar10, resnet20",
+        form="resnet20",
         build=partial(nets.build, "resnet20", cifar.input_shape, cifar.num_classes),
-        loss=nn.CrossEntropyLoss(),
+        criterion=nn.CrossEntropyLoss(),
         measure=error_rate,
         label="test error (%)",
-        x=cifar.x_train,
-        y=cifar.y_train,
+        x_train=cifar.x_train,
+        y_train=cifar.y_train,
         scored=(cifar.x_test, cifar.y_test),
         batch=128,
-        curve_rows=1000,
+        held=len(cifar.x_train) // 10,
+        points=5,  # 10,000 test images are much beside an epoch
         pacemaker="adamw-default",
+        reference="adamw-default",
     )
 
 
@@ -64,44 +61,47 @@ def characters() -> Problem:
     x, y = transformer.windows(codes[:cut])
     return Problem(
         name="documentation, transformer",
+        form="transformer",
         build=partial(transformer.Transformer, alphabet),
-        loss=next_character,
-        measure=next_character,
+        criterion=next_character,
         label="cross-entropy of the next character (nats)",
-        x=x,
-        y=y,
+        x_train=x,
+        y_train=y,
         scored=transformer.windows(codes[cut:]),
         batch=32,
-        curve_rows=250,
+        held=len(x) // 10,
+        points=10,
         pacemaker="adamw-default",
+        reference="adamw-default",
+        sample="window",
     )
 
 
-PROBLEMS = {"resnet20": (resnet20, 1.0, (40.0, 80.0)), "transformer": (characters, 2.0, (1.5, 3.5))}
+SHARED = ("adamw-default", "muon-inside", "locoprop-s-small", "projection-small")
+PROBLEMS = {
+    "resnet20": (resnet20, 1.0, (*SHARED, "nesterov-decayed")),
+    "transformer": (characters, 2.0, (*SHARED, "locoprop-m-small")),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problem", choices=list(PROBLEMS))
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME")
     parser.add_argument("--budget-epochs", type=float, help="time of this many AdamW epochs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("modern.jsonl"))
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/PROBLEM")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    build, epochs, limits = PROBLEMS[arguments.problem]
+    build, epochs, names = PROBLEMS[arguments.problem]
     epochs = arguments.budget_epochs or epochs
-    task, results = build(), Results(arguments.out)
-    names = arguments.contenders or NAMES[arguments.problem]
-    costs = results.costs(task, names, arguments.rounds)
-    rates = tune(results, task, names, epochs=epochs, timed=True, held_out=len(task.x) // 10)
-    runs = race(results, task, rates, epochs=epochs, timed=True, seeds=arguments.seeds)
-    title = f"{task.name}: {epochs:g} epochs of AdamW's time"
-    print(f"\n{title}\n{table(runs, costs, task)}")
-    if arguments.figure:
-        figure(runs, arguments.figure, title, limits, task)
+    task, out = build(), arguments.out or Path("runs") / arguments.problem
+    specs = contenders(arguments.contenders or names, task)
+    cost = costs(task, specs, out / "costs.json", arguments.rounds)
+    path = out / f"{epochs:g}-epochs-of-adamw"
+    run = race(task, timed(task, specs, cost, epochs), path, epochs=epochs, seeds=arguments.seeds, share=1 / 3)
+    show(run, task, cost, f"{epochs:g} epochs of AdamW's time")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""Race optimizers on one problem: by equal CPU time or by equal epochs, learning rates tuned alike, several seeds.
+"""Races: comparisons by equal CPU time or by equal epochs, learning rates tuned alike, several seeds.
 
 Equal time is turned into steps once: the cost of every contender's step is measured in one process where contenders take
-turns, and each then runs as many steps as fit into the time of the pacemaker's epochs. So a run is repeatable on any
-machine load. Every finished run is a line of a JSON lines file, and is not done again.
+turns, and each then trains for as many steps as fit into the time of the pacemaker's epochs. So a run is repeatable on any
+machine load. The rest is `beyondprop.lab.compare`: a race is a run directory, goes on where it was stopped, and
+`beyondprop report` draws it.
+
+Older results, `results/autoencoder.jsonl`, `modern.jsonl` and `locoprop_choices.jsonl`, are JSON lines: of kind `cost`, a
+contender's step in steps of the pacemaker; of kind `run`, one training with its `phase` (`tune`: on held-out training rows),
+`budget`, `lr`, `seed`, `steps`, `final` (null where it failed, `reason` says how), CPU `seconds` and `curve` of
+`[steps done, seconds, score on the first rows]`. Contenders go by their names without `-raced` there. `muon-inside` of
+`modern.jsonl` never cleared the gradients of its matrices, so that they added up over the steps.
 """
 
 from __future__ import annotations
@@ -11,303 +18,307 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, Contender
+from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from beyondprop import NonFiniteError
+from beyondprop.cli.progress import Lines
+from beyondprop.lab import Metric, RuleSpec, Settings, compare, registry, resume
+from beyondprop.lab.report import Run, read_run, write_report
+from beyondprop.lab.runs.files import write_atomically
+from beyondprop.lab.training import schedules
+from beyondprop.nn.functional import evaluation_mode
+from beyondprop.stages.losses import LossFunction
 
-WARM_UP = 0.05  # of a run's steps
-HIGHEST_LOSS = 1000.0  # a loss above it, or not a number, ends the run as failed
-BLOCK = 20  # steps timed together: a multiple of the period of every preconditioner in CONTENDERS
-POINTS = 25  # of a curve
+SCHEDULE = "warmup:0.05"  # up over 5 % of the steps, then linearly to 0
+HIGHEST_LOSS = 1000.0  # a loss above it, or not a number, ends a training as failed
+BLOCK = 20  # steps timed together: a multiple of the period of every preconditioner in contenders.py
+TUNING_SEED = 100
+PLUGIN = str(Path(__file__).with_name("contenders.py"))
 
-Record = dict[str, Any]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """What is raced on.
+    """What is raced on: a task whose epochs drop the remainder of a batch.
 
     Attributes:
-        name: Identifies the problem in the file of results: data, network, activation.
-        build: Draws a new model from torch's global generator.
-        loss: `loss(output, target)`, a mean over the batch.
-        x: Training inputs `(N, ...)`.
-        y: Training targets `(N, ...)`.
-        scored: Inputs and targets that runs are scored on; None for the training rows.
-        measure: What is scored, like `loss`; None for the loss.
-        label: What figures call the score.
-        batch: Rows of a batch; the remainder of an epoch is dropped.
-        pacemaker: The contender whose epochs are the unit of time.
-        reference: The contender that step times are quoted against; None for the pacemaker.
-        curve_rows: Scored rows that a curve's points are taken on.
+        name: identifies the problem: data, network, activation.
+        form: what the network is called.
+        build: draws a new model from torch's global generator.
+        criterion: `criterion(output, target)`, a mean over the batch.
+        x_train: training inputs `(N, ...)`.
+        y_train: training targets `(N, ...)`.
+        scored: inputs and targets that models are scored on; None for the training rows.
+        measure: what is scored, like `criterion`; None for the criterion.
+        label: what tables and figures call the score.
+        batch: rows of a batch.
+        held: training rows that tuning holds out.
+        points: scores that are taken during the pacemaker's epochs.
+        pacemaker: the contender whose epochs are the unit of time.
+        reference: the contender that step times are quoted against.
     """
 
     name: str
+    form: str
     build: Callable[[], nn.Module]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    x: Tensor
-    y: Tensor
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    x_train: Tensor
+    y_train: Tensor
     scored: tuple[Tensor, Tensor] | None = None
     measure: Callable[[Tensor, Tensor], Tensor] | None = None
     label: str = "loss"
     batch: int = 1000
+    held: int = 10_000
+    points: int = 25
     pacemaker: str = "rmsprop"
-    reference: str | None = None
-    curve_rows: int = 10_000
+    reference: str = "rmsprop"
+    sample: str = "row"
 
     @property
     def epoch(self) -> int:
         """Steps of an epoch."""
-        return len(self.x) // self.batch
+        return len(self.x_train) // self.batch
 
-    def hold_out(self, count: int) -> Problem:
-        """Return the same problem without `count` drawn training rows, scored on them."""
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
-        held, kept = order[:count].sort().values, order[count:].sort().values
-        return replace(self, x=self.x[kept], y=self.y[kept], scored=(self.x[held], self.y[held]))
+    @property
+    def epoch_rows(self) -> tuple[int]:
+        """Rows of an epoch."""
+        return (self.epoch * self.batch,)
 
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches without end, shuffled anew in each epoch; equal seeds give equal batches."""
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(self.x), generator=generator)
-            for rows in order[: self.epoch * self.batch].split(self.batch):
-                yield self.x[rows], self.y[rows]
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The score."""
+        return (Metric("score", self.label, higher_is_better=False),)
+
+    @property
+    def loss(self) -> LossFunction:
+        """The criterion; one above `HIGHEST_LOSS` ends the training."""
+        criterion = self.criterion
+
+        # A function, no method: rules are copied with their loss, and a method would take all rows along.
+        def bounded(output: Tensor, y: Tensor) -> Tensor:
+            value = criterion(output, y)
+            if not value.item() <= HIGHEST_LOSS:  # also where it is not a number
+                raise NonFiniteError(
+                    f"The loss of a batch is {value.item():.4g}, not {HIGHEST_LOSS:g} or less.", "loss"
+                )
+            return value
+
+        return bounded
+
+    def net(self, form: str) -> nn.Module:
+        """See `Task.net`; there is one network."""
+        del form
+        return self.build()
 
     @torch.no_grad()
-    def score(self, model: nn.Module, rows: int | None = None) -> float:
-        """Return the mean score over the first `rows` scored rows, all where None; the model is in evaluation mode."""
-        x, y = self.scored or (self.x, self.y)
-        measure, total = self.measure or self.loss, 0.0
-        model.eval()  # also tells preconditioners that these inputs are not for them
-        for a, b in zip(x[:rows].split(2 * self.batch), y[:rows].split(2 * self.batch), strict=True):
-            total += measure(model(a), b).item() * len(a)
-        model.train()
-        return total / len(x[:rows])
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean score over all scored rows; NaN, which is a failure, above `HIGHEST_LOSS`."""
+        x, y = self.scored or (self.x_train, self.y_train)
+        measure, total = self.measure or self.criterion, 0.0
+        with evaluation_mode(model):  # also tells preconditioners that these inputs are not for them
+            for a, b in zip(x.split(2 * self.batch), y.split(2 * self.batch), strict=True):
+                total += measure(model(a), b).item() * len(a)
+        score = total / len(x)
+        return {"score": score if score <= HIGHEST_LOSS else math.nan}
+
+    def held_out(self, share: float = 0.0) -> Problem:
+        """Return the same problem without `held` drawn training rows, scored on them, whatever the share."""
+        del share
+        order = torch.randperm(len(self.x_train), generator=torch.Generator().manual_seed(0))
+        held, kept = order[: self.held].sort().values, order[self.held :].sort().values
+        rows = (self.x_train[held], self.y_train[held])
+        return replace(self, x_train=self.x_train[kept], y_train=self.y_train[kept], scored=rows)
+
+    def to(self, device: str) -> Problem:
+        """See `Task.to`."""
+        x, y = self.x_train.to(device), self.y_train.to(device)
+        scored = self.scored and (self.scored[0].to(device), self.scored[1].to(device))
+        return replace(self, x_train=x, y_train=y, scored=scored)
+
+    def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches; one generator draws the orders of all epochs, one after the other."""
+        generator = torch.Generator().manual_seed(seed)
+        orders = (torch.randperm(len(self.x_train), generator=generator) for _ in count())
+        order = next(islice(orders, epoch, None)).to(self.x_train.device)
+        for rows in order[: self.epoch * batch_size].split(batch_size)[start:]:
+            yield self.x_train[rows], self.y_train[rows]
 
 
-def factor(step: int, steps: int) -> float:
-    """Return the learning rate's factor in a step, from 0: linear warm-up over 5 % of the steps, then linear to 0."""
-    warm = max(1, round(WARM_UP * steps))
-    return min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
-
-
-class Trainer:
-    """One contender on one model: `step(x, y)` trains, and adds to the CPU seconds that training took."""
-
-    def __init__(self, problem: Problem, contender: Contender, lr: float, seed: int, steps: int) -> None:
-        torch.manual_seed(seed)
-        self.model = problem.build()
-        self.loss = problem.loss
-        self.optimizer, self.preconditioner = contender.build(self.model, lr)
-        self.scheduler = LambdaLR(self.optimizer, lambda step: factor(step, steps))
-        self.seconds = 0.0
-
-    def step(self, x: Tensor, y: Tensor) -> float:
-        """Train on a batch and return its loss before."""
-        start = time.process_time()
-        self.optimizer.zero_grad()
-        loss = self.loss(self.model(x), y)
-        loss.backward()
-        if self.preconditioner is not None:
-            self.preconditioner.step()
-        self.optimizer.step()
-        self.scheduler.step()
-        value = loss.item()
-        self.seconds += time.process_time() - start
-        return value
-
-
-def train(problem: Problem, contender: Contender, lr: float, seed: int, steps: int) -> Record:
-    """Train and return `final` (None where the run failed, `reason` says how), `seconds` and `curve`.
-
-    The curve holds `[steps done, CPU seconds, score of the first problem.curve_rows]`; scoring is outside the clock.
-    """
-    trainer = Trainer(problem, contender, lr, seed, steps)
-    marks = {round(steps * k / POINTS) for k in range(1, POINTS + 1)}
-    curve: list[list[float]] = []
-    reason = None
-    for done, (x, y) in enumerate(problem.batches(seed), start=1):
+def contenders(names: Sequence[str], problem: Problem) -> list[RuleSpec]:
+    """Return registered rules, those of contenders.py among them; what is not installed is said, and left out."""
+    registry.load_plugins((PLUGIN,))
+    found = []
+    for spec in map(registry.rules.get, names):
         try:
-            loss = trainer.step(x, y)
-        except (NonFiniteError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-            loss, reason = math.nan, f"{type(error).__name__}: {error}"
-        if not loss <= HIGHEST_LOSS:  # also where it is not a number
-            reason = reason or f"loss {loss:.4g}"
-            break
-        if done in marks:
-            curve.append([done, round(trainer.seconds, 2), round(problem.score(trainer.model, problem.curve_rows), 3)])
-        if done == steps:
-            break
-    final = math.nan if reason else problem.score(trainer.model)
-    if reason is None and not final <= HIGHEST_LOSS:
-        reason = f"final score {final:.4g}"
-    return {
-        "final": None if reason else round(final, 4),
-        "reason": reason,
-        "seconds": round(trainer.seconds, 2),
-        "curve": curve,
-    }
+            spec.build(problem.build(), problem.loss, spec.lr)
+        except ModuleNotFoundError as error:
+            print(f"skipping {spec.name}: {error}")
+        else:
+            found.append(spec)
+    return found
 
 
-def step_costs(problem: Problem, names: Sequence[str], rounds: int = 5) -> dict[str, float]:
-    """Return every contender's CPU seconds of a step, as multiples of the pacemaker's.
+def step_costs(problem: Problem, specs: Sequence[RuleSpec], rounds: int) -> dict[str, float]:
+    """Return every contender's CPU seconds of a step, as multiples of the first one's.
 
     Contenders take turns in one process, a block of 20 steps each, so that what happens every 10th or 20th step is in
     every block; the ratio is the median over rounds of the ratio within a round, and a first round warms up.
     """
-    names = list(dict.fromkeys((problem.pacemaker, *names)))
-    trainers = {n: Trainer(problem, CONTENDERS[n], CONTENDERS[n].grid[0], 0, 20 * BLOCK * rounds) for n in names}
-    batches = [batch for batch, _ in zip(problem.batches(0), range(BLOCK), strict=False)]
-    blocks: dict[str, list[float]] = {name: [] for name in names}
+    trained = {}
+    for spec in specs:
+        torch.manual_seed(0)
+        rule = spec.build(problem.build(), problem.loss, min(spec.grid))
+        trained[spec.name] = rule, schedules.attach(rule.optimizers, SCHEDULE, 20 * BLOCK * rounds, problem.epoch)
+    epochs = (problem.batches(epoch, problem.batch, 0) for epoch in count())
+    batches = list(islice(chain.from_iterable(epochs), BLOCK))
+    blocks: dict[str, list[float]] = {name: [] for name in trained}
     for turn in range(-1, rounds):
-        for name, trainer in trainers.items():
-            trainer.seconds = 0.0
+        for name, (rule, schedulers) in trained.items():
+            start = time.process_time()
             for x, y in batches:
-                trainer.step(x, y)
+                rule.step(x, y)
+                for scheduler in schedulers:
+                    scheduler.step()
             if turn >= 0:
-                blocks[name].append(trainer.seconds / BLOCK)
-    pace = blocks[problem.pacemaker]
-    print(f"step of {problem.pacemaker}: {1e3 * statistics.median(pace):.0f} ms of CPU time", flush=True)
-    return {n: statistics.median(a / b for a, b in zip(blocks[n], pace, strict=True)) for n in names}
+                blocks[name].append((time.process_time() - start) / BLOCK)
+    pace = blocks[specs[0].name]
+    print(f"step of {specs[0].name}: {1e3 * statistics.median(pace):.3g} ms of CPU time", flush=True)
+    return {n: round(statistics.median(a / b for a, b in zip(blocks[n], pace, strict=True)), 4) for n in blocks}
 
 
-class Results:
-    """A file of JSON lines: a `cost` line for every contender's step, a `run` line for every finished run."""
+def costs(problem: Problem, specs: Sequence[RuleSpec], file: Path, rounds: int = 5) -> dict[str, float]:
+    """Return the costs of steps in the pacemaker's, measuring, and adding to the file, those that it lacks.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: list[Record] = []
-        if path.exists():
-            text = path.read_text()
-            *whole, cut_off = text.split("\n")
-            self.records = [json.loads(line) for line in whole]
-            if cut_off:  # the last line lacks its end: writing was interrupted
-                path.write_text(text.removesuffix(cut_off))
+    Args:
+        problem: what is trained.
+        specs: the contenders, pacemaker and reference of the problem among them or registered.
+        file: JSON, kept so that a race that goes on has the same numbers of steps.
+        rounds: of the measurement.
 
-    def add(self, record: Record) -> Record:
-        """Append a record to the file."""
-        self.records.append(record)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        return record
-
-    def find(self, **fields: object) -> list[Record]:
-        """Return the records that have all these fields."""
-        return [r for r in self.records if all(r.get(key) == value for key, value in fields.items())]
-
-    def costs(self, problem: Problem, names: Sequence[str], rounds: int = 5) -> dict[str, float]:
-        """Return the costs of steps in the pacemaker's, measuring those of contenders that the file lacks."""
-        known = {r["contender"]: r["cost"] for r in self.find(kind="cost", problem=problem.name)}
-        missing = [name for name in (problem.reference or problem.pacemaker, *names) if name not in known]
-        if missing:
-            for name, cost in step_costs(problem, missing, rounds).items():
-                if name not in known:
-                    self.add({"kind": "cost", "problem": problem.name, "contender": name, "cost": round(cost, 4)})
-                    known[name] = round(cost, 4)
-        return known
-
-    def run(
-        self, problem: Problem, name: str, *, phase: str, budget: str, lr: float, seed: int, steps: int, cost: float
-    ) -> Record:
-        """Return a run's record, from the file where it was finished before."""
-        key = {"kind": "run", "problem": problem.name, "phase": phase, "budget": budget, "contender": name}
-        key |= {"lr": lr, "seed": seed, "steps": steps}
-        if found := self.find(**key):
-            return found[-1]
-        result = train(problem, CONTENDERS[name], lr, seed, steps)
-        record = self.add({**key, "epochs": round(steps / problem.epoch, 3), "cost": cost, **result})
-        shown = record["reason"] or f"{record['final']:.2f}"
-        print(f"  {phase} {name} lr {lr:g} seed {seed}: {shown} ({record['seconds']:.0f} s, {steps} steps)", flush=True)
-        return record
-
-
-def steps_within(epochs: float, epoch: int, cost: float | None) -> int:
-    """Return the steps of a run: these epochs, or, given the cost of a step, their time's worth of it."""
-    return max(1, math.floor(epochs * epoch / (1.0 if cost is None else cost)))
-
-
-def tune(
-    results: Results,
-    problem: Problem,
-    names: Sequence[str],
-    *,
-    epochs: float,
-    timed: bool,
-    share: float = 1 / 3,
-    held_out: int = 10_000,
-) -> dict[str, float]:
-    """Return every contender's best learning rate of its four: a share of the budget, seed 100, held-out training rows.
-
-    Where all four fail, lower rates follow, each a third of the one before; a contender that fails at three of those,
-    too, is left out.
+    Raises:
+        ValueError: if the file has the costs on another problem.
     """
-    costs = results.costs(problem, names)
-    held = problem.hold_out(held_out)
-    best = {}
-    for name in names:
-        contender = CONTENDERS[name]
-        budget = f"{epochs:g} {'pacemaker epochs' if timed else 'epochs'}"
-        # A share of the steps of a whole run; an epoch of the rows that are left is shorter.
-        steps = max(1, math.floor(share * steps_within(epochs, problem.epoch, costs[name] if timed else None)))
-        scores: dict[float, float] = {}
-        lower = [min(contender.grid) / 3**k for k in (1, 2, 3)]
-        for lr in (*contender.grid, *lower):
-            if lr in lower and min(scores.values()) < math.inf:
-                break
-            run = results.run(held, name, phase="tune", budget=budget, lr=lr, seed=100, steps=steps, cost=costs[name])
-            scores[lr] = math.inf if run["final"] is None else run["final"]
-        lr = min(scores, key=lambda rate: scores[rate])
-        if scores[lr] == math.inf:
-            print(f"{name}: failed at every learning rate")
-            continue
-        best[name] = lr
-        edge = ", at the edge of the grid" if lr in {min(scores), max(scores)} else ""
-        print(f"{name}: lr {lr:g}{edge}; " + ", ".join(f"{r:g}: {s:.2f}" for r, s in scores.items()), flush=True)
-    return best
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"problem": problem.name, "costs": {}}
+    if kept["problem"] != problem.name:
+        raise ValueError(f"{str(file)!r} is of {kept['problem']!r}, not of {problem.name!r}; choose another --out.")
+    own = {spec.name: spec for spec in specs}
+    wanted = dict.fromkeys((problem.pacemaker, problem.reference, *own))
+    if missing := [name for name in wanted if name not in kept["costs"]]:
+        measured = [own.get(name) or registry.rules.get(name) for name in dict.fromkeys((problem.pacemaker, *missing))]
+        kept["costs"] = step_costs(problem, measured, rounds) | kept["costs"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(kept, indent=1).encode())
+    return kept["costs"]
+
+
+def timed(problem: Problem, specs: Sequence[RuleSpec], cost: Mapping[str, float], epochs: float) -> list[RuleSpec]:
+    """Return rules that train for the whole steps that fit into the time of these epochs of the pacemaker's."""
+    found = []
+    for spec in specs:
+        steps = max(1, math.floor(epochs * problem.epoch / cost[spec.name]))
+        found.append(replace(spec, cost=epochs * problem.epoch / steps))
+    return found
 
 
 def race(
-    results: Results, problem: Problem, rates: dict[str, float], *, epochs: float, timed: bool, seeds: Sequence[int]
-) -> list[Record]:
-    """Train every contender at its learning rate over the seeds, on all training rows; return the runs."""
-    costs = results.costs(problem, list(rates))
-    budget = f"{epochs:g} {'pacemaker epochs' if timed else 'epochs'}"
-    runs = []
-    for name, lr in rates.items():
-        steps = steps_within(epochs, problem.epoch, costs[name] if timed else None)
-        key: Record = {"phase": "final", "budget": budget, "lr": lr, "steps": steps, "cost": costs[name]}
-        runs += [results.run(problem, name, seed=seed, **key) for seed in seeds]
-    return runs
+    problem: Problem,
+    specs: Sequence[RuleSpec],
+    path: Path,
+    *,
+    epochs: float,
+    seeds: Sequence[int],
+    share: float | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> Run:
+    """Train every contender over the seeds, on all training rows, or go on with it; return what was recorded.
+
+    Args:
+        problem: what is trained.
+        specs: the contenders, with their costs.
+        path: the run directory.
+        epochs: the pacemaker's.
+        seeds: of the trainings.
+        share: of a run's steps, rounded, after which a rate is chosen of the four: seed 100, held-out training rows. None:
+            rules keep their own rates.
+        rates: learning rates by hand, which are not tuned.
+    """
+    steps = epochs * problem.epoch
+    settings = Settings(
+        nets=(problem.form,),
+        rules=tuple(spec.name for spec in specs),
+        epochs=epochs,
+        seeds=tuple(seeds),
+        batch_size=problem.batch,
+        schedule=SCHEDULE,
+        lr=rates or {},
+        tune=share is not None,
+        # The epochs of the rows that are left are shorter.
+        tune_epochs=None if share is None else share * steps / ((len(problem.x_train) - problem.held) // problem.batch),
+        tune_seeds=() if share is None else (TUNING_SEED,),
+        evaluate_every=max(1, round(steps / problem.points)),
+        alignment=False,
+        device="cpu",
+    )
+    nets = {problem.form: lambda input_shape, outputs: problem.build()}
+    return recorded(settings, path, task=problem, nets=nets, rules=specs)
 
 
-def table(runs: Sequence[Record], costs: dict[str, float], problem: Problem) -> str:
-    """Return a text table of final runs, best mean first."""
-    reference = problem.reference or problem.pacemaker
+def recorded(settings: Settings, path: Path, **own: Any) -> Run:
+    """Return a comparison's recorded run; it is run, or goes on, where it is not done.
+
+    Args:
+        settings: what is compared.
+        path: the run directory.
+        **own: `task`, `nets` and `rules`, as `compare` takes them.
+
+    Raises:
+        ValueError: if the directory holds a comparison of other settings.
+    """
+    observer = Lines(Console())
+    if (path / "config.toml").is_file():
+        before = Settings.from_config(read_run(path).config)
+        own_fields = (f.name for f in fields(settings) if f.name != "device")
+        differing = [name for name in own_fields if getattr(before, name) != getattr(settings, name)]
+        if differing:
+            raise ValueError(
+                f"{str(path)!r} holds a run with other {', '.join(differing)}; choose another --out, or remove it."
+            )
+        resume(path, observer=observer, **own)
+    else:
+        compare(settings, out=path, observer=observer, **own)
+    return read_run(path)
+
+
+def table(run: Run, problem: Problem, cost: Mapping[str, float]) -> str:
+    """Return a text table of a race, best mean first."""
     lines = [f"{'':34} {'lr':>7} {'step':>6} {'epochs':>7} {'time':>6} {'final':>9}  {'lowest to highest':17}"]
     ranked = []
-    for name in dict.fromkeys(run["contender"] for run in runs):
-        own = [run for run in runs if run["contender"] == name]
-        finals = [math.inf if run["final"] is None else run["final"] for run in own]
-        epochs = own[0]["epochs"]
-        start = f"{CONTENDERS[name].title:34} {own[0]['lr']:>7g} {costs[name] / costs[reference]:>6.2f} {epochs:>7.2f} "
-        start += f"{epochs * costs[name]:>6.1f} "
-        if math.inf in finals:
-            end = f"failed: {sum(f == math.inf for f in finals)} of {len(finals)} seeds"
+    for one in run.contenders:
+        ended = run.seeds(one.name)
+        last = [run.of("eval", one.name, seed)[-1] for seed in ended["done"]]
+        finals = [row["score"] for row in last if row["score"] is not None]  # null: above the highest loss
+        failed = len(ended["failed"]) + len(last) - len(finals)
+        epochs = last[0]["epoch"] if last else run.config["epochs"] / one.settings.get("cost", 1.0)
+        step = cost[one.name]
+        line = f"{one.title:34} {one.settings['lr']:>7.4g} {step / cost[problem.reference]:>6.2f} {epochs:>7.2f} "
+        line += f"{epochs * step:>6.1f} "
+        if failed or not finals:
+            ranked.append((math.inf, f"{line}failed: {failed} of {failed + len(finals)} seeds"))
         else:
-            end = f"{statistics.mean(finals):>9.2f}  {min(finals):.2f} to {max(finals):.2f}"
-        ranked.append((statistics.mean(finals), start + end))
+            mean = statistics.fmean(finals)
+            ranked.append((mean, f"{line}{mean:>9.2f}  {min(finals):.2f} to {max(finals):.2f}"))
     lines += [line for _, line in sorted(ranked)]
-    step, unit = CONTENDERS[reference].title, CONTENDERS[problem.pacemaker].title
+    step, unit = (
+        registry.rules.get(name).title if name in registry.rules else run.title(name)  # they may be no contenders
+        for name in (problem.reference, problem.pacemaker)
+    )
     return "\n".join([
         *lines,
         "",
@@ -315,79 +326,6 @@ def table(runs: Sequence[Record], costs: dict[str, float], problem: Problem) -> 
     ])
 
 
-# Okabe and Ito's palette and dark tones of Paul Tol's; where a colour comes twice, the line tells.
-SOLID, DASHED, DOTTED, MIXED = "-", (0, (5, 1.6)), (0, (1.2, 1.3)), (0, (5, 1.4, 1.2, 1.4))
-LOOKS: dict[str, tuple[tuple[tuple[str, Any], ...], float]] = {
-    "locoprop": ((("#0072B2", SOLID), ("#D55E00", SOLID), ("#56B4E9", SOLID)), 2.8),
-    "projection": ((("#009E73", SOLID), ("#009E73", DASHED), ("#009E73", DOTTED), ("#009E73", MIXED)), 1.8),
-    "second": ((("#CC79A7", SOLID), ("#882255", DASHED), ("#332288", DOTTED), ("#E69F00", MIXED)), 1.5),
-    "first": (tuple((c, line) for c in ("#a0a0a0", "#222222") for line in (SOLID, DASHED, DOTTED, MIXED)), 1.2),
-}
-
-
-def looks() -> dict[str, dict[str, Any]]:
-    """Return matplotlib's settings of every contender's line: the same in every figure."""
-    found = {}
-    for kind, (pairs, width) in LOOKS.items():
-        for i, name in enumerate(name for name, contender in CONTENDERS.items() if contender.kind == kind):
-            color, line = pairs[i % len(pairs)]
-            found[name] = {"color": color, "linestyle": line, "linewidth": width, "zorder": 2 + width}
-    return found
-
-
-def figure(runs: Sequence[Record], path: Path, title: str, limits: tuple[float, float], problem: Problem) -> None:
-    """Draw the score against epochs and against time, means over seeds; the legend is in the order of the results."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    settings: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    settings |= {"grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.edgecolor": "#444444"}
-    look = looks()
-    entries = []
-    with plt.rc_context(settings):
-        canvas, axes = plt.subplots(1, 2, figsize=(12, 5.4), sharey=True, layout="constrained")
-        for name in dict.fromkeys(run["contender"] for run in runs):
-            own = [run for run in runs if run["contender"] == name and run["final"] is not None]
-            if not own:
-                continue
-            losses = [
-                statistics.mean(points) for points in zip(*([p[2] for p in run["curve"]] for run in own), strict=True)
-            ]
-            share = [point[0] / own[0]["steps"] for point in own[0]["curve"]]
-            epochs, final = own[0]["epochs"], statistics.mean(run["final"] for run in own)
-            axes[0].plot([epochs * s for s in share], losses, **look[name])
-            (line,) = axes[1].plot([epochs * own[0]["cost"] * s for s in share], losses, **look[name])
-            entries.append((final, f"{CONTENDERS[name].title}  {final:#.3g}", line))
-        for axis, label in zip(
-            axes, ("epochs", f"CPU time, in epochs of {CONTENDERS[problem.pacemaker].title}"), strict=True
-        ):
-            axis.set_xlabel(label)
-            axis.set_xlim(left=0)
-        axes[0].set_yscale("log")
-        axes[0].set_ylim(*limits)
-        leading = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9)
-        ticks = [t for k in range(-3, 4) for d in leading if limits[0] <= (t := d * 10.0**k) <= limits[1]]
-        axes[0].yaxis.set_major_locator(FixedLocator(ticks))
-        axes[0].yaxis.set_minor_locator(NullLocator())
-        axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        rows = len((problem.scored or (problem.x,))[0])
-        axes[0].set_ylabel(
-            problem.label + (f", first {problem.curve_rows:,} rows" if rows > problem.curve_rows else "")
-        )
-        entries.sort(key=lambda entry: entry[0])
-        canvas.legend(
-            [line for *_, line in entries],
-            [label for _, label, _ in entries],
-            loc="outside right upper",
-            title="at the end, on all rows, best first",
-            frameon=False,
-            handlelength=3.2,
-            alignment="left",
-        )
-        canvas.suptitle(title, fontsize=10)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=150)
-        plt.close(canvas)
+def show(run: Run, problem: Problem, cost: Mapping[str, float], title: str) -> None:
+    """Print the table, and write the report beside it."""
+    print(f"\n{problem.name}: {title}\n{table(run, problem, cost)}\n\n{write_report(run.path)}")
