@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from references import integral, matching_loss
 from torch import Tensor, nn
 
 from beyondprop import LocoProp
+from beyondprop.optim import _graph
 from beyondprop.optim.matching import NAMES, Transfer, transfer
 
 CASES: dict[str, Transfer] = {name: transfer(name) for name in NAMES} | {
@@ -243,6 +245,7 @@ def test_what_follows_a_linear_layer_is_found(name: str) -> None:
 def test_settings_of_what_follows_are_found(name: str, kwargs: dict[str, float]) -> None:
     then, _ = ACTIVATIONS[name]
     optimizer = _found(_Then(nn.Linear(4, 5), then), torch.randn(6, 4), Tensor.sum)
+    optimizer.step()
     z = _grid(-3, 8, 101)
     assert torch.equal(optimizer._transfers["layer"].value(z, -1), transfer(name, **kwargs).value(z, -1))
 
@@ -327,3 +330,19 @@ def test_transfers_can_be_given_by_name_and_pattern() -> None:
         LocoProp(model, transfer={"head": "tanh"})
     with pytest.raises(ValueError, match=r"transfer must be one of .*got 'elu'"):
         LocoProp(model, transfer={"2": "elu"})
+
+
+def test_the_loss_is_found_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the hooks of a device, which run in a thread of their own."""
+    monkeypatch.setattr(_graph, "_is_run", lambda node: True)  # known to the engine's own threads alone
+    model, found = nn.Linear(4, 5), []
+    loss = F.cross_entropy(model(torch.randn(6, 4)), LABELS)
+
+    def look(gradient: Tensor) -> None:
+        thread = threading.Thread(target=lambda: found.extend(_graph._roots()))
+        thread.start()
+        thread.join()
+
+    model.weight.register_hook(look)
+    loss.backward()
+    assert found == [loss.grad_fn]

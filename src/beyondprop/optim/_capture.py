@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.optim._local import total
 from beyondprop.optim._maps import LayerMap
 from beyondprop.optim._units import Batch, Call, find_layers, find_units, unwrapped
 
@@ -31,6 +32,7 @@ class Capture:
     Attributes:
         output_layers: names of layers of which outputs are wanted, too.
         gradients: whether the gradients at outputs are wanted.
+        watched: names of layers of which `on_arrival` is told.
         root: the module inside wrappers.
         group: process group whose ranks have parts of the batch.
         others: names and parameters that are not captured.
@@ -42,8 +44,7 @@ class Capture:
         self.gradients = False
         self.output_layers: set[str] = set()
         self.on_start: Callable[[], None] | None = None
-        self.on_arrival: Callable[[LayerMap], None] | None = None
-        self.nodes: dict[str, list[Any]] = {}  # autograd nodes of outputs, for as long as `watched` has the layer
+        self.on_arrival: Callable[[Call], None] | None = None
         self.watched: set[str] = set()
         self.root, self.group = unwrapped(model)
         self.layers = find_layers(self.root, tuple(exclude))
@@ -53,6 +54,8 @@ class Capture:
         self.others = [(name, p) for name, p in self.root.named_parameters() if p not in taken]
         self._batch: Batch | None = None
         self._last: Batch | None = None
+        self._task = -1  # the latest backward pass
+        self._accumulators: dict[nn.Parameter, Any] = {}  # the autograd nodes that add to `.grad`
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -67,7 +70,7 @@ class Capture:
         # The copied modules carry inert hooks; they get live ones of their own. Calls belong to the graph of the original.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        own: dict[str, Any] = {"_handles": [], "nodes": {}, "_batch": None, "_last": None, "group": self.group}
+        own: dict[str, Any] = {"_handles": [], "_accumulators": {}, "_batch": None, "_last": None, "group": self.group}
         new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in own} | own)
         for unit in new.units:
             unit.calls.clear()
@@ -89,7 +92,6 @@ class Capture:
         """Forget the captured calls."""
         for unit in self.units:
             unit.calls.clear()
-        self.nodes.clear()
 
     def start(self, arguments: Any) -> None:
         """Note that the model is called."""
@@ -97,12 +99,19 @@ class Capture:
             return
         if self.on_start is not None:
             self.on_start()
-        self.nodes.clear()  # of a pass that was never differentiated
         first = _first_tensor(arguments)
         self._batch = self._last = None if first is None else Batch(first.shape[0])
-        gradients = [p.grad for unit in self.units if unit.calls for p in unit.parameters if p.grad is not None]
-        if not any(bool(g.any()) for g in gradients):
-            self.clear()  # of a step that was skipped: its gradients have been thrown away
+        self._drop_stale()
+
+    def _drop_stale(self) -> None:
+        """Forget the calls of a step that was skipped: those whose gradients have been thrown away."""
+        pending = [unit for unit in self.units if unit.calls]
+        for unit in pending:
+            if all(p.grad is None for p in unit.parameters):
+                unit.calls.clear()
+        if not any(p.grad is not None and bool(p.grad.any()) for unit in pending for p in unit.parameters):
+            for unit in pending:
+                unit.calls.clear()
 
     def record(self, layer: LayerMap, x: Any, z: Any) -> Tensor | None:
         """Leave one call with the graph of its output; return the output that takes its place."""
@@ -110,33 +119,59 @@ class Capture:
             return None
         if not any(p.requires_grad for p in layer.parameters):
             return None
-        unit = self._unit_of[layer.name]
         inside = _in_backward()  # a checkpointed block runs again there
-        if unit.calls and not inside and all(p.grad is None for p in unit.parameters):
-            unit.calls.clear()
         if z._is_view():
             # An in-place operation on a view rewires the graph and loses the hook; on a tensor of its own it does not.
             z = torch.ops.aten._unsafe_view(z, z.shape)
-        if layer.name in self.watched:
-            self.nodes.setdefault(layer.name, []).append(z.grad_fn)
-            del self.nodes[layer.name][:-_NODES]
-        kept = z.detach() if layer.name in self.output_layers else None
+        kept, weights = (z.detach(), layer.state()) if layer.name in self.output_layers else (None, ())
         batch = self._batch or (self._last if inside else None) or Batch(x.shape[0] if x.ndim else 1)
-        call = Call(layer, x.detach(), x._version, kept, z._version, batch)
+        call = Call(layer, x.detach(), x._version, kept, z._version, weights, batch, inside)
         alive = weakref.ref(self)
 
         def arrive(gradient: Tensor) -> None:
             capture = alive()
-            if capture is None:
-                return
-            if capture.on_arrival is not None and layer.name in capture.watched:
-                capture.on_arrival(layer)
-            if capture.gradients:
-                call.gradient = gradient.detach()
-            unit.calls.append(call)
+            if capture is not None:
+                capture._arrive(call, gradient)
 
         z.register_hook(arrive)
         return z
+
+    def _arrive(self, call: Call, gradient: Tensor) -> None:
+        """Put a call on its unit's list, once; what only looks, such as `torch.autograd.grad`, has no effect."""
+        name = call.layer.name
+        if torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"A backward pass with create_graph=True reached layer {name!r}: what is differentiated twice uses its "
+                "weight besides its forward call. Differentiate without it, or a copy of the model."
+            )
+        unit, task = self._unit_of[name], torch._C._current_graph_task_id()
+        if task != self._task and not call.is_inside:  # passes within passes do not begin a new one
+            self._task = task
+            self._drop_stale()
+        if task != unit.task:
+            unit.task = task
+            unit.adds = any(p.requires_grad and self._adds_to(p) for p in unit.parameters)
+        if not unit.adds:
+            return
+        known = call in unit.calls
+        if self.gradients:
+            gradient = gradient.detach()
+            call.gradient = call.gradient + gradient if known and call.gradient is not None else gradient
+        if not known:
+            call.follows = None
+            unit.calls[call] = None
+        if self.on_arrival is not None and name in self.watched:
+            self.on_arrival(call)
+
+    def _adds_to(self, p: nn.Parameter) -> bool:
+        """Whether the backward pass that runs adds to the `.grad` of a parameter."""
+        known = self._accumulators.get(p)
+        if known is not None and _will_run(known):
+            return True
+        with torch.enable_grad():  # a parameter that was converted or thawed has a new one
+            node: Any = p.view_as(p).grad_fn
+        self._accumulators[p] = node.next_functions[0][0]
+        return self._accumulators[p] is not known and _will_run(self._accumulators[p])
 
     def check(self) -> None:
         """Raise `NonFiniteError` or `UnsupportedModelError` unless all gradients can be used; nothing has been changed then."""
@@ -157,6 +192,11 @@ class Capture:
                         "or parametrized. Build the optimizer after that."
                     )
             for call in unit.calls:
+                if call.x.layout is not torch.strided:
+                    raise UnsupportedModelError(
+                        f"The input of layer {call.layer.name!r} has the layout {call.x.layout}; a dense one is needed. Pass "
+                        f"x.to_dense(), or exclude=[{call.layer.name!r}]."
+                    )
                 if call.x._version != call.x_version:
                     raise UnsupportedModelError(
                         f"The input of layer {call.layer.name!r} was written over between the forward pass and step(). Give "
@@ -167,8 +207,9 @@ class Capture:
             if any(p.grad is not None and bool(p.grad.any()) for p in unit.parameters):
                 raise UnsupportedModelError(
                     f"Layer {unit.name!r} has a gradient, but none of its forward calls was captured since the last step: "
-                    "its weight was used directly, its output was not part of the backward pass, or the model was "
-                    f"compiled before the hooks were there. Pass exclude=[{unit.layers[0].name!r}], or build this before "
+                    "its weight was used directly, its output was not part of the backward pass, its gradient did not come "
+                    "from backward(), or the model was compiled before the hooks were there. "
+                    f"Pass exclude=[{unit.layers[0].name!r}], or build this before "
                     "the first forward pass."
                 )
         if sums and not bool(torch.stack([s.to(sums[0]) for s in sums]).sum().isfinite()):
@@ -177,9 +218,6 @@ class Capture:
                 f"The gradient of {where!r} is not finite. No weight was changed. Check the inputs or lower the learning rate.",
                 where=where,
             )
-
-
-_NODES = 64  # calls of a layer in one pass that its transfer function is looked for behind
 
 
 class _Hook:
@@ -209,6 +247,13 @@ class _Hook:
         return _Hook, (None, None)
 
 
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad returns what would have been added
+        return False
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -224,4 +269,4 @@ def _first_tensor(value: Any) -> Tensor | None:
 def _sum(gradient: Tensor) -> Tensor:
     if gradient.layout is not torch.strided:
         gradient = gradient.coalesce().values()
-    return torch.view_as_real(gradient).sum() if gradient.is_complex() else gradient.sum()
+    return total(torch.view_as_real(gradient) if gradient.is_complex() else gradient)

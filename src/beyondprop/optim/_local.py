@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from beyondprop.optim._maps import LayerMap
 from beyondprop.optim._units import Call, Unit
 from beyondprop.optim.matching import Transfer, transfer
-from beyondprop.optim.projection import RowMoments
+from beyondprop.optim.projection import RowMoments, widened
 
 LOSSES = ("matching", "squared", "quadratic")
 Buffers = Mapping[Any, Tensor]
@@ -148,12 +148,12 @@ class _Gram:
 
     def add(self, gradients: Buffers) -> None:
         own, (inner, sums, rows) = self.layer, self.moments
-        weight, bias = own.matrix(_change(own.weight, self.before)), _change(own.bias, self.before)
+        weight, bias = widened(own.matrix(_change(own.weight, self.before))), _change(own.bias, self.before)
         # rows of X V^T minus X W^T, multiplied with X once more
         by_weight = weight * inner.unsqueeze(-2) if own.one_hot else weight @ inner
         by_bias = None
         if bias is not None:
-            bias = bias.view(own.groups, -1, 1)
+            bias = widened(bias).view(own.groups, -1, 1)
             by_weight.addcmul_(bias, sums.unsqueeze(-2))
             by_bias = weight @ sums.unsqueeze(-1) + rows * bias
         for p, correction in ((own.weight, by_weight), (own.bias, by_bias)):
@@ -237,9 +237,16 @@ def bound(before: Buffers, trust: float) -> None:
         p.copy_(torch.lerp(w, p, share))
 
 
-def keep_finite(before: Buffers) -> Tensor:
-    """Put the weights back where they are no longer finite; return whether they are."""
-    fine = torch.stack([p.sum() for p in before]).sum().isfinite()
+def total(t: Tensor) -> Tensor:
+    """Return the sum of a tensor's entries, which is finite if they are and do not overflow it, as those of float16 would."""
+    return t.sum(dtype=torch.promote_types(t.dtype, torch.float32))
+
+
+def keep_finite(before: Buffers, state: Mapping[Any, Mapping[str, Any]]) -> Tensor:
+    """Put the weights back where they, or what their optimizer has in `state`, are not finite; return whether all is."""
+    held = [t for p in before for t in state.get(p, {}).values() if isinstance(t, Tensor) and t.is_floating_point()]
+    sums = [total(t) for t in (*before, *held)]
+    fine = torch.stack([s.to(sums[0]) for s in sums]).sum().isfinite()
     if fine.device.type != "cpu" or not bool(fine):  # other devices are not waited for
         for p, w in before.items():
             torch.where(fine, p, w, out=p)

@@ -52,6 +52,14 @@ class LayerMap(abc.ABC):
         first, rest = module.weight.shape[0], module.weight.shape[1:].numel()
         self.units, self.fan_in = (rest, first) if self.one_hot else (first, rest)
 
+    def state(self) -> tuple[Any, ...]:
+        """Return what changes when the parameters are written to or exchanged.
+
+        Writing through `.data` is not counted by torch: on a CPU a few entries show it, elsewhere they would be waited for.
+        """
+        shown = (p.detach()[0].flatten()[:4].tolist() if p.is_cpu and len(p) else None for p in self.parameters)
+        return tuple([(p._version, p.data_ptr(), some) for p, some in zip(self.parameters, shown, strict=True)])
+
     @abc.abstractmethod
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output under these weights."""
@@ -195,7 +203,9 @@ class EmbeddingMap(LayerMap):
         return F.one_hot(x.reshape(1, -1), self.fan_in).to(self.weight.dtype)
 
     def moments(self, x: Tensor, *, mirror: bool = True) -> RowMoments:
-        counts = torch.bincount(x.reshape(-1), minlength=self.fan_in).to(self.weight.dtype).unsqueeze(0)
+        # bfloat16 cannot count beyond 256
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        counts = torch.bincount(x.reshape(-1), minlength=self.fan_in).to(dtype).unsqueeze(0)
         if self.module.padding_idx is not None:
             counts[:, self.module.padding_idx] = 0  # its row gets no gradient and stays
         return RowMoments(counts, counts.clone(), counts.sum())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim._maps import LAYERS, LayerMap, layer_map
+from beyondprop.optim.matching import Transfer
 
 
 @dataclass(slots=True, eq=False)
@@ -29,8 +30,11 @@ class Call:
     x_version: int  # how often `x` had been written to when it was captured
     z: Tensor | None  # its output, None where it is not wanted
     version: int  # the same of `z`
+    weights: tuple[Any, ...]  # the state of the weights that made `z`, as of `LayerMap.state`
     batch: Batch  # the forward pass that the call belongs to
+    is_inside: bool  # whether that pass ran within a backward pass: a checkpointed block
     gradient: Tensor | None = None  # of the loss in `z`, None where it is not wanted
+    follows: Transfer | str | None = None  # what follows it, as of `_graph.find_transfer`, None where nobody asked
 
     def prepared(self) -> Tensor:
         """Return the input as the layer's methods take it, in the dtype of the weight; what counts tokens as it is."""
@@ -43,7 +47,9 @@ class Unit:
 
     layers: list[LayerMap]
     parameters: list[nn.Parameter]  # theirs, each once
-    calls: list[Call] = field(default_factory=list)  # since the last step
+    calls: dict[Call, None] = field(default_factory=dict)  # since the last step, in the order of the backward pass
+    task: int = -1  # the latest backward pass that reached it
+    adds: bool = False  # whether that pass adds to a gradient of its parameters
 
     @property
     def name(self) -> str:

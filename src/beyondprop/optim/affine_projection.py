@@ -26,7 +26,7 @@ from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim._capture import Capture
 from beyondprop.optim._local import sum_over_ranks, total_moments
 from beyondprop.optim._units import Unit
-from beyondprop.optim.projection import RowMoments, joined, parted, solve_dual, solve_primal
+from beyondprop.optim.projection import RowMoments, joined, parted, solve_dual, solve_primal, widened
 
 
 class AffineProjection:
@@ -147,12 +147,12 @@ class AffineProjection:
         sum_over_ranks([samples], self._capture.group)
         samples = max(float(samples), 1.0)
         factor = samples if self.reduction == "mean" else 1.0
-        bias = None if q is None or q.grad is None else q.grad.view(own.groups, -1) * factor
+        bias = None if q is None or q.grad is None else widened(q.grad).view(own.groups, -1) * factor
         if p.grad is None:  # the bias alone: its one input is 1
             assert bias is not None
             assert q is not None
             return None, (bias / (self._moments(unit, samples).rows + self.damping)).view(q.shape)
-        weight = own.matrix(p.grad) * factor
+        weight = widened(own.matrix(p.grad)) * factor
         # The system of an embedding over inputs is diagonal.
         is_dual = self._capture.gradients and not own.one_hot
         if is_dual and (self.side == "samples" or sum(own.count(call.x) for call in calls) < own.fan_in):
@@ -203,8 +203,9 @@ class AffineProjection:
             assert call.gradient is not None
             inputs.append(call.layer.rows(call.prepared()))
             outputs.append(call.layer.positions(call.layer.prepare_output(call.gradient.to(weight.dtype))))
-        rows, deltas = torch.cat(inputs, 1), torch.cat(outputs, 1)
-        return rows, deltas * _scale(unit.name, weight, rows, deltas)
+        rows, deltas = widened(torch.cat(inputs, 1)), torch.cat(outputs, 1)
+        eps = max(torch.finfo(call.gradient.dtype).eps for call in unit.calls if call.gradient is not None)
+        return rows, deltas * _scale(unit.name, weight, rows, deltas, eps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running moments by layer; empty without memory."""
@@ -224,6 +225,10 @@ class AffineProjection:
             for name, saved in state.items()
         }
 
+    def clear(self) -> None:
+        """Forget the backward passes since the last step, whose gradients are not to be used."""
+        self._capture.clear()
+
     def remove_hooks(self) -> None:
         """Take the hooks off the model; `step` then has nothing to project."""
         self._capture.remove()
@@ -241,26 +246,47 @@ class _Running:
 _TINY = 1e-30
 
 
-def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor) -> Tensor:
+def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor, eps: float) -> Tensor:
     """Return what `deltas` must be multiplied with so that `deltas^T rows` is `gradient`.
 
     Clipping, unscaling and `reduction` scale `.grad` and not what the hooks saw. A random combination of the output units is
-    enough to find the factor, and to notice that something else has happened to `.grad`.
+    enough to find the factor, and to notice that something else has happened to `.grad`. One of signs may cancel: the deltas
+    of a softmax sum to 0. Random centred ones do not, and are asked where the signs leave a doubt. `eps` is that of the dtype
+    in which the backward pass ran.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     signs = torch.randint(2, (deltas.shape[-1],), generator=generator).to(deltas) * 2 - 1
     of_calls = ((deltas @ signs).unsqueeze(-2) @ rows).squeeze(-2)
-    of_grad = signs @ gradient
-    size = of_calls.square().sum()
-    factor = (of_calls * of_grad).sum() / size.clamp_min(_TINY)
-    off = (of_grad - factor * of_calls).norm() / of_grad.norm().clamp_min(_TINY)
-    if bool(off > 0.02):
-        raise UnsupportedModelError(
-            f"The gradient of layer {name!r} is not a multiple of what its backward pass gave (relative difference "
-            f"{float(off):.2g}): a penalty or clipping by value changed it. Do so after projection.step(), or pass "
-            "side='inputs'."
-        )
+    factor, rest, of_grad = _fit(of_calls, signs @ gradient)
+    if eps > _FINE or not bool(rest <= _DOUBT * of_grad) or not bool(of_grad > 0):
+        probes = torch.randn(_PROBES, deltas.shape[-1], generator=generator, dtype=torch.float64)
+        if deltas.shape[-1] > 1:
+            probes -= probes.mean(1, keepdim=True)
+        probes = probes.to(deltas)
+        of_calls = (deltas @ probes.mT).mT @ rows
+        factor, rest, of_grad = _fit(of_calls, probes @ gradient)
+        # Deltas, inputs and gradient are rounded, each relative to its own size: near a minimum the gradient is a small sum
+        # of large terms.
+        terms = (rows.square().sum(-1) * deltas.square().sum(-1)).sum().mul(_PROBES).sqrt() * factor.abs()
+        allowed = 0.02 * of_grad + 4 * eps * (terms + of_grad + factor.abs() * of_calls.norm())
+        if not bool(rest <= allowed):
+            raise UnsupportedModelError(
+                f"The gradient of layer {name!r} is not a multiple of what its backward pass gave (relative difference "
+                f"{float(rest / of_grad.clamp_min(_TINY)):.2g}): a penalty or clipping by value changed it. Do so after "
+                "projection.step(), or pass side='inputs'."
+            )
     return factor
+
+
+_DOUBT = 1e-3  # of the size of a combination of the gradient: differences that may not be rounding
+_FINE = 1e-5  # rounding of a backward pass from which on the signs are not enough
+_PROBES = 8
+
+
+def _fit(of_calls: Tensor, of_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factor from combinations of calls to those of the gradient, what it leaves, and the size of the latter."""
+    factor = (of_calls * of_grad).sum() / of_calls.square().sum().clamp_min(_TINY)
+    return factor, (of_grad - factor * of_calls).norm(), of_grad.norm()
 
 
 def _unsolvable(name: str) -> NonFiniteError:

@@ -25,8 +25,7 @@ from beyondprop import _checks
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim import _graph, matching
 from beyondprop.optim._capture import Capture
-from beyondprop.optim._local import LOSSES, LocalProblem, bound, keep_finite, whole_precision
-from beyondprop.optim._maps import LayerMap
+from beyondprop.optim._local import LOSSES, Buffers, LocalProblem, bound, keep_finite, whole_precision
 from beyondprop.optim._units import Unit
 from beyondprop.optim.factories import OptimizerFactory
 from beyondprop.optim.matching import Transfer
@@ -70,8 +69,8 @@ class LocoProp(torch.optim.Optimizer):
         trust: bound on a layer's change in a step, relative to the norm of its weights, of which the root mean square counts as
             1e-3 at least; None: no bound.
         transfer: the transfer function that follows a layer, by name or pattern of the layer: one of
-            `beyondprop.optim.matching.NAMES` or a `Transfer`. What is not named is read from the autograd graph of the first
-            backward pass; see `transfers`.
+            `beyondprop.optim.matching.NAMES` or a `Transfer`. What is not named is read from the autograd graphs of the first
+            step's backward passes; see `transfers`. Where it cannot be read, a warning names the layer.
         layers: settings for single layers, by name or pattern: `{"head": {"lr": 1e-6, "local_steps": 2}}`.
         exclude: names or patterns of layers that are left to `base`.
         base: factory of the optimizer of all other parameters; default Adam, lr 1e-3.
@@ -166,10 +165,10 @@ class LocoProp(torch.optim.Optimizer):
             for name in names
             if fnmatchcase(name, pattern)
         }
-        self._compiled: set[str] = set()
+        self._reader = _graph.Reader()
         self._watch()
         self._capture.on_start = self._watch
-        self._capture.on_arrival = self._read_graph
+        self._capture.on_arrival = self._reader.read
         self._capture.attach()
 
     def _owned(self) -> list[torch.optim.Optimizer]:
@@ -187,28 +186,40 @@ class LocoProp(torch.optim.Optimizer):
         """Tell the capture of which layers the transfer function is yet to be found, and of which outputs are wanted."""
         solved = zip(self._capture.units, self.param_groups, strict=False)
         curved = {layer.name for unit, group in solved for layer in unit.layers if group["loss"] != "squared"}
+        self._reader.forget()
         self._capture.watched = curved - set(self._transfers)
         self._capture.output_layers = curved - {n for n, f in self._transfers.items() if f.is_identity}
 
-    def _read_graph(self, layer: LayerMap) -> None:
-        capture = self._capture
-        users = _graph.consumers()
-        for other in capture.layers:
-            used = [node for node in capture.nodes.get(other.name, ()) if node in users]
-            if used:
-                found = _graph.find_transfer(used, users, other)
-                if found is None:
-                    self._compiled.add(other.name)
-                else:
-                    self._transfers[other.name] = found
-            if used or other is layer:
-                capture.nodes.pop(other.name, None)
+    def _settle(self) -> None:
+        """Fix the transfer functions that were read; refuse those in compiled code and warn of others that could not be."""
+        found, watched = _graph.readings(self._capture.units), self._capture.watched
+        if unknown := sorted(name for name, f in found.items() if f == _graph.COMPILED):
+            raise UnsupportedModelError(
+                f"What follows the layers {unknown} is inside compiled code. Name it, such as "
+                f"transfer={{{unknown[0]!r}: 'relu'}}, or 'identity' for the squared loss."
+            )
+        called = {call.layer.name for unit in self._capture.units for call in unit.calls} & watched
+        if unread := sorted(name for name in called if isinstance(found.get(name, _graph.CUT), str)):
+            warnings.warn(
+                f"The transfer functions behind the layers {unread} could not be read: what follows is {_graph.CUT}, as in a "
+                "reentrant checkpoint or where backward() was given a gradient. These layers take the squared loss; name "
+                f"the functions, such as transfer={{{unread[0]!r}: 'tanh'}}, or 'identity' for the squared loss.",
+                stacklevel=4,
+            )
+        identity = matching.transfer("identity")
+        self._transfers = {n: identity if isinstance(f, str) else f for n, f in found.items()} | self._transfers
         self._watch()
 
     @property
     def transfers(self) -> dict[str, str]:
         """The transfer function behind each layer, by the layer's name; of layers with the squared loss, those given."""
-        return {layer.name: f.name for layer in self._capture.layers if (f := self._transfers.get(layer.name))}
+        known = _graph.readings(self._capture.units) | self._transfers
+        names = [layer.name for layer in self._capture.layers]
+        return {name: f.name for name in names if isinstance(f := known.get(name), Transfer)}
+
+    def clear(self) -> None:
+        """Forget the backward passes since the last step, whose gradients are not to be used."""
+        self._capture.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -217,34 +228,48 @@ class LocoProp(torch.optim.Optimizer):
         Raises:
             NonFiniteError: if a gradient is not finite; no weight was changed.
             UnsupportedModelError: if a gradient is sparse or has no captured call; no weight was changed.
+            Exception: whatever the optimizers inside raise, such as for want of memory; no weight was changed then, either.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
+        written: dict[str, Buffers] = {}  # the weights before, by unit
         try:
             self._capture.check()
-            if unknown := self._compiled & self._capture.watched:
-                raise UnsupportedModelError(
-                    f"What follows the layers {sorted(unknown)} is inside compiled code. Name it, such as "
-                    f"transfer={{{min(unknown)!r}: 'relu'}}, or 'identity' for the squared loss."
-                )
-            self._step_base()  # first: where it refuses a gradient, nothing has been written
+            self._watch()
+            if self._capture.watched:
+                self._settle()
             with whole_precision(self.param_groups[0]["params"][0].device):
-                diverged = [
-                    (unit, fine)
-                    for unit, local in zip(self._capture.units, self._locals, strict=True)
-                    if (fine := self._solve(unit, local)) is not None
-                ]
+                for unit, local in zip(self._capture.units, self._locals, strict=True):
+                    self._solve(unit, local, written)
+            self._step_base(written)
+            good = [keep_finite(before, self.state) for before in written.values()]
+        except BaseException as error:
+            if written:
+                self._restart(written)
+                error.add_note(
+                    f"No weight was changed; the optimizers of {', '.join(map(repr, written))} start afresh."
+                )
+            raise
         finally:
             self._capture.clear()
-        if diverged and not bool(torch.stack([fine for _, fine in diverged]).all()):
-            self._restart([unit for unit, fine in diverged if not bool(fine)])
+        if good and not bool(torch.stack([fine.to(good[0].device) for fine in good]).all()):
+            diverged = [name for name, fine in zip(written, good, strict=True) if not bool(fine)]
+            self._restart({name: written[name] for name in diverged})
+            warnings.warn(
+                f"The local steps of {', '.join(map(repr, diverged))} were not finite: these layers keep their weights for "
+                "this batch, and their local optimizer starts afresh. Lower lr or target_lr, or set trust.",
+                stacklevel=3,
+            )
         return loss
 
-    def _solve(self, unit: Unit, local: torch.optim.Optimizer) -> Tensor | None:
-        """Make a unit's local steps; return whether its weights are finite, None where it had no gradient."""
+    def _solve(self, unit: Unit, local: torch.optim.Optimizer, written: dict[str, Buffers]) -> None:
+        """Make a unit's local steps; note its weights before in `written`."""
         found = {p: p.grad for p in unit.parameters if p.grad is not None}
         if not found:
-            return None
-        before = {p: p.detach().clone() for p in found}
+            return
+        for call in unit.calls:
+            if call.z is not None and call.weights != call.layer.state():
+                call.z = None  # of other weights: it will be computed anew
+        before = written[unit.name] = {p: p.detach().clone() for p in found}
         (group,) = local.param_groups
         steps, lr = group["local_steps"], group["lr"]
         problem = None
@@ -272,11 +297,14 @@ class LocoProp(torch.optim.Optimizer):
             unit.calls.clear()
         if self.trust is not None:
             bound(before, self.trust)
-        return keep_finite(before)
 
-    def _step_base(self) -> None:
+    def _step_base(self, written: dict[str, Buffers]) -> None:
         if self._base is None:
             return
+        # A table with a sparse gradient is not copied for the few rows that change.
+        dense = [p for _, p in self._capture.others if p.grad is not None and p.grad.layout is torch.strided]
+        if dense:
+            written["base optimizer"] = {p: p.detach().clone() for p in dense}
         try:
             self._base.step()
         except RuntimeError as error:
@@ -290,15 +318,12 @@ class LocoProp(torch.optim.Optimizer):
                 "Pass a base that takes both, or build its Embedding with sparse=False."
             ) from error
 
-    def _restart(self, units: list[Unit]) -> None:
-        for unit in units:
-            for p in unit.parameters:
+    def _restart(self, written: Mapping[str, Buffers]) -> None:
+        """Put weights back; their optimizers, which have seen the step, lose their state."""
+        for before in written.values():
+            for p, w in before.items():
+                p.copy_(w)
                 self.state.pop(p, None)
-        warnings.warn(
-            f"The local steps of {', '.join(repr(unit.name) for unit in units)} were not finite: these layers keep their "
-            "weights for this batch, and their local optimizer starts afresh. Lower lr or target_lr, or set trust.",
-            stacklevel=3,
-        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and forget what was captured with them; see `torch.optim.Optimizer.zero_grad`."""

@@ -12,7 +12,7 @@ As damping goes to 0, V is the least change of the weights that meets all target
 normalised LMS (Nagumo & Noda 1967), with several the affine projection algorithm (Ozeki & Umeda 1984), applied to the layers
 of a network as consequentialism (Paeedeh & Ghiasi-Shirazi, Neurocomputing 2021, arXiv 2003.05164). All functions take a leading
 batch dimension: the groups of a convolution. A bias is one more column of ones in X; it is eliminated by hand, since a matrix
-of 1001 columns is multiplied half as fast as one of 1000.
+of 1001 columns is multiplied half as fast as one of 1000. Half precision is widened to float32, in which results are given.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class RowMoments(NamedTuple):
 
 def moments(rows: Tensor, *, mirror: bool = True) -> RowMoments:
     """Return the moments of rows `(groups, N, n)`; `mirror` as for `gram`."""
+    rows = widened(rows)
     return RowMoments(gram(rows, mirror=mirror), rows.sum(-2), rows.new_tensor(float(rows.shape[-2])))
 
 
@@ -77,6 +78,11 @@ def gram(rows: Tensor, *, mirror: bool = True) -> Tensor:
             if mirror:
                 c[below, own] = c[own, below].mT
     return out
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return values in float32 at least: float16 ends at 65504, and nothing factorises half precision."""
+    return values if values.dtype.itemsize > 2 else values.float()
 
 
 def joined(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,7 +109,8 @@ def solve_primal(
     Raises:
         torch.linalg.LinAlgError: if the moments are not finite.
     """
-    inner, sums, rows = moments
+    inner, sums, rows = map(widened, moments)
+    weight, bias = widened(weight), None if bias is None else widened(bias)
     damping = torch.as_tensor(damping, dtype=inner.dtype, device=inner.device).expand(inner.shape[0])
     damped = bool((damping > 0).all())
     if len(inner) > 1 and not damped:
@@ -141,6 +148,7 @@ def solve_dual(
     Raises:
         torch.linalg.LinAlgError: if the rows are not finite.
     """
+    rows, deltas = widened(rows), widened(deltas)
     damping = torch.as_tensor(damping, dtype=rows.dtype, device=rows.device).expand(rows.shape[0])
     amended = _solve(gram(rows.mT, mirror=False).add_(float(bias)), deltas, damping)
     return amended.mT @ rows, amended.sum(-2) if bias else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from beyondprop import _checks
+from beyondprop.optim.projection import widened
 
 
 class RMSProp(torch.optim.Optimizer):
@@ -21,7 +23,8 @@ class RMSProp(torch.optim.Optimizer):
 
     `torch.optim.RMSprop` has v start at 0, eps outside the root, and the learning rate multiply the whole of m, so that a
     decayed rate also shrinks past steps. With a momentum of 0.999 this matters; so does eps where the gradients of a mean over
-    the batch are smaller than `sqrt(eps)`, which is then most of what they are divided by.
+    the batch are smaller than `sqrt(eps)`, which is then most of what they are divided by. The state of parameters in half
+    precision is float32: bfloat16 rounds 0.999 m back to m, and float16 has no square above 65504.
 
     Args:
         params: parameters or parameter groups.
@@ -79,10 +82,12 @@ class RMSProp(torch.optim.Optimizer):
         if gradient.is_sparse or gradient.is_complex():
             raise RuntimeError("RMSProp takes dense real gradients, got a sparse or complex one.")
         state, alpha, lr = self.state[p], group["alpha"], group["lr"]
+        gradient = widened(gradient)
         if not state:
-            state.update(square_avg=torch.full_like(p, group["initial"]), momentum_buffer=torch.zeros_like(p))
+            state["square_avg"] = torch.full_like(gradient, group["initial"])
+            state["momentum_buffer"] = torch.zeros_like(gradient)
             if group["centered"]:
-                state["grad_avg"] = torch.zeros_like(p)
+                state["grad_avg"] = torch.zeros_like(gradient)
         if group["weight_decay"]:
             gradient = gradient.add(p, alpha=group["weight_decay"])
         square, steps = state["square_avg"], state["momentum_buffer"]
@@ -99,3 +104,13 @@ class RMSProp(torch.optim.Optimizer):
         else:
             steps.addcdiv_(gradient, root, value=lr)
         p.sub_(steps)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # which gives the state the dtype of its parameter
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, p in zip(saved, own, strict=True):
+            if p.dtype in (torch.float16, torch.bfloat16):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    self.state[p][name] = widened(value).to(p.device, copy=True)
