@@ -156,6 +156,19 @@ def test_one_sample_and_a_ragged_last_batch(name: str) -> None:
 
 
 @every_rule
+@pytest.mark.parametrize("loss", [nn.SmoothL1Loss(), lambda o, t: (o - t).square().mean()], ids=["module", "function"])
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_broadcast_are_refused_and_nothing_changes(name: str, loss: Any) -> None:
+    rule = registry.rules.get(name).build(mlp(6, 8, 8, 1, activation="tanh"), loss, 0.01)
+    x, y = blobs(8)[0], torch.randn(8)
+    before = state(rule.model)
+    with pytest.raises(ValueError, match=r"y has shape \(8,\), the output \(8, 1\)"):
+        rule.step(x, y)
+    assert equal(before, state(rule.model))
+    assert torch.isfinite(rule.step(x, y[:, None]).loss)
+
+
+@every_rule
 @every_net
 def test_float32_agrees_with_float64(name: str, net: str) -> None:
     fine, coarse = _rule(name, net).model.double(), _rule(name, net).model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -217,3 +218,30 @@ def test_the_lenet_code_divides_the_upper_term_of_every_code_by_mu(mu_below: boo
         # One step of 0.5 on mean((delta - J d)^2) [/ mu] + mean(d^2), from d = 0.
         expected = 0.5 * (2 / delta.numel()) * stage(delta) / (0.01 if mu_below else 1.0)
     torch.testing.assert_close(d, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize(("width", "out", "top"), [(3, 6, False), (6, 3, False), (5, 3, True)])
+@pytest.mark.parametrize("name", ["exact", "cg"])
+def test_half_precision_is_solved_in_float32(
+    name: str, width: int, out: int, top: bool, damping: float, dtype: torch.dtype
+) -> None:
+    if damping == 0 and name == "cg":
+        pytest.skip("no damping, no few iterations")
+    torch.manual_seed(0)
+    model = mlp(4, width, out, activation="tanh").to(dtype)
+    x, y = blobs(7, 4)
+    deltas = []
+    for m in (model, copy.deepcopy(model).float()):
+        with torch.no_grad():
+            stage = Chain(m).record(x.to(dtype).to(next(m.parameters()).dtype), push=True)[1]
+            point = OutputLoss(nn.CrossEntropyLoss()).at(stage.output, y) if top else None
+            delta = torch.ones_like(stage.output) if point is None else point.cotangent.neg()
+            delta = delta * (1 if top else 200)  # a sum of squares above 65504
+            solver = code_solvers.exact() if name == "exact" else code_solvers.cg(3)
+            deltas.append(solver(CodeProblem(stage, delta, stage(delta), damping, point)))
+    assert deltas[0].dtype is dtype
+    assert bool(deltas[0].isfinite().all())
+    if damping == 1.0:
+        assert relative(deltas[0].float(), deltas[1]) < 0.1

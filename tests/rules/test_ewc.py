@@ -9,7 +9,7 @@ import torch
 from cases import SGD, difference, mlp
 from torch import Tensor, nn
 
-from beyondprop import Backprop, NonFiniteError, OnlineEWC, data
+from beyondprop import Backprop, NonFiniteError, OnlineEWC, UnsupportedModelError, data
 from beyondprop.data.streams import PermutedStream
 from beyondprop.lab.training.streaming import run_stream
 from beyondprop.optim.factories import adam
@@ -85,7 +85,7 @@ def test_tasks_add_up_with_decay() -> None:
         for n in range(1, 5):
             rule.backward(x, y)
             (drawn,) = rule._pending
-            present = [p + max(0.3, 1 / n) * (d - p) for p, d in zip(present, drawn, strict=True)]
+            present = [p + max(0.3, 1 / n) * (d - p) for p, d in zip(present, drawn, strict=True) if d is not None]
             rule.update()
         squares.append(present)
         rule.end_task()
@@ -151,3 +151,38 @@ def test_outputs_of_other_shapes_and_frozen_models_are_refused() -> None:
         OnlineEWC(nn.Conv1d(1, 3, 2), nn.CrossEntropyLoss()).step(torch.zeros(4, 1, 3), torch.zeros(4, 2).long())
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
         OnlineEWC(nn.Linear(2, 2).requires_grad_(False), nn.CrossEntropyLoss())
+
+
+def test_layers_frozen_later_stay_and_the_rest_is_held_and_trained() -> None:
+    rule = ewc(strength=5.0)
+    x, y = torch.randn(12, 6).double(), torch.arange(12) % 3
+    rule.step(x, y)
+    rule.end_task()
+    rule.step(x, y)
+    rule.model[0].requires_grad_(False)  # type: ignore[operator]
+    before, fisher = [p.detach().clone() for p in rule.model.parameters()], [f.clone() for f in rule._present]
+    for _ in range(3):
+        rule.step(x, y)
+    assert [torch.equal(p, q) for p, q in zip(rule.model.parameters(), before, strict=True)] == [True] * 2 + [False] * 2
+    assert [torch.equal(p, q) for p, q in zip(rule._present, fisher, strict=True)] == [True] * 2 + [False] * 2
+    rule.end_task()
+    rule.model[0].requires_grad_(True)  # type: ignore[operator]
+    rule.step(x, y)
+    assert not torch.equal(next(rule.model.parameters()), before[0])
+
+
+def test_parameters_without_fisher_information_are_refused() -> None:
+    model = mlp(6, 8, 3)
+    model[0].requires_grad_(False)
+    rule = OnlineEWC(model, nn.CrossEntropyLoss())
+    x, y = torch.randn(12, 6), torch.arange(12) % 3
+    rule.step(x, y)
+    model[0].requires_grad_(True)
+    with pytest.raises(UnsupportedModelError, match=r"Parameter '0\.weight' was thawed .*build the rule anew"):
+        rule.step(x, y)
+    model[0].requires_grad_(False)
+    model[1] = nn.Tanh()  # no parameter comes or goes
+    rule.step(x, y)
+    model[2] = nn.Linear(8, 3)
+    with pytest.raises(UnsupportedModelError, match=r"Module '2' .* was exchanged .*build the rule anew"):
+        rule.step(x, y)

@@ -127,6 +127,75 @@ def test_targets_that_do_not_fit_are_refused(loss: Any, output: Tensor, y: Tenso
         OutputLoss(loss).at(output, y)
 
 
+ELEMENTWISE = [
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.PoissonNLLLoss,
+    nn.MSELoss,
+    nn.KLDivLoss,
+    nn.SoftMarginLoss,
+    nn.HingeEmbeddingLoss,
+]
+BROADCASTING = {
+    "square": lambda o, t: (o - t).square().mean(),
+    "mse": F.mse_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "l1": lambda o, t: F.l1_loss(o, t, reduction="sum"),
+    "pinball": lambda o, t: torch.maximum(0.9 * (t - o), 0.1 * (o - t)).mean(),
+}
+FITTING = {
+    "squeezed": lambda o, t: (o.reshape(-1) - t.reshape(-1)).square().mean(),
+    "viewed": lambda o, t: F.mse_loss(o, t.view_as(o)),
+    "logits": lambda o, t: F.binary_cross_entropy_with_logits(o.flatten(), t.flatten()),
+    "two classes": lambda o, t: (
+        -torch.cat([o.reshape(-1, 1), -o.reshape(-1, 1)], 1).log_softmax(1).mul(t.reshape(-1, 1)).mean()
+    ),
+}
+SHAPES = [((6, 1), (6,)), ((6,), (6, 1)), ((6, 6, 1), (6, 6)), ((6, 1, 1), (6, 1)), ((2, 1), (2,)), ((1, 1), (1,))]
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(("shape", "other"), SHAPES)
+@pytest.mark.parametrize("loss", [*(kind() for kind in ELEMENTWISE), *BROADCASTING.values()])
+def test_targets_that_broadcast_are_refused(loss: Any, shape: tuple[int, ...], other: tuple[int, ...]) -> None:
+    output, y = torch.zeros(shape), torch.zeros(other)  # equal rows: shapes alone decide
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with (
+            mode,
+            pytest.raises(
+                ValueError, match=r"y has shape .*, the output .*: (\w+ takes equal shapes|the loss broadcasts)"
+            ),
+        ):
+            OutputLoss(loss).check(output, y)
+
+
+@pytest.mark.parametrize(("shape", "other"), [*SHAPES, ((6, 2, 1), (6, 2))])
+@pytest.mark.parametrize("loss", FITTING.values())
+def test_functions_that_bring_shapes_together_are_served(
+    loss: Any, shape: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    output, y = torch.randn(shape), torch.rand(other)
+    point = OutputLoss(loss).at(output, y)
+    assert torch.equal(point.value, loss(output, y))
+
+
+def test_a_function_is_looked_at_once() -> None:
+    calls = []
+    loss = OutputLoss(lambda o, t: calls.append(len(t)) or (o.squeeze(1) - t).square().mean())
+    for rows in (1, 8, 8, 9):
+        loss.check(torch.zeros(rows, 1), torch.zeros(rows))
+        loss.check(torch.zeros(rows, 2), torch.zeros(rows, 2))
+    assert calls == [7]
+
+
+def test_batchmean_is_a_mean_over_samples() -> None:
+    output, y = torch.randn(6, 3).log_softmax(1), torch.rand(6, 3).softmax(1)
+    point = OutputLoss(nn.KLDivLoss(reduction="batchmean")).at(output, y)
+    assert point.scale == 1 / 6
+    torch.testing.assert_close(point.cotangent, -y)
+
+
 def test_a_loss_must_reduce() -> None:
     with pytest.raises(ValueError, match="reduction='mean' or 'sum', got reduction='none'"):
         OutputLoss(nn.MSELoss(reduction="none"))

@@ -69,13 +69,18 @@ def cg(iterations: int) -> CodeSolver:
     def solve(problem: CodeProblem) -> Tensor:
         # Samples are independent systems, unless batch statistics couple them: then the batch is one system.
         couples = problem.stage.stage.couples_batch
-        dot = (lambda a, b: (a * b).sum()) if couples else (lambda a, b: flat(a * b).sum(1))
         d = torch.zeros_like(problem.gradient)
+        wide = torch.promote_types(d.dtype, torch.float32)  # a sum in float16 ends at 65504
+
+        def dot(a: Tensor, b: Tensor) -> Tensor:
+            products = a.to(wide) * b
+            return products.sum() if couples else flat(products).sum(1)
+
         residual = problem.gradient
         direction = residual
         squared = dot(residual, residual)
-        floor = tiny(d)
-        damping = torch.as_tensor(problem.damping, dtype=torch.promote_types(d.dtype, torch.float32), device=d.device)
+        floor = tiny(squared)
+        damping = torch.as_tensor(problem.damping, dtype=wide, device=d.device)
         for i in range(iterations):
             image = problem.stage.push(direction) if i else problem.pushed()
             curved = problem.stage(problem.curve(image))
@@ -83,13 +88,14 @@ def cg(iterations: int) -> CodeSolver:
             bend = dot(direction, product)
             # Where the loss bends downwards, damping alone bounds the step.
             bend = torch.where(bend > 0, bend, damping * dot(direction, direction))
-            step = squared / bend.clamp_min(floor)
+            step = (squared / bend.clamp_min(floor)).to(d.dtype)
             d = torch.addcmul(d, per_sample(step, d), direction)
             if i + 1 == iterations:
                 break
             residual = torch.addcmul(residual, per_sample(step, d), product, value=-1.0)
             before, squared = squared, dot(residual, residual)
-            direction = torch.addcmul(residual, per_sample(squared / before.clamp_min(floor), d), direction)
+            kept = (squared / before.clamp_min(floor)).to(d.dtype)
+            direction = torch.addcmul(residual, per_sample(kept, d), direction)
         return problem.keep_norm(d)
 
     solve.needs_codes = False  # type: ignore[attr-defined]
@@ -119,13 +125,14 @@ def exact(limit: int = 4096) -> CodeSolver:
                 f"Stage {name!r} maps {width} to {out} units, over the limit of {limit} for solver='exact': use 'cg' or raise "
                 "code_solvers.exact(limit=...)."
             )
-        jacobian = _jacobian(problem, width, out).to(problem.gradient.dtype)  # (N, out, width)
-        curved = jacobian
+        wide = torch.promote_types(problem.gradient.dtype, torch.float32)  # nothing factorises half precision
+        narrow = _jacobian(problem, width, out).to(problem.gradient.dtype)  # (N, out, width)
+        jacobian = curved = narrow.to(wide)
         if problem.loss is not None:
-            columns = [flat(problem.curve(jacobian[..., i].view_as(stage.output))) for i in range(width)]
-            curved = torch.stack(columns, -1).to(jacobian.dtype)  # H J
+            columns = [flat(problem.curve(narrow[..., i].view_as(stage.output))) for i in range(width)]
+            curved = torch.stack(columns, -1).to(wide)  # H J
         with torch.autocast(jacobian.device.type, enabled=False):
-            right, transposed = flat(problem.gradient)[..., None], jacobian.transpose(1, 2)
+            right, transposed = flat(problem.gradient)[..., None].to(wide), jacobian.transpose(1, 2)
             if problem.damping == 0.0:  # minimum norm: the pseudo-inverse, target propagation
                 d = torch.linalg.pinv(transposed @ curved, hermitian=True) @ right
             elif width <= out or stage.has_codes:
@@ -137,7 +144,7 @@ def exact(limit: int = 4096) -> CodeSolver:
                 system = curved @ transposed
                 system.diagonal(dim1=1, dim2=2).add_(problem.damping)
                 d = transposed @ torch.linalg.solve(system, flat(problem.delta).to(jacobian.dtype)[..., None])
-        return problem.keep_norm(d.view_as(problem.gradient))
+        return problem.keep_norm(d.to(problem.gradient.dtype).view_as(problem.gradient))
 
     return solve
 

@@ -162,7 +162,7 @@ class TargetPropagation(Credit):
             warnings.warn(
                 "The inverses were never trained: call rule.begin_epoch(batches) before the steps of every epoch, as fit "
                 "does, or use inverse_training='interleaved'.",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def end_epoch(self) -> None:

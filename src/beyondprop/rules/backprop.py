@@ -8,7 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.optim.affine_projection import AffineProjection
 from beyondprop.optim.factories import OptimizerFactory
+from beyondprop.optim.locoprop import LocoProp
 from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.stages.losses import LossFunction
 
@@ -57,16 +60,31 @@ class Backprop(LearningRule):
         self.optimizers = (optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trained),)
         self.preconditioner = preconditioner
         self.defers_update = preconditioner is None
+        self.is_wary = not isinstance(preconditioner, AffineProjection | None)  # that one looks at its gradients itself
 
     takes_any_input = True
 
+    def can_follow(self, parameters: set[nn.Parameter]) -> bool:
+        """Return whether every parameter has its optimizer still: of modules nothing is known here, unless hooks know them."""
+        known = self.held() | set(self._asked)
+        return parameters <= known and self.preconditioner is None and not isinstance(self.optimizers[0], LocoProp)
+
     def backward(self, x: Any, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
         del diagnostics  # backpropagation has no relaxed energy and no per-stage problem
-        output = self.model(x)
+        output = self._forward(x)
         self.loss.check(output, y)
         loss = self.loss(output, y)
         (loss if scale == 1.0 else loss * scale).backward()
         return StepResult(loss.detach(), output.detach())
+
+    def _forward(self, x: Any) -> Tensor:
+        try:
+            return self.model(x)
+        except (torch.OutOfMemoryError, NonFiniteError, UnsupportedModelError):  # pyright: ignore[reportPrivateImportUsage]
+            raise
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"The model does not take these inputs, {given}: {error}") from error
 
     def prepare(self) -> None:
         if self.preconditioner is not None:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain as one_after_another
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from beyondprop import _checks
+from beyondprop.errors import UnsupportedModelError
 from beyondprop.rules.guard import FiniteGuard, Saved, first_nonfinite, is_finite, put_back
 from beyondprop.rules.watchdog import Watchdog
 from beyondprop.solvers.base import step_all
+from beyondprop.stages.chain import Structure
 from beyondprop.stages.losses import LossFunction, OutputLoss
 
 
@@ -63,9 +66,13 @@ class LearningRule(abc.ABC):
     optimizers: tuple[torch.optim.Optimizer, ...]
     defers_update: bool = True
     """Whether all that `update` changes is inside optimizers, so that these can skip a step on the device."""
+    is_wary: bool = False
+    """Whether `update` writes more than steps of optimizers, so that what it wrote is looked at in every step."""
     whole_set: bool = False
     """Whether every step takes the whole training set, its rows in one order."""
 
+    why_still: str = "Their gradient may vanish on the way down, or they may have no part in the output."
+    """What the watchdog says of a stage that stands still though an optimizer steps it."""
     takes_any_input: bool = False
     """Whether the first part of a batch may be anything that the model takes: a tuple, a dict."""
 
@@ -77,17 +84,31 @@ class LearningRule(abc.ABC):
         self.model = model
         self.loss = OutputLoss(loss)
         self.optimizers = ()
+        self._look()
+        self.watchdog = Watchdog()
+        self._guard = FiniteGuard(nonfinite)
+
+    def _look(self) -> None:
+        model = self.model
         # Walking the module tree at every step costs more than a small step's products.
         self._parameters = tuple(model.parameters())
+        self._structure: Structure | None = Structure(model)
+        self._asked = self._parameters  # whether they require a gradient
+        self._trains = [p.requires_grad for p in self._asked]
         # Places, not tensors: moving a model to another device or dtype replaces its buffers.
         self._buffers = tuple((m._buffers, name) for m in model.modules() for name in m._buffers)
+        self._statistics: list[tuple[str, dict[str, Tensor | None], str]] = [
+            (module, m._buffers, name)
+            for module, m in model.named_modules()
+            for name, b in m._buffers.items()
+            if b is not None and b.is_floating_point() and not b.is_meta and is_finite([b])  # a mask may be infinite
+        ]
+        self.is_narrow = any(p.dtype is torch.float16 for p in self._parameters)
         self._stages = {
             name or type(module).__name__: own
             for name, module in model.named_modules()
             if (own := list(module.parameters(recurse=False)))
         }
-        self.watchdog = Watchdog()
-        self._guard = FiniteGuard(nonfinite)
 
     @abc.abstractmethod
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
@@ -105,8 +126,17 @@ class LearningRule(abc.ABC):
 
         Called by itself it trusts the gradients; the check for NaN and Inf is `step`'s.
         """
-        self.prepare()
-        step_all(self.optimizers)
+        self.check_model()
+        self.write()
+        self.settle()
+
+    def write(self) -> None:
+        """Write the weights; `update` without its look at the model."""
+        try:
+            self.prepare()
+            step_all(self.optimizers)
+        finally:
+            torch.clear_autocast_cache()  # where one context is around many steps it holds casts of the old weights
 
     def prepare(self) -> None:
         """Make of what was gathered the gradients that `optimizers` step along, and write what these do not; a hook."""
@@ -123,24 +153,33 @@ class LearningRule(abc.ABC):
             NonFiniteError: if a NaN or Inf appears; weights, optimizer state and running statistics stay as they were.
         """
         self.check_batch(x, y)
+        self.check_model()
         saved, guard, parameters = self._saved(), self._guard, self._parameters
         try:
             result = self.backward(x, y, diagnostics=diagnostics)
             guard.steps += 1
-            if guard.defers(result.loss, self.optimizers) and self.defers_update:
-                guard.defer(self.update, result.loss, parameters, self.optimizers, saved)
-            elif is_finite(result.loss, parameters):
-                self.update()
-            else:
-                raise guard.error(result.loss, self.locate_nonfinite(x, y))
-        except BaseException:
+            gradients = [g for p in parameters if (g := p.grad) is not None]
+            gradients += self.gathered()
+            statistics = [b for _, place, name in self._statistics if (b := place[name]) is not None]
+            guard.write(self, (result.loss, gradients, statistics), saved, (x, y))
+        except BaseException as error:
             put_back(saved)
             self.discard()
+            if isinstance(error, RuntimeError) and "without overflow" in str(error):
+                raise guard.error(None, "A setting or a step") from error
             raise
+        self.settle()
         for p in parameters:  # also those that no optimizer has
             p.grad = None
-        self.watchdog.tick(self.stage_parameters)
+        self.watchdog.tick(self.stage_parameters, self._explain)
         return result
+
+    def gathered(self) -> list[Tensor]:
+        """Return what `backward` gathered besides gradients, to be checked with them; a hook."""
+        return []
+
+    def settle(self) -> None:
+        """Know that the weights were written; a hook."""
 
     def discard(self) -> None:
         """Forget what `backward` gathered."""
@@ -181,17 +220,72 @@ class LearningRule(abc.ABC):
         if x.is_floating_point() and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x has dtype {x.dtype}, the model's weights {weight.dtype}; convert one of them.")
 
+    def check_model(self) -> None:
+        """Raise `UnsupportedModelError` where the rule was built for another model than there is now.
+
+        A layer that is frozen is left alone from then on, one that is thawed is trained where an optimizer holds it.
+        """
+        torch.clear_autocast_cache()  # anybody may have written weights since
+        if self._structure is not None and not self._structure.is_same:
+            if not self.can_follow({p for p in self.model.parameters() if p.requires_grad}):
+                self._structure.check()
+            self._look()
+            self.watchdog.restart()
+        if [*map(_REQUIRES_GRAD, self._asked)] != self._trains:
+            self._follow()
+
+    def _follow(self) -> None:
+        trainable(self.model)
+        held = self.held()
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        for p, trained in zip(self._asked, self._trains, strict=True):
+            if p.requires_grad and not trained and p not in held:
+                what = "thawed after the rule was built, and no optimizer of the rule holds it, so that it would never train"
+            elif trained and not p.requires_grad and not self.can_freeze(p):
+                what = f"frozen after the rule was built, and this {type(self).__name__} solves for it together with others"
+            else:
+                continue
+            raise UnsupportedModelError(f"Parameter {names.get(p, '')!r} was {what}; build the rule anew.")
+        self._trains = [p.requires_grad for p in self._asked]
+        self.watchdog.restart()
+
+    def held(self) -> set[Tensor]:
+        """Return the parameters that the optimizers hold."""
+        return {p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+
+    def can_follow(self, parameters: set[nn.Parameter]) -> bool:
+        """Return whether the model may have other modules now, these its parameters that require a gradient; a hook."""
+        return False
+
+    def can_freeze(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter that requires no gradient any more is left alone; a hook: here, where optimizers write."""
+        return bool(self.optimizers)
+
     def stage_parameters(self) -> Mapping[str, list[nn.Parameter]]:
         """Return the parameters of every stage by the stage's name; by module where the rule has no stages."""
         return self._stages
+
+    def _explain(self, stage: str) -> str:
+        """Return why a stage may stand still."""
+        own = {p for p in self.stage_parameters()[stage] if p.requires_grad}
+        groups = [group for o in self.optimizers for group in o.param_groups if not own.isdisjoint(group["params"])]
+        if self.optimizers and not groups:
+            return (
+                "No optimizer of the rule holds them: give it all parameters, or freeze these by requires_grad_(False)."
+            )
+        if groups and not any(float(group["lr"]) for group in groups):
+            return "Their learning rate is 0."
+        return self.why_still
 
     @torch.no_grad()
     def locate_nonfinite(self, x: Tensor, y: Tensor) -> str | None:
         """Return the name of what was non-finite first among inputs, weights, activations and gradients, or None."""
         weights = [(name, p) for name, parameters in self._stages.items() for p in parameters]
         gradients = ((name, p.grad) for name, p in weights)
+        statistics = ((module, place[name]) for module, place, name in self._statistics)
         inputs = [(f"x{keystr(path)}", part) for path, part in tree_flatten_with_path(x)[0] if isinstance(part, Tensor)]
-        return first_nonfinite(one_after_another((*inputs, ("y", y)), weights, self.activations(x), gradients))
+        found = one_after_another((*inputs, ("y", y)), weights, self.activations(x), gradients, statistics)
+        return first_nonfinite(found)
 
     def activations(self, x: Tensor) -> Iterable[tuple[str, Tensor | None]]:
         """Return what the rule computes from `x` `(N, ...)` by the stages' names, first stage first; a hook."""
@@ -281,6 +375,9 @@ class LearningRule(abc.ABC):
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `own_state` returned, a part of `state`; a hook."""
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

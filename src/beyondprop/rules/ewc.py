@@ -67,7 +67,7 @@ class OnlineEWC(LearningRule):
         self.fisher: list[Tensor] = []  # of past tasks, by trained parameter; empty in the first
         self.anchor: list[Tensor] = []
         self._present = [torch.zeros_like(p) for p in self._trained]
-        self._pending: list[list[Tensor]] = []
+        self._pending: list[list[Tensor | None]] = []
         self.batches = 0
 
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
@@ -79,14 +79,21 @@ class OnlineEWC(LearningRule):
         self.loss.check(output, y)
         drawn = torch.multinomial(output.detach().nan_to_num().softmax(1), 1).squeeze(1)
         surprise = nn.functional.cross_entropy(output, drawn)
-        found = torch.autograd.grad(surprise, self._trained, retain_graph=True, materialize_grads=True)
-        self._pending.append([len(x) * gradient.square() for gradient in found])
+        now = [p for p in self._trained if p.requires_grad]  # asked anew: layers may be frozen since
+        found = torch.autograd.grad(surprise, now, retain_graph=True, materialize_grads=True)
+        squares = {p: len(x) * gradient.square() for p, gradient in zip(now, found, strict=True)}
+        self._pending.append([squares.get(p) for p in self._trained])
         loss = self.loss(output, y)
         (loss if scale == 1.0 else loss * scale).backward()
         with torch.no_grad():
             for p, fisher, anchor in zip(self._trained, self.fisher, self.anchor, strict=False):
-                add_to_gradient(p, fisher * (p - anchor), scale * self.strength)
+                if p.requires_grad:
+                    add_to_gradient(p, fisher * (p - anchor), scale * self.strength)
         return StepResult(loss.detach(), output.detach())
+
+    def can_follow(self, parameters: set[nn.Parameter]) -> bool:
+        """Return whether every parameter has its Fisher information still."""
+        return parameters <= set(self._trained)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -94,7 +101,11 @@ class OnlineEWC(LearningRule):
         for squares in pending:
             self.batches += 1
             for present, square in zip(self._present, squares, strict=True):
-                present.lerp_(square, max(self.rate, 1 / self.batches))
+                if square is not None:
+                    present.lerp_(square, max(self.rate, 1 / self.batches))
+
+    def gathered(self) -> list[Tensor]:
+        return [square for squares in self._pending for square in squares if square is not None]
 
     def forget(self) -> None:
         self._pending = []

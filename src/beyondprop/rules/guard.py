@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from beyondprop.errors import NonFiniteError
+from beyondprop.optim.locoprop import LocoProp
+from beyondprop.optim.rmsprop import RMSProp
 
 Optimizers = Sequence[torch.optim.Optimizer]
 Saved = list[tuple[Tensor, Tensor]]
 """The model's buffers (running statistics) with copies from before a step; weights are written last and need none."""
+
+
+Sizes = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
+
+
+class Writer(Protocol):
+    """What the guard knows of a rule."""
+
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    defers_update: bool
+    is_wary: bool
+    is_narrow: bool
+
+    def write(self) -> None:
+        """Write the weights."""
+
+    def locate_nonfinite(self, x: Tensor, y: Tensor) -> str | None:
+        """Name what is not finite."""
+        ...
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what is written elsewhere than in optimizers."""
+        ...
+
+    def load_own_state(self, state: Mapping[str, Any], /) -> None:
+        """Restore it."""
 
 
 @torch.no_grad()
@@ -24,7 +56,10 @@ def put_back(saved: Saved, where: Tensor | None = None) -> None:
 
 
 class FiniteGuard:
-    """Lets an update pass only if the loss and every gradient are finite.
+    """Lets an update pass only if the loss, every gradient and every running statistic are finite.
+
+    Finite gradients of moderate size cannot take weights out of their range by the optimizers of `are_tame`. Where either is
+    otherwise, weights and state are kept, what was written is looked at, too, and put back where it is not finite.
 
     On a CPU the flag is read and the error raised before the update. On an accelerator reading it would make the host
     wait at every step; there the flag goes to the fused optimizers, which skip the update on the device (the protocol
@@ -59,17 +94,15 @@ class FiniteGuard:
     def defer(
         self,
         update: Callable[[], None],
-        loss: Tensor,
-        parameters: Sequence[Tensor],
+        bad: Tensor,
         optimizers: Optimizers,
         saved: Saved,
     ) -> None:
-        """Call `update`, whose optimizers skip the step on the device if the loss or a gradient is not finite.
+        """Call `update`, whose optimizers skip the step on the device if the flag `bad` (0-d bool) is true.
 
         Raises:
             NonFiniteError: if the flag of this or of an earlier step has arrived, and says so.
         """
-        bad = ~_total(loss, parameters).isfinite()
         for optimizer in optimizers:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -88,6 +121,43 @@ class FiniteGuard:
         while self.pending and (self.pending[0][2] is None or self.pending[0][2].query()):
             self._check(*self.pending.pop(0)[:2])
 
+    def write(self, rule: Writer, sizes: Sizes, saved: Saved, batch: tuple[Any, Tensor]) -> None:
+        """Let `rule` write where that is known to leave all finite; else keep, write, look and put back.
+
+        Args:
+            rule: what was handed a batch.
+            sizes: the loss, the gradients and what else was gathered, the running statistics.
+            saved: buffers, for a step that the device skips.
+            batch: x and y.
+
+        Raises:
+            NonFiniteError: if something is not finite; weights and states are as they were.
+        """
+        loss, optimizers = sizes[0], rule.optimizers
+        is_tame = not (rule.is_narrow or rule.is_wary) and are_tame(optimizers)
+        if self.defers(loss, optimizers) and rule.defers_update and is_tame:
+            return self.defer(rule.write, is_bad(*sizes), optimizers, saved)
+        bad: Tensor | None = None
+        if not is_tame and loss.device.type != "cpu":
+            bad = is_bad(*sizes)  # read with what is written
+        elif is_moderate(*sizes):
+            if is_tame:
+                return rule.write()
+        elif not is_finite((loss, *sizes[1], *sizes[2])):
+            raise self.error(loss, rule.locate_nonfinite(*batch))
+        kept = Kept(rule)
+        try:
+            rule.write()
+            if kept.is_finite_now(bad):
+                return None
+        except BaseException as error:
+            kept.put_back()
+            if bad is not None and bool(bad):
+                raise self.error(loss, rule.locate_nonfinite(*batch)) from error
+            raise
+        kept.put_back()
+        raise self.error(loss, rule.locate_nonfinite(*batch), "The update")
+
     def wait(self) -> None:
         """Read all flags that are still under way."""
         pending, self.pending = self.pending, []
@@ -99,32 +169,125 @@ class FiniteGuard:
     def _check(self, step: int, flag: Tensor) -> None:
         if bool(flag):
             raise NonFiniteError(
-                f"Step {step} had a non-finite loss or gradient and was skipped; the weights are as they were before it. "
-                "Repeat the batch with nonfinite='raise' to learn which stage.",
+                f"Step {step} had a non-finite loss, gradient or running statistic, or a gradient above {_FAR:g}, and was "
+                "skipped; the weights are as they were before it. Repeat the batch with nonfinite='raise' to learn which "
+                "stage.",
                 where="loss",
             )
 
-    def error(self, loss: Tensor, where: str | None) -> NonFiniteError:
-        """Return the error of a step that was refused: `where` is what was not finite first, where that was found."""
-        what = "A gradient" if math.isfinite(float(loss)) else "The loss"
+    def error(self, loss: Tensor | None, where: str | None, what: str = "") -> NonFiniteError:
+        """Return the error of a step that was refused.
+
+        `where` is what was not finite first, where that was found, else `what` or what the loss says.
+        """
+        value = math.nan if loss is None else float(loss)
+        what = what or ("A gradient" if math.isfinite(value) else "The loss")
         return NonFiniteError(
-            f"{what if where is None else named(where)} is not finite at step {self.steps} (loss {float(loss):.4g}). No weight "
-            "was changed. Check the inputs, lower the learning rate, or raise the damping.",
+            f"{what if where is None else named(where)} is not finite at step {self.steps} (loss {value:.4g}). No weight was "
+            "changed. Check the inputs, lower the learning rate, or raise the damping.",
             where=where or "loss",
         )
 
 
-def is_finite(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Return whether the loss and every gradient are finite; waits for the device."""
-    if loss.device.type != "cpu":
-        return bool(_total(loss, parameters).isfinite())
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    vectors = [g for g in gradients if g.ndim == 1]  # biases, together
-    sums = [_sum(g) for g in gradients if g.ndim != 1]
-    if vectors:
-        sums.append(_sum(torch.cat(vectors)))
-    # Floats are added faster in Python than 0-d tensors by torch, and reading them waits for nobody.
-    return math.isfinite(sum(map(float, sums), float(loss)))
+def are_tame(optimizers: Optimizers) -> bool:
+    """Return whether no step along gradients of moderate size can leave the range of float32; waits for nobody."""
+    for optimizer in optimizers:
+        if type(optimizer) is LocoProp:  # looks at what it writes by itself
+            continue
+        if type(optimizer) not in _KNOWN:
+            return False
+        for group in optimizer.param_groups:
+            lr = group["lr"]
+            if not (isinstance(lr, Tensor) or abs(lr) <= 1e3) or group.get("eps", 1.0) < 1e-15:
+                return False
+    return True
+
+
+_KNOWN = {
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop")
+} | {RMSProp}
+MODERATE, _FAR = 1e12, 1e18
+"""Norms of all gradients: a square is finite below the second, and far from the end of float32 below the first."""
+
+
+def is_moderate(loss: Tensor, gradients: Sequence[Tensor], statistics: Sequence[Tensor]) -> bool:
+    """Return whether loss and statistics are finite and all gradients' norm is moderate; waits for the device."""
+    sizes = [_norms(gradients, 2), _norms(statistics, 1), [loss]]
+    if loss.device.type == "cpu":
+        # Floats are added faster in Python than 0-d tensors by torch, and reading them waits for nobody.
+        gradient, statistic, value = [sum([t.item() for t in each]) for each in sizes]
+    else:
+        gradient, statistic, value = torch.stack([_added(each, loss) for each in sizes]).tolist()
+    return gradient < MODERATE and math.isfinite(statistic) and math.isfinite(value)
+
+
+@torch.no_grad()
+def is_bad(loss: Tensor, gradients: Sequence[Tensor], statistics: Sequence[Tensor]) -> Tensor:
+    """Return, without reading it, whether something is not finite, or would have no finite square, 0-d bool."""
+    others = _added([*_norms(statistics, 1), loss.abs()], loss)
+    return ~((_added(_norms(gradients, 2), loss) < _FAR) & others.isfinite())
+
+
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all of them are finite; waits for the device."""
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
+class Kept:
+    """What an update may change, from before it."""
+
+    def __init__(self, rule: Writer) -> None:
+        self._rule = rule
+        self._optimizers = rule.optimizers
+        held = (p for o in self._optimizers for group in o.param_groups for p in group["params"])
+        self._weights = [(p, p.detach().clone()) for p in dict.fromkeys((*rule.model.parameters(), *held))]
+        self._states = [_copied(optimizer.state) for optimizer in self._optimizers]
+        self._own = copy.deepcopy(self._now())
+
+    def _now(self) -> dict[str, Any]:
+        return {} if self._rule.defers_update else self._rule.own_state()
+
+    @torch.no_grad()
+    def is_finite_now(self, bad: Tensor | None) -> bool:
+        """Return whether `bad` is false and what is written finite, apart from what was not before; waits once."""
+        states = [optimizer.state for optimizer in self._optimizers]
+        now = [[p for p, _ in self._weights], _tensors(states), _tensors(self._now())]
+        before = [[value for _, value in self._weights], _tensors(self._states), _tensors(self._own)]
+        flags = [] if bad is None else [~bad]
+        for written, was in zip(now, before, strict=True):
+            finite = [t.isfinite().all() for t in written]
+            if len(was) == len(written):  # an optimizer's first step makes its state
+                finite = [f | ~t.isfinite().all() for f, t in zip(finite, was, strict=True)]
+            flags += finite
+        return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give weights, optimizers and the rule what they had."""
+        for p, before in self._weights:
+            p.copy_(before)
+        for optimizer, state in zip(self._optimizers, self._states, strict=True):
+            optimizer.state.clear()  # the dictionary stays: it may be shared
+            optimizer.state.update(state)
+        if not self._rule.defers_update:
+            self._rule.load_own_state(self._own)
+        torch.clear_autocast_cache()
+
+
+def _copied(state: Any) -> dict[Any, Any]:
+    return {
+        p: {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
+        if isinstance(values, dict)
+        else copy.deepcopy(values)
+        for p, values in state.items()
+    }
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, list):
+        state = [list(each.values()) for each in state]
+    return [t for t in tree_leaves(state) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
@@ -140,16 +303,20 @@ def named(where: str) -> str:
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _total(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    # A sum is finite if its terms are: one pass over each gradient, cheaper than isfinite().all() by 30 times.
-    sums = [_sum(p.grad) for p in parameters if p.grad is not None]
-    sums.append(loss)
-    dtype = torch.float32 if loss.dtype in _HALF else loss.dtype
-    return torch.stack([s if s.dtype is dtype else s.to(dtype) for s in sums]).sum()
+def _norms(tensors: Sequence[Tensor], order: int) -> list[Tensor]:
+    # Halves end at 65504, and what is sparse has its values elsewhere.
+    plain = [t for t in tensors if not (t.dtype in _HALF or t.is_sparse)]
+    foreach: Any = torch  # its type stubs do not have it
+    found = list(foreach._foreach_norm(plain, order)) if plain else []
+    if len(plain) < len(tensors):
+        others = [t.coalesce().values() if t.is_sparse else t for t in tensors if not any(t is p for p in plain)]
+        found += [torch.linalg.vector_norm(t.float() if t.dtype in _HALF else t, order) for t in others]
+    return found
 
 
-def _sum(values: Tensor) -> Tensor:
-    return values.sum(dtype=torch.float32) if values.dtype in _HALF else values.sum()  # halves end at 65504
+def _added(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    dtype = torch.float32 if like.dtype in _HALF else like.dtype
+    return torch.stack([v.to(dtype) for v in values]).sum() if values else like.new_zeros((), dtype=dtype)
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -12,7 +12,7 @@ from beyondprop import _checks
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_problem import tiny
 from beyondprop.rules.base import LearningRule, StepResult, trainable
-from beyondprop.solvers.base import Solver
+from beyondprop.solvers import Descent, Memory, Solver
 from beyondprop.stages import Chain, LossFunction
 from beyondprop.stages.chain import Cuts
 
@@ -55,12 +55,21 @@ class LocalRule(LearningRule):
         self.credit = credit
         self.solver = solver
         self.weight_inputs = weight_inputs
+        self._structure = None  # the chain asks in every pass
         credit.bind(self.chain)
         solver.bind(self.chain)
         self.optimizers = (*solver.optimizers, *credit.optimizers)
         self.teaches_credit = bool(credit.optimizers)
         self._parameters += tuple(p for o in credit.optimizers for group in o.param_groups for p in group["params"])
         self.defers_update = solver.defers_update
+        self.is_wary = not (solver.defers_update or isinstance(solver, Descent | Memory))
+
+    why_still = "Their delta may vanish on the way down: use normalize=True, or another credit solver."
+
+    def can_freeze(self, parameter: nn.Parameter) -> bool:
+        """Return whether the rest of the parameter's stage is solved for without it: by steps, or where there is no rest."""
+        stage = next(stage for stage in self.chain if parameter in set(stage.parameters))
+        return not isinstance(self.solver, Memory) or not stage.is_trainable
 
     @torch.no_grad()
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
@@ -86,6 +95,8 @@ class LocalRule(LearningRule):
 
     def prepare(self) -> None:
         self.solver.solve()
+
+    def settle(self) -> None:
         self.credit.update()
 
     def forget(self) -> None:

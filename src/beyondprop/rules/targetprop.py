@@ -112,7 +112,7 @@ class DifferenceTargetProp(LocalRule):
             saved = self._saved()
             try:
                 self.credit.learn(self.chain.record(x), 1.0)
-                if not is_finite(torch.zeros((), device=x.device), inverses):
+                if not is_finite(p.grad for p in inverses if p.grad is not None):
                     where = self.locate_nonfinite(x, y) or "inverse"
                     raise NonFiniteError(
                         f"{named(where)} is not finite in the inverses' training. No inverse was changed by this batch. Check "

@@ -36,17 +36,22 @@ class Watchdog:
         self._before: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def tick(self, stages: Callable[[], Mapping[str, Iterable[Tensor]]]) -> None:
+    def tick(self, stages: Callable[[], Mapping[str, Iterable[Tensor]]], why: Callable[[str], str]) -> None:
         """Count a step; look where an interval is over.
 
         Args:
             stages: returns the stages' weights by name; asked at a look, never held.
+            why: returns what may be the reason, by the stage's name.
         """
         if self.steps % self.interval == 0:
             now = self._look(stages())
-            self._compare(now)
+            self._compare(now, why)
             self._before = now
         self.steps += 1
+
+    def restart(self) -> None:
+        """Forget the weights seen: what is trained has changed since."""
+        self._before = {}
 
     def _look(self, stages: Mapping[str, Iterable[Tensor]]) -> dict[str, Tensor]:
         seen = {}
@@ -56,7 +61,7 @@ class Watchdog:
                 seen[name] = torch.cat([q[:: max(1, q.numel() // self.sample)] for q in parts]).clone()
         return seen
 
-    def _compare(self, now: dict[str, Tensor]) -> None:
+    def _compare(self, now: dict[str, Tensor], why: Callable[[str], str]) -> None:
         names = [n for n in now if n in self._before and now[n].shape == self._before[n].shape]
         if not names:
             return
@@ -71,8 +76,7 @@ class Watchdog:
             if name not in self.frozen:
                 warnings.warn(
                     f"Stage {name!r} stands still: its weights changed by {change:.1e} of their size in {self.interval} "
-                    f"steps, the most mobile stage by {max(moved):.1e}. Its delta may vanish on the way down: use "
-                    "normalize=True, or another credit solver.",
+                    f"steps, the most mobile stage by {max(moved):.1e}. {why(name)}",
                     FrozenStageWarning,
                     stacklevel=4,
                 )

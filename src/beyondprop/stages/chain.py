@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain as one_after_another
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,58 @@ class Trace:
         return all(p is not None and p.is_closed_form for p in self.pullbacks[self.lowest :])
 
 
+class Structure:
+    """Which modules and parameters a model has, so that a change is noticed: what was built for it would train a ghost.
+
+    Args:
+        model: the model.
+        blocks: modules that need not be in it.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
+        own = set(model.modules())
+        self._roots = {"": model, **{f"cuts[{i}]": m for i, m in enumerate(blocks) if m not in own}}
+        self._named = self._names()
+        self.modules = list(dict.fromkeys(m for m in self._named.values() if isinstance(m, nn.Module)))
+        # What is compiled has no dictionaries of its own, what is sharded swaps its parameters in every pass.
+        plain = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule)]
+        whole = [m for m in plain if not any(hasattr(p, "placements") for p in m._parameters.values())]
+        self._places = [*(m._modules for m in plain), *(m._parameters for m in whole)]
+        self._seen = list(self._now())
+
+    @property
+    def is_same(self) -> bool:
+        """Whether no module or parameter was exchanged, added or taken out."""
+        now = list(self._now())
+        return len(now) == len(self._seen) and all(map(is_, now, self._seen))
+
+    def check(self) -> None:
+        """Raise `UnsupportedModelError` where the model is not the same, naming what is not."""
+        if self.is_same:
+            return
+        then, names = self._named, self._names()
+        changed = [n for n in (*names, *then) if names.get(n) is not then.get(n)]
+        name = min(changed, key=lambda n: isinstance(then.get(n, names.get(n)), nn.Parameter), default="")
+        what = "exchanged" if name in names and name in then else "added" if name in names else "taken out"
+        kind, how = "Module", "the rule would train what the model no longer has"
+        if isinstance(then.get(name, names.get(name)), nn.Parameter):
+            kind, how = "Parameter", "by pruning, a parametrization, load_state_dict(assign=True) or an assignment"
+        raise UnsupportedModelError(
+            f"{kind} {name!r} of this {type(self._roots['']).__name__} was {what} after the rule was built ({how}); build the "
+            "rule anew."
+        )
+
+    def _now(self) -> Iterable[object]:
+        return one_after_another.from_iterable(map(dict.values, self._places))  # in C alone: it is asked at every step
+
+    def _names(self) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for prefix, root in self._roots.items():
+            found |= root.named_modules(prefix=prefix, remove_duplicate=False)
+            found |= root.named_parameters(prefix=prefix, remove_duplicate=False)
+        return found
+
+
 class Chain:
     """An ordered list of stages cut from a model.
 
@@ -91,11 +145,14 @@ class Chain:
         self.stages: list[Stage] = [_stage(run) for run in _cut(model, cuts)]
         self._is_composition_of_model = isinstance(cuts, str) or all(isinstance(c, str) for c in cuts)
         self._check()
-        # Closed forms call no module: what is put on one later would be passed over in silence.
-        closed = [m for s in self.stages if not isinstance(s, BlockStage) for part in s.modules for m in part.modules()]
-        self._hooks = [hooks for m in closed for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.structure = Structure(model, [m for stage in self.stages for m in stage.modules])
+        # Nobody calls the model, its Sequentials that were taken apart, and the modules of closed forms: what is put on one
+        # later would be passed over in silence.
+        called = {m for s in self.stages if isinstance(s, BlockStage) for part in s.modules for m in part.modules()}
+        passed = [m for m in self.structure.modules if m not in called]
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks = [getattr(m, kind) for m in passed for kind in kinds]
         self._hooked = sum(map(len, self._hooks))
-        self._weights = [(m._parameters, name, p) for m in closed for name, p in m._parameters.items()]
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -140,17 +197,13 @@ class Chain:
         return Trace(pullbacks, lowest, z)
 
     def check_unchanged(self) -> None:
-        """Raise `UnsupportedModelError` where a module that closed forms do not call got a hook or another weight."""
+        """Raise `UnsupportedModelError` where the model is another, or a module that nobody calls got a hook."""
+        self.structure.check()
         if sum(map(len, self._hooks)) > self._hooked:
-            what = "got a hook"
-        elif any(place.get(name) is not p for place, name, p in self._weights):
-            what = "got another weight (by pruning, a parametrization or an assignment)"
-        else:
-            return
-        raise UnsupportedModelError(
-            f"A module of this {type(self.model).__name__} {what} after the rule was built, which closed forms would pass "
-            "over; build the rule anew."
-        )
+            raise UnsupportedModelError(
+                f"A module of this {type(self.model).__name__} got a hook after the rule was built, which closed forms would "
+                "pass over; build the rule anew."
+            )
 
     def _check(self) -> None:
         if len(self.stages) < 2:

@@ -14,10 +14,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 _aten = torch.ops.aten
 _CLOSED = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
+_EQUAL_DTYPES = (nn.MSELoss, nn.BCEWithLogitsLoss, nn.BCELoss)
+_EQUAL_SHAPES = (
+    *_EQUAL_DTYPES,
+    *(nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.KLDivLoss),
+    *(nn.SoftMarginLoss, nn.MultiLabelSoftMarginLoss, nn.HingeEmbeddingLoss),
+)
 Evaluated = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
@@ -31,6 +38,8 @@ class LossPoint:
         scale: factor from a sum over samples to the gradient of `value`.
         hessian: maps a tangent (shape of the output) to the per-sample Hessian-vector product.
         again: evaluates the loss of the same targets at another output.
+        curved: its curvature, where that is one number; 0 for cross-entropies in closed form, whose falls to 0 as targets are
+            met; None: not known before it is asked for.
     """
 
     value: Tensor
@@ -38,11 +47,19 @@ class LossPoint:
     scale: float
     hessian: Callable[[Tensor], Tensor]
     again: Callable[[Tensor], LossPoint]
+    curved: float | None = None
 
     def curvature(self, tangent: Tensor) -> Tensor:
         """Return `v^T H v` for every sample, shape `(N,)`, never negative."""
         product = tangent * self.hessian(tangent)
         return product.reshape(len(product), -1).sum(1).clamp_min_(0.0)
+
+    def steepness(self, tangent: Tensor) -> Tensor | float:
+        """Return `curved`, where it is known, else the curvature along a tangent: `v^T H v / |v|^2` over all samples, 0-d."""
+        if self.curved is not None:
+            return self.curved
+        squared = tangent.square().sum()
+        return self.curvature(tangent).sum() / squared.clamp_min_(torch.finfo(squared.dtype).tiny)
 
 
 class OutputLoss:
@@ -54,21 +71,22 @@ class OutputLoss:
 
     Args:
         loss: `loss(output, y)` returning a scalar that is the mean (or, with `reduction="sum"`, the sum) of
-            independent sample losses.
+            independent sample losses; `"batchmean"` is a mean, too.
 
     Raises:
         TypeError: if `loss` is not callable.
-        ValueError: if its `reduction` is neither `"mean"` nor `"sum"`.
+        ValueError: if its `reduction` is none of `"mean"`, `"batchmean"` and `"sum"`.
     """
 
     def __init__(self, loss: LossFunction) -> None:
         if not callable(loss):
             raise TypeError(f"loss must be callable as loss(output, y), got {type(loss).__name__}.")
         reduction = getattr(loss, "reduction", "mean")
-        if reduction not in ("mean", "sum"):
+        if reduction not in ("mean", "batchmean", "sum"):
             raise ValueError(f"loss must have reduction='mean' or 'sum', got reduction={reduction!r}.")
         self.loss: Any = loss
-        self.is_mean = reduction == "mean"
+        self.is_mean = reduction != "sum"
+        self._cleared: set[tuple[torch.Size, torch.Size]] = set()
 
     def __call__(self, output: Tensor, y: Tensor) -> Tensor:
         """Return the user's own `loss(output, y)`."""
@@ -86,8 +104,12 @@ class OutputLoss:
             ValueError: if `y` does not fit `output` (device, dtype, shape), saying what is accepted.
         """
         self.check(output, y)
-        value, cotangent, hessian = self._form(output, y)(output, y)
-        return LossPoint(value, cotangent, self.scale(output), hessian, lambda moved: self.at(moved, y))
+        form = self._form(output, y)
+        value, cotangent, hessian = form(output, y)
+        curved = None if form == self._generic else 0.0
+        if form == self._mean_squared_error:
+            curved = 2.0 / output[0].numel() if self.is_mean else 2.0
+        return LossPoint(value, cotangent, self.scale(output), hessian, lambda moved: self.at(moved, y), curved)
 
     def _form(self, output: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], Evaluated]:
         loss, kind = self.loss, type(self.loss)
@@ -129,14 +151,43 @@ class OutputLoss:
                     ((y < 0) | (y > last)).logical_and_(y != self.loss.ignore_index).any()
                 ):
                     raise ValueError(f"y has labels from {least} to {most}; {last + 1} outputs accept 0 to {last}.")
-        elif isinstance(self.loss, nn.MSELoss | nn.BCEWithLogitsLoss | nn.BCELoss):
+        elif isinstance(self.loss, _EQUAL_SHAPES):
             kind = type(self.loss).__name__
-            if y.dtype != output.dtype:
+            if y.dtype != output.dtype and isinstance(self.loss, _EQUAL_DTYPES):
                 raise ValueError(f"y has dtype {y.dtype}, the output {output.dtype}: {kind} takes equal dtypes.")
             if y.shape != output.shape:
                 raise ValueError(
                     f"y has shape {tuple(y.shape)}, the output {tuple(output.shape)}: {kind} takes equal shapes."
                 )
+        elif y.shape != output.shape and y.numel() == output.numel():
+            self._check_broadcast(output, y)
+
+    def _check_broadcast(self, output: Tensor, y: Tensor) -> None:
+        """Raise `ValueError` where a function meets `(N, 1)` with `(N,)` sample by sample with all others, `(N, N)`."""
+        shapes = (output.shape[1:], y.shape[1:])
+        if shapes in self._cleared or not len(y):
+            return
+        rows = torch.arange(7, device=y.device) % len(y)  # a number that is hardly one of classes, too
+        for few in (
+            (output.detach()[rows], y[rows]),
+            (output.detach(), y),
+        ):  # the second where steps are as many as samples
+            try:
+                shape = torch.broadcast_shapes(few[0].shape, few[1].shape)
+                break
+            except RuntimeError:
+                pass
+        else:
+            return  # torch itself refuses
+        if shape.numel() > few[0].numel():
+            with torch.no_grad(), _Shapes() as seen:
+                self.loss(*few)
+            if shape in seen.shapes:
+                raise ValueError(
+                    f"y has shape {tuple(y.shape)}, the output {tuple(output.shape)}: the loss broadcasts them, so that every "
+                    "sample meets the targets of all others. Give y the output's shape, or reshape both inside the loss."
+                )
+        self._cleared.add(shapes)
 
     def _cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
         # Autograd's own kernels, called directly: rows with ignore_index have no part in value, mean and gradient.
@@ -192,3 +243,19 @@ class OutputLoss:
             return torch.zeros_like(v) if product is None else product / scale
 
         return value.detach(), gradient.detach() / scale, hessian
+
+
+class _Shapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        made = func(*args, **(kwargs or {}))
+        self.shapes.update(
+            part.shape for part in (made if isinstance(made, tuple | list) else (made,)) if isinstance(part, Tensor)
+        )
+        return made

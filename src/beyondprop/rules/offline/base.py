@@ -66,6 +66,7 @@ class OfflineRule(LearningRule):
         super().__init__(model, loss, nonfinite="raise")
         self.output_loss: RowLoss = row_loss(loss, output_loss, self.LOSSES, type(self).__name__)
         self.chain = Chain(model)
+        self._structure = None  # the chain asks in every pass
         self._stages = {stage.name: stage.parameters for stage in self.chain}
         self.layers = [self._layer(stage, index) for index, stage in enumerate(self.chain)]
         for layer, above in pairwise(self.layers):
