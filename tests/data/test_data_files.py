@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import os
+import resource
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -35,8 +39,9 @@ class _Server:
     """What a local HTTP server answers, by path: the bytes, and how many of them it promises."""
 
     url: str
-    answers: dict[str, tuple[bytes, int | None]]
+    answers: dict[str, tuple[bytes | Iterator[bytes], int | str | None]]
     asked: list[str]
+    redirects: dict[str, str] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -48,11 +53,15 @@ def server() -> Iterator[_Server]:
                 self.send_error(404)
                 return
             content, promised = state.answers[self.path]
-            self.send_response(200)
+            self.send_response(302 if self.path in state.redirects else 200)
+            if self.path in state.redirects:
+                self.send_header("Location", state.redirects[self.path])
             if promised is not None:
                 self.send_header("Content-Length", str(promised))
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(OSError):  # where the other side has enough
+                for piece in [content] if isinstance(content, bytes) else content:
+                    self.wfile.write(piece)
 
         def log_message(self, format: str, *args: object) -> None:
             del format, args
@@ -125,6 +134,83 @@ def test_a_failed_download_leaves_nothing_and_the_next_mirror_serves(
     assert path.read_bytes() == _CONTENT
     assert server.asked == ["/bad", "/bad", "/good"]
     assert _tree(tmp_path) == ["xdg/beyondprop/set/file.bin"]
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "1e3", "9" * 5000])
+def test_a_content_length_that_is_no_number_is_no_obstacle(server: _Server, length: str) -> None:
+    server.answers |= {"/bad": (_CONTENT[:-1], length), "/good": (_CONTENT, length)}
+    assert Source().obtain(_file(server, "/bad", "/good")).read_bytes() == _CONTENT
+    assert server.asked == ["/bad", "/good"]
+
+
+def test_a_redirection_to_no_address_leads_to_the_next_mirror(server: _Server) -> None:
+    server.answers |= {"/bad": (b"", 0), "/good": (_CONTENT, None)}
+    server.redirects["/bad"] = "http://[nowhere/a"
+    assert Source().obtain(_file(server, "/bad", "/good")).read_bytes() == _CONTENT
+
+
+@pytest.mark.parametrize("promised", [1 << 50, None])
+def test_a_download_without_end_is_cut(server: _Server, tmp_path: Path, promised: int | None) -> None:
+    server.answers |= {"/endless": (itertools.repeat(bytes(1 << 16)), promised), "/good": (_CONTENT, len(_CONTENT))}
+    file = replace(_file(server, "/endless"), most=len(_CONTENT))
+    begin = time.monotonic()
+    with pytest.raises(DataUnavailableError, match=rf"the file has at most {len(_CONTENT):,} bytes, the server sends"):
+        Source().obtain(file)
+    assert time.monotonic() - begin < 10
+    assert _tree(tmp_path) == []
+    file = replace(_file(server, "/endless", "/good"), most=len(_CONTENT))
+    assert Source().obtain(file).read_bytes() == _CONTENT  # of exactly as many bytes as are accepted
+
+
+def test_a_download_that_drips_is_given_up(server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "_START", 0.3)
+    monkeypatch.setattr(_files, "_SLOWEST", 1e12)
+
+    def drops() -> Iterator[bytes]:
+        for _ in range(400):
+            time.sleep(0.01)
+            yield b"x"
+
+    server.answers["/slow"] = (drops(), len(_CONTENT))
+    begin = time.monotonic()
+    with pytest.raises(DataUnavailableError, match=r"/slow: \d+ bytes came in 0 s; the whole file must within 0 s"):
+        Source().obtain(_file(server, "/slow"))
+    assert time.monotonic() - begin < 3
+    assert _tree(tmp_path) == []
+
+
+def test_an_answer_that_does_not_begin_is_given_up(server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "_START", 0.3)
+    answer = threading.Event()
+
+    class Silent(dict[str, str]):
+        def __getitem__(self, key: str) -> str:
+            answer.wait(5)  # the status line is sent, the header's lines are not
+            return super().__getitem__(key)
+
+    server.answers |= {"/silent": (b"", 0), "/good": (_CONTENT, len(_CONTENT))}
+    server.redirects = Silent({"/silent": "/good"})
+    with pytest.raises(DataUnavailableError, match=r"/silent: no answer began within 0 s"):
+        Source().obtain(_file(server, "/silent"))
+    answer.set()
+    assert Source().obtain(_file(server, "/good")).read_bytes() == _CONTENT
+
+
+def test_a_full_disk_is_an_error_with_the_path(server: _Server, tmp_path: Path) -> None:
+    server.answers["/a"] = (_CONTENT, len(_CONTENT))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # as a disk that is full after 1 MiB
+    try:
+        with pytest.raises(
+            DataUnavailableError, match=rf"/a: .*File too large: '{tmp_path}/xdg/beyondprop/set/file.bin'"
+        ):
+            Source().obtain(_file(server, "/a"))
+        with pytest.raises(OSError, match="File too large") as caught, _files.atomic_file(tmp_path / "b") as stream:
+            stream.write(_CONTENT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "b")
+    assert _tree(tmp_path) == []
 
 
 def test_an_interrupt_during_a_download_leaves_nothing(server: _Server, tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ def test_other_separators() -> None:
         (WINE, "target=color:test=few", r"test must be a number, got 'few'"),
         (WINE, "target=pH:drop=color:test=4", r"test must be a share .* got 4 of 4 rows"),
         (WINE, "target=color:seed=0.5", r"seed must be a number, got '0.5'"),
+        (WINE, f"target=color:seed={2**64}", r"seed must be an integer in 0 … 2\^64 - 1"),
+        *((WINE, f"target=color:sep={sep}", r"sep must be one character or comma, .* no quote") for sep in '"\n\r'),
         (WINE, "target=color:sep=;;", r"sep must be one character or comma, semicolon, tab"),
         ("", "target=a", r"must have a line of column names and rows after it, got 0 lines"),
         ("a,b\n", "target=a", r"must have a line of column names and rows after it, got 1 lines"),

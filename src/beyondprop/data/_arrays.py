@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.data._dataset import KINDS, Dataset, split_rows
+from beyondprop.data._dataset import KINDS, Dataset, seeded, split_rows
 
 Array = NDArray[Any]
 
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = np.float64(np.finfo(np.float32).max)
 _BLOCK = 4096  # rows that are scaled at once: in float64 they are never all in memory
 
 
@@ -92,7 +92,7 @@ def from_arrays(
     targets, classes = _targets([part[1] for part in parts], kind)
     features = [part[0].names for part in parts]
     if len(parts) == 1:
-        generator = torch.Generator().manual_seed(_checks.at_least("seed", seed, 0))
+        generator = seeded(seed)
         accepted = "test must be a share in (0, 1), a number of rows in 0 … {last}, None or rows of its own"
         halves = split_rows(len(inputs[0]), 0 if held is None else held, 0, generator, accepted)
         inputs, targets = ([whole[0][half.numpy()] for half in halves if len(half)] for whole in (inputs, targets))
@@ -178,7 +178,7 @@ def _numbers(values: Values) -> Array:
         numbers = [np.nan if _missing(v) else float(v) for v in flat]
         values.array = np.array(numbers).reshape(values.array.shape)
     with np.errstate(invalid="ignore"):
-        accepted = np.abs(values.array) <= _LARGEST  # NaN is not
+        accepted = np.abs(values.array) <= _LARGEST  # NaN is not; in float64, where no limit becomes infinite
     values.check(accepted, "must be finite numbers of at most 3.4e38")
     return values.array
 

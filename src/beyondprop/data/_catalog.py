@@ -17,7 +17,9 @@ from beyondprop import _checks
 from beyondprop.data import _images
 from beyondprop.data._arrays import Values, from_arrays
 from beyondprop.data._dataset import Dataset
-from beyondprop.data._files import DataFile, Progress, Source, user_cache
+from beyondprop.data._files import REMEDY, DataFile, Progress, Source, user_cache
+from beyondprop.data._packed import read_npz
+from beyondprop.errors import DataIntegrityError
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,20 @@ class _MnistFamily:
         stems = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
         for stem, sha256 in zip(stems, self.sha256, strict=True):
             name = f"{stem}-ubyte.gz"
-            file = DataFile(info.name, name, sha256, tuple(mirror + name for mirror in self.mirrors))
-            arrays.append(_images.read_idx(source.obtain(file)))
+            urls = tuple(mirror + name for mirror in self.mirrors)
+            path = source.obtain(DataFile(info.name, name, sha256, urls, most=info.download_bytes))
+            array = _images.read_idx(path)
+            if "labels" in stem:
+                expected = f"{len(arrays[-1])} labels 0 … {len(info.classes) - 1}"
+                fits = array.shape == arrays[-1].shape[:1] and array.max() < len(info.classes)
+            else:
+                expected, fits = (
+                    f"images of {info.input_shape[1:]}",
+                    array.size and array.shape[1:] == info.input_shape[1:],
+                )
+            if not fits:
+                raise DataIntegrityError(f"{path} must hold {expected}, got an array of shape {array.shape}. {REMEDY}")
+            arrays.append(array)
         return _of_arrays(info, arrays, (self.mean,), (self.std,), standardize)
 
 
@@ -148,6 +162,7 @@ _CIFAR10_ARCHIVE = DataFile(
     "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
     also="or, in the same folders, labels.npz with train_00.webp, …, test_00.webp, … (lossless strips)",
+    most=170_498_071,
 )
 
 
@@ -197,11 +212,21 @@ _HIGGS = DataFile(
 
 
 def _higgs(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
-    with np.load(source.obtain(_HIGGS)) as file:
-        # The head of the full file is rounded to 3 digits: it comes last.
-        x_train = torch.from_numpy(np.concatenate([file["x_train"], file["x_head"]]))
-        y_train = torch.from_numpy(np.concatenate([file["y_train"], file["y_head"]])).long()
-        x_test, y_test = torch.from_numpy(file["x_valid"]), torch.from_numpy(file["y_valid"]).long()
+    path = source.obtain(_HIGGS)
+    arrays = read_npz(path)
+    parts: list[Tensor] = []
+    for part in ("train", "head", "valid"):
+        x, y = (arrays.get(f"{key}_{part}", np.zeros(0)) for key in "xy")
+        is_right = (x.dtype, y.dtype, x.ndim, x.shape[1:]) == (np.float32, np.uint8, 2, info.input_shape)
+        if not is_right or y.shape != x.shape[:1] or not np.isfinite(x).all() or y.max(initial=0) > 1:
+            raise DataIntegrityError(
+                f"{path} must have x_{part}, finite float32 (N, 28), and y_{part}, labels 0 and 1 in uint8 (N,), got "
+                f"{x.dtype} {x.shape} and {y.dtype} {y.shape}. {REMEDY}"
+            )
+        parts += [torch.from_numpy(x), torch.from_numpy(y).long()]
+    # The head of the full file is rounded to 3 digits: it comes last.
+    x_train, y_train = torch.cat(parts[0:4:2]), torch.cat(parts[1:4:2])
+    x_test, y_test = parts[4:]
     if standardize:
         mean, std = x_train.mean(0), x_train.std(0)
         x_train, x_test = (x_train - mean) / std, (x_test - mean) / std

@@ -147,6 +147,13 @@ class Dataset:
         return replace(self, x_train=x[kept], y_train=y[kept], x_test=x[held_out], y_test=y[held_out])
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Return a CPU generator of a seed in 0 … 2^64 - 1, what torch takes."""
+    if _checks.at_least("seed", seed, 0) >= 2**64:
+        raise ValueError("seed must be an integer in 0 … 2^64 - 1, got a larger one.")
+    return torch.Generator().manual_seed(seed)
+
+
 def split_rows(rows: int, amount: Any, least: int, generator: torch.Generator, accepted: str) -> tuple[Tensor, Tensor]:
     """Draw `amount` of the rows, a share or a number >= `least`; return the others and those, both in rising order.
 

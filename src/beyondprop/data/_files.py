@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import queue
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.request import Request, urlopen
 
 from beyondprop.errors import DataIntegrityError, DataUnavailableError
@@ -21,6 +25,12 @@ Progress = Callable[[int, int | None, str], None]
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
+_START = 60.0  # seconds until the answer to a request begins
+_SLOWEST = 16 << 10  # bytes a second that a mirror must have on the average
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+REMEDY = "It is damaged or another file: delete it, to have it fetched again, or put the original there."
+"""The end of messages on a wrong file of a known data set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,7 @@ class DataFile:
         urls: Where it can be downloaded, tried in this order; empty where it is nowhere.
         hint: Where such a file comes from, for files without a download.
         also: What else would serve, for the message where nothing is found.
+        most: Bytes that a download of it may have at most.
     """
 
     folder: str
@@ -41,6 +52,7 @@ class DataFile:
     urls: tuple[str, ...]
     hint: str = ""
     also: str = ""
+    most: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +85,9 @@ class Source:
         failures: list[str] = []
         for url in file.urls if self.download else ():
             try:
-                download(url, target, file.sha256, self.progress)
+                download(url, target, file.sha256, self.progress, file.most)
                 return target
-            except (OSError, HTTPException, DataIntegrityError) as error:
+            except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirection to no address, too
                 failures.append(f"{url}: {error or type(error).__name__}")
         looked = [*map(str, candidates), *filter(None, [file.also])]
         tried = "Downloads failed" if self.download else "Downloading is switched off (download=False)"
@@ -101,33 +113,42 @@ def user_cache() -> Path:
 
 def verify(path: Path, sha256: str) -> None:
     """Raise `DataIntegrityError` unless the file at `path` has this SHA-256."""
-    with open(path, "rb") as stream:
+    with _disk_errors_name(path), open(path, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
-        raise DataIntegrityError(
-            f"{path} has SHA-256 {found}, expected {sha256}. It is damaged or another file: "
-            "delete it, to have it fetched again, or put the original there."
-        )
+        raise DataIntegrityError(f"{path} has SHA-256 {found}, expected {sha256}. {REMEDY}")
 
 
-def download(url: str, target: Path, sha256: str, progress: Progress | None) -> None:
+def download(url: str, target: Path, sha256: str, progress: Progress | None, most: int = 1 << 30) -> None:
     """Download `url` to `target`, which appears only when it is complete and has this SHA-256.
+
+    It may have `most` bytes, and take a minute and a second for each 16 KiB of these.
 
     Raises:
         DataIntegrityError: The download was complete but has another SHA-256; it was deleted.
-        OSError: The server or the disk failed, or the connection ended early; nothing is left behind.
+        OSError: The server or the disk failed, the download is too long or too slow, or the connection ended early; nothing
+            is left behind.
     """
     digest = hashlib.sha256()
-    request = Request(url, headers={"User-Agent": "beyondprop"})
-    with urlopen(request, timeout=_TIMEOUT) as response, atomic_file(target) as out:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length else None
+    longest = _START + most / _SLOWEST
+    begin = time.monotonic()
+    with _answer(Request(url, headers={"User-Agent": "beyondprop"})) as response, atomic_file(target) as out:
+        total: int | None = response.length  # None for a Content-Length that is no number
         done, report = 0, progress or (lambda *call: None)
         report(done, total, target.name)
-        while chunk := response.read(_CHUNK):
+        # read1 returns what has arrived, where read would wait for the whole chunk however slowly it comes.
+        while chunk := response.read1(_CHUNK):
+            done += len(chunk)
+            if max(done, total or 0) > most:
+                raise OSError(
+                    f"the file has at most {most:,} bytes, the server sends {max(done, total or 0):,} or more"
+                )
+            if (seconds := time.monotonic() - begin) > longest:
+                raise TimeoutError(
+                    f"{done:,} bytes came in {seconds:.0f} s; the whole file must within {longest:.0f} s"
+                )
             out.write(chunk)
             digest.update(chunk)
-            done += len(chunk)
             report(done, total, target.name)
         # Inside the context, so that what is short or wrong is deleted and never gets its name.
         if total is not None and done < total:
@@ -138,13 +159,59 @@ def download(url: str, target: Path, sha256: str, progress: Progress | None) -> 
             )
 
 
+def _answer(request: Request) -> Any:
+    """Open a request. In a thread of its own: header lines that come byte by byte would outlast any timeout of a socket."""
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    given_up = threading.Event()
+
+    def ask() -> None:
+        try:
+            response = urlopen(request, timeout=_TIMEOUT)
+        except Exception as error:
+            found.put(error)
+            return
+        found.put(response)
+        if given_up.is_set():
+            response.close()
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = found.get(timeout=_START)
+    except BaseException as error:
+        given_up.set()
+        if isinstance(error, queue.Empty):
+            raise TimeoutError(f"no answer began within {_START:.0f} s") from None
+        raise
+    if not isinstance(answer, Exception):
+        return answer
+    try:
+        raise answer
+    finally:
+        del answer  # whose traceback has this frame: a circle would keep the connection open
+
+
+@contextmanager
+def _disk_errors_name(path: Path) -> Iterator[None]:
+    """Give errors of a disk, which know no file, the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name if the block ends well, and is deleted if it does not."""
+    """Open a file for writing that gets its name if the block ends well, and is deleted if it does not.
+
+    Raises:
+        OSError: The disk is full or fails; it has the path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with open(part, "xb") as stream:
+        with _disk_errors_name(path), open(part, "xb") as stream:
             yield stream
         os.replace(part, path)
     finally:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.data._dataset import Dataset
+from beyondprop.data._dataset import Dataset, seeded
 
 SETTINGS = ("class-incremental", "domain-incremental")
 
@@ -127,8 +127,7 @@ class SplitStream(_DatasetStream):
             )
         classes = torch.arange(count)
         if seed is not None:
-            generator = torch.Generator().manual_seed(_checks.at_least("seed", seed, 0))
-            classes = classes[torch.randperm(count, generator=generator)]
+            classes = classes[torch.randperm(count, generator=seeded(seed))]
         self.classes: list[list[int]] = classes.view(tasks, -1).tolist()
         self.num_classes = count // tasks if is_local else count
         self._tasks = [self._task(own, is_local) for own in self.classes]
@@ -164,7 +163,7 @@ class PermutedStream(_DatasetStream):
         rows = len(dataset.y_train)
         if train_size is not None and _checks.at_least("train_size", train_size, 1) > rows:
             raise ValueError(f"train_size must be <= {rows}, the training rows of {dataset.name!r}, got {train_size}.")
-        generator = torch.Generator().manual_seed(_checks.at_least("seed", seed, 0))
+        generator = seeded(seed)
         features = dataset.x_train[0].numel()
         orders = [None, *(torch.randperm(features, generator=generator) for _ in range(tasks - 1))]
         self.num_classes = dataset.num_classes
