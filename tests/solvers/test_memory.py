@@ -46,7 +46,7 @@ def _whole(layer: Any) -> Tensor:
 @pytest.mark.parametrize("refresh", [1, 2])
 def test_rls_steps_are_gradients_times_the_damped_inverse_of_all_moments(forgetting: float, refresh: int) -> None:
     model = mlp(6, 5, 4, 3)
-    rule = _rule(model, Memory(lr=0.7, damping=0.2, forgetting=forgetting, refresh=refresh))
+    rule = _rule(model, Memory(lr=0.7, max_gain=None, damping=0.2, forgetting=forgetting, refresh=refresh))
     layers = [model[0], model[2], model[4]]
     moments: list[Any] = [None] * 3
     inverses: list[Any] = [None] * 3
@@ -63,9 +63,100 @@ def test_rls_steps_are_gradients_times_the_damped_inverse_of_all_moments(forgett
             assert relative(_whole(layers[i]), expected) < 1e-10
 
 
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("max_gain", [1e-3, 0.5, 1e9])
+def test_the_step_is_as_large_as_the_mean_gain_allows(net: str, reduction: str, max_gain: float) -> None:
+    """`min(1, max_gain / gain)`, gain the mean over samples of the sum over their rows of `a^T P a` times a sample's weight."""
+    model = mlp(6, 5, 3) if net == "mlp" else nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(108, 3))
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    free, rule = (
+        AltMin(m.double(), loss, Memory(lr=0.01, max_gain=bound), normalize=False)
+        for m, bound in ((copy.deepcopy(model), None), (model, max_gain))
+    )
+    x, y = blobs(8, dtype=torch.float64) if net == "mlp" else images(8, torch.float64)
+    layers = [m for m in model if isinstance(m, nn.Linear | nn.Conv2d)]
+    before = [_whole(layer) for layer in layers]
+    found = list(reversed(assignments(model, loss, Codes(normalize=False), x, y)))
+    # In two parts, whose samples are one batch.
+    for part in (slice(0, 3), slice(3, 8)):
+        for one in (free, rule):
+            one.backward(x[part], y[part], scale=(3 if part.stop == 3 else 5) / 8 if reduction == "mean" else 1.0)
+    for one in (free, rule):
+        one.update()
+    of_free = [_whole(m) for m in free.model.children() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for layer, start, plain, a in zip(layers, before, of_free, found, strict=True):
+        rows = a.pullback.feature_rows()  # type: ignore[attr-defined]
+        weight = 1 / 8 if reduction == "mean" else 1.0
+        inverse = torch.linalg.inv(weight * rows.t() @ rows + 0.5 * torch.eye(rows.shape[1], dtype=x.dtype))
+        gain = float(torch.einsum("ni,ij,nj->", rows, inverse, rows)) * weight / 8
+        assert relative(_whole(layer) - start, min(1, max_gain / gain) * (plain - start)) < 1e-9
+
+
+def test_without_need_the_bound_leaves_every_bit() -> None:
+    torch.manual_seed(0)
+    models = [mlp(6, 5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = blobs(400)
+    for model, bound in zip(models, (None, 0.5), strict=True):
+        rule = AltMin(model, nn.CrossEntropyLoss(), Memory(max_gain=bound, refresh=2))
+        for _ in range(5):
+            rule.step(x, y)
+    assert equal(state(models[0]), state(models[1]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "curvature"),
+    [
+        (nn.MSELoss(), 2 / 3),
+        (nn.MSELoss(reduction="sum"), 2.0),
+        (lambda o, y: (o - y).square().sum(1).mean(), 2.0),
+        (lambda o, y: 0.05 * (o - y).square().sum(1).mean(), 0.1),
+    ],
+)
+def test_a_curved_loss_takes_smaller_steps(loss: Any, curvature: float) -> None:
+    model = mlp(6, 5, 3).double()
+    twin = copy.deepcopy(model)
+    before = _whole(model[0])
+    x = torch.randn(8, 6, dtype=torch.float64)
+    y = torch.randn(8, 3, dtype=torch.float64)
+    for m, bound in ((model, 1e9), (twin, None)):
+        AltMin(m, loss, Memory(lr=0.01, max_gain=bound)).step(x, y)
+    assert relative(_whole(model[0]) - before, min(1, 0.25 / curvature) * (_whole(twin[0]) - before)) < 1e-9
+
+
+@pytest.mark.parametrize("task", ["labels", "numbers"])
+@pytest.mark.parametrize("batch", [1, 10, 50, 200, 1000])
+def test_defaults_train_at_any_batch_size(task: str, batch: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3000, 100) @ torch.diag(torch.linspace(0.01, 3, 100))
+    wanted = x @ torch.randn(100, 4) / 10
+    y = wanted.argmax(1) if task == "labels" else wanted[:, :1]
+    loss = nn.CrossEntropyLoss() if task == "labels" else nn.MSELoss()
+    model = nn.Sequential(
+        nn.Linear(100, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4 if task == "labels" else 1)
+    )
+    rule = AltMin(model, loss, Memory())
+    before = float(loss(model(x), y).detach())
+    for rows in torch.randint(3000, ({1: 300, 10: 100}.get(batch, 40), batch)):
+        rule.step(x[rows], y[rows])
+    assert float(loss(model(x), y).detach()) < (0.95 if batch == 1 else 0.8) * before
+
+
+def test_a_gain_that_overflows_is_refused_and_nothing_changes() -> None:
+    model = mlp(6, 5, 3)
+    rule = AltMin(model, nn.CrossEntropyLoss(), Memory(damping=1e-9))
+    x, y = torch.randn(1, 6), torch.zeros(1).long()
+    rule.step(x, y)
+    before = state(model)
+    with pytest.raises(NonFiniteError, match="second moments of its inputs are too large"):
+        rule.step(1e18 * x.flip(1), y)
+    assert equal(before, state(model))
+
+
 def test_rls_in_one_batch_is_the_ridge_solution() -> None:
     model = mlp(6, 5, 3)
-    rule = _rule(model, Memory(lr=1.0, damping=0.3))
+    rule = _rule(model, Memory(lr=1.0, max_gain=None, damping=0.3))
     ((x, y),) = _batches(1)
     before = _whole(model[0])
     (a, delta), _ = _deltas(model, x, y)
@@ -80,7 +171,7 @@ def test_rls_in_one_batch_is_the_ridge_solution() -> None:
 def test_conv_memory_is_that_of_its_patches() -> None:
     conv = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0))
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), conv, nn.Flatten(), nn.Linear(84, 3))
-    rule = _rule(model, Memory(damping=0.5))
+    rule = _rule(model, Memory(lr=1.0, max_gain=None, damping=0.5))
     x, y = images(6, torch.float64)
     before = _whole(conv)
     a = assignments(model, nn.CrossEntropyLoss(), Codes(normalize=False), x, y)[1]
@@ -98,7 +189,7 @@ def test_behind_pooling_and_dropout_the_memory_is_that_of_what_the_weights_see(m
     first, second, last = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 2), nn.Linear(12, 3)
     hidden = [nn.ReLU(), nn.MaxPool2d(2), second, nn.Tanh(), nn.Dropout(0.4), nn.Flatten()]
     model = nn.Sequential(first, *hidden, last)
-    memory = Memory(method, lr=0.7, damping=0.2, block=50)
+    memory = Memory(method, lr=0.7, max_gain=None, damping=0.2, block=50)
     rule = AltMin(model.double(), nn.CrossEntropyLoss(), memory, code_solver="gradient")
     x, y = images(6, torch.float64)
 
@@ -302,7 +393,7 @@ def test_grouped_convolutions_have_no_memory() -> None:
 def test_a_frozen_part_leaves_the_other_its_own_problem(method: str, frozen: str) -> None:
     model = mlp(6, 5, 3)
     getattr(model[0], frozen).requires_grad_(False)
-    rule = _rule(model, Memory(method, damping=0.1, block=7))
+    rule = _rule(model, Memory(method, lr=1.0, max_gain=None, damping=0.1, block=7))
     (x, y), *_ = _batches(1)
     before = _whole(model[0])
     a, delta = _deltas(model, x, y)[0]
@@ -328,6 +419,7 @@ def test_a_large_memory_is_announced_and_none_is_refused() -> None:
     [
         ({"method": "ridge"}, "method must be one of 'rls', 'bcd', got 'ridge'"),
         ({"lr": 0.0}, "lr must be a finite number > 0"),
+        ({"max_gain": 0.0}, "max_gain must be a finite number > 0"),
         ({"damping": 0.0}, "damping must be a finite number > 0"),
         ({"damping": -1.0}, "damping must be a finite number > 0"),
         ({"forgetting": 1.0}, r"forgetting must be in \[0, 1\), got 1.0"),

@@ -13,6 +13,7 @@ the difference of two large sums.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from beyondprop.stages.affine import AffinePullback
 from beyondprop.stages.pipeline import PipelinePullback
 
 Affine = TypeVar("Affine", AffineStage, AffinePullback)
+_CURVATURE = 0.25  # of a loss: at lr 2 half a Newton step a stage, as all stages take theirs at once
 REST_LR = 3e-3
 """Adam's, for weights without a memory, where no other optimizer is given."""
 
@@ -38,7 +40,13 @@ class Memory(Solver):
 
     `"rls"`, damped recursive least squares in delta form (the default):
 
-        W <- W + lr * (1/N) delta^T a (A + damping I)^-1,   A a moving average of a^T a / N
+        W <- W + lr * min(1, max_gain / gain) * (1/N) delta^T a P,   P = (A + damping I)^-1
+        gain = mean over samples of a^T P a / N                      A a moving average of a^T a / N
+
+    `lr * gain` is what a sample's wish moves its own output by, on average. Small batches of inputs that A has hardly seen make
+    it large; the bound keeps such steps stable and leaves all others as they are. A loss of constant curvature h, such as
+    squared error (2 over the outputs), multiplies the step by min(1, 1 / (4 h)), too; any other is asked for its curvature
+    along the wishes, but for cross-entropy, whose own falls as targets are met.
 
     `"bcd"`, block coordinate descent as published: `sweeps` over the columns (in blocks of `block`) of the accumulated
     least-squares problem, with the unit-step replacement of W by its minimiser.
@@ -49,6 +57,8 @@ class Memory(Solver):
     Args:
         method: `"rls"` or `"bcd"`.
         lr: step size of `"rls"`; 1 is the full least-squares step. A `torch.optim.SGD` holds it: schedulers attach there.
+        max_gain: bound on the gain of a step of `"rls"`, > 0; with `lr * max_gain` <= 1 it trains at any batch size. A
+            convolution's gain counts all positions of a sample, an upper bound. None: no bound, and no look at the curvature.
         damping: lambda > 0, added to the diagonal of A (for `"bcd"`, of its average over batches).
         forgetting: e in [0, 1): weight of the newest batch in A (and R); 0 averages over all batches seen.
         refresh: steps between two Cholesky factorisations of `A + damping I` (`"rls"`).
@@ -66,7 +76,8 @@ class Memory(Solver):
         self,
         method: str = "rls",
         *,
-        lr: float = 1.0,
+        lr: float = 2.0,
+        max_gain: float | None = 0.5,
         damping: float = 0.5,
         forgetting: float = 0.0,
         refresh: int = 10,
@@ -78,6 +89,7 @@ class Memory(Solver):
     ) -> None:
         self.method = _checks.one_of("method", method, ("rls", "bcd"))
         self.lr = _checks.positive("lr", lr)
+        self.max_gain = None if max_gain is None else _checks.positive("max_gain", max_gain)
         self.damping = _checks.positive("damping", damping)
         if not 0 <= forgetting < 1:
             raise ValueError(f"forgetting must be in [0, 1), got {forgetting!r}.")
@@ -88,6 +100,8 @@ class Memory(Solver):
         self.limit = _checks.at_least("limit", limit, 1)
         self.output_lr = _checks.positive("output_lr", output_lr)
         self._rest = rest
+        self._bounded = method == "rls" and max_gain is not None
+        self._curvatures: list[Tensor | float] = []
         self._stages: dict[int, StageMemory] = {}
 
     def bind(self, chain: Chain) -> None:
@@ -139,6 +153,8 @@ class Memory(Solver):
 
     def collect(self, assignment: Assignment, factor: float) -> None:
         assignment.pullback.add_gradients(assignment.delta, factor)
+        if assignment.loss is not None and self._bounded:
+            self._curvatures.append(assignment.loss.steepness(assignment.delta))
         memory = self._stages.get(assignment.index)
         if memory is not None and (top := _top(assignment.pullback, AffinePullback)) is not None:
             memory.collect(top, -factor)
@@ -146,12 +162,16 @@ class Memory(Solver):
     @torch.no_grad()
     def solve(self) -> None:
         lr = self.optimizers[0].param_groups[0]["lr"]
+        largest = max((float(h) for h in self._curvatures), default=0.0)
+        shrink = min(1.0, _CURVATURE / largest) if largest > 0 else 1.0
+        self._curvatures = []
         for memory in self._stages.values():
-            memory.prepare()  # what can fail comes before what is changed
+            memory.prepare(shrink)  # what can fail comes before what is changed
         for memory in self._stages.values():
             memory.solve(lr)
 
     def discard(self) -> None:
+        self._curvatures = []
         for memory in self._stages.values():
             memory.pending = None
 
@@ -196,7 +216,9 @@ class StageMemory:
         self.kept = {"moments": weight.new_zeros(self.size, self.size), own: weight.new_zeros(rows, self.size)}
         self.steps = 0
         self.pending: Tensor | None = None
+        self._samples = 0
         self._fresh: Tensor | None = None
+        self._bound = 1.0
 
     def collect(self, pullback: AffinePullback, weight: float) -> None:
         """Add `weight * a^T a` of a batch to what the next `solve` takes in."""
@@ -208,22 +230,36 @@ class StageMemory:
             )
         if self.pending is None or self.pending.device != rows.device:
             self.kept = {name: tensor.to(rows.device) for name, tensor in self.kept.items()}
-            self.pending = torch.zeros_like(self.kept["moments"])
+            self.pending, self._samples = torch.zeros_like(self.kept["moments"]), 0
+        self._samples += len(pullback.features)
         self.pending.addmm_(rows.t(), rows, alpha=weight)
 
-    def prepare(self) -> None:
-        """Where it is time to, factorise what the memory will be with the batch; the memory itself stays.
+    def prepare(self, shrink: float) -> None:
+        """Where it is time to, factorise what the memory will be with the batch, and bound the step; the memory itself stays.
 
         Raises:
             NonFiniteError: if the batch's moments are not finite, or what comes of them has no factorisation.
         """
-        self._fresh = None
+        self._fresh, self._bound = None, 1.0
         if self.pending is None:
             return
-        if not bool(self.pending.sum().isfinite()):
+        is_due = "inverse" in self.kept and self.steps % self.settings.refresh == 0
+        bound = self.settings.max_gain if "inverse" in self.kept else None
+        if (is_due or bound is None) and not bool(self.pending.sum().isfinite()):
             raise self._refused("are not finite", "Check the inputs.")
-        if "residual" in self.kept or self.steps % self.settings.refresh:
-            return
+        if is_due:
+            self._fresh = self._factorised()
+        if bound is not None:
+            inverse = self.kept["inverse"] if self._fresh is None else self._fresh
+            # Rounding may leave the trace of an ill-conditioned product below 0. Moments that are not finite show in it.
+            gain = abs(float(torch.dot(inverse.mT.reshape(-1), self.pending.view(-1)))) / self._samples
+            if not math.isfinite(gain):
+                is_finite = bool(self.pending.sum().isfinite())
+                raise self._refused("are too large" if is_finite else "are not finite", "Check the inputs.")
+            self._bound = shrink * min(1.0, bound / gain if gain > 0 else 1.0)
+
+    def _factorised(self) -> Tensor:
+        assert self.pending is not None
         damped = torch.lerp(self.kept["moments"], self.pending, self._share)
         damped.diagonal().add_(self.settings.damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -232,7 +268,7 @@ class StageMemory:
             factor, failed = torch.linalg.cholesky_ex(damped)
         if bool(failed):
             raise self._refused("have no factorisation", "Lower the learning rate, or raise damping.")
-        self._fresh = torch.cholesky_inverse(factor)
+        return torch.cholesky_inverse(factor)
 
     def _refused(self, what: str, advice: str) -> NonFiniteError:
         message = f"Stage {self.name!r}: the second moments of its inputs {what}. No weight was changed. {advice}"
@@ -252,7 +288,8 @@ class StageMemory:
             return
         if self._fresh is not None:
             self.kept["inverse"], self._fresh = self._fresh, None
-        self._write(self._gradient() @ self.kept["inverse"])
+        step = self._gradient() @ self.kept["inverse"]
+        self._write(step if self._bound == 1 else step.mul_(self._bound))
 
     @property
     def _share(self) -> float:

@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from beyondprop.data import Dataset
+from beyondprop.lab import registry
 from beyondprop.lab.comparing import comparison
 from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
@@ -19,6 +22,9 @@ from beyondprop.lab.report._figures import draw
 from beyondprop.lab.report._style import entries
 from beyondprop.lab.runs.files import write_atomically
 from beyondprop.lab.runs.recorded import Run, number, read_run
+from beyondprop.rules import AltMin
+from beyondprop.solvers import Memory
+from beyondprop.stages import LossFunction
 
 
 class _Said(Observer):
@@ -40,6 +46,16 @@ def usual(context: Context, seeds: int = 3, **own: Any) -> Settings:
     """Return settings as recipes have them: rates are tuned, but not in the short version, which has a single seed."""
     count = 1 if context.quick else seeds
     return Settings(**{"seeds": tuple(range(count)), "tune": not context.quick, "alignment": False} | own)
+
+
+def recorded_rules(names: Sequence[str]) -> tuple[RuleSpec, ...]:
+    """Return registered rules, AM-mem with the steps that recorded runs have: without a bound on its gain."""
+
+    def unbounded(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
+        return AltMin(model, loss, Memory(lr=lr, max_gain=None))
+
+    specs = map(registry.rules.get, names)
+    return tuple(replace(spec, build=unbounded) if spec.name == "am-mem" else spec for spec in specs)
 
 
 def compared(context: Context, part: str, settings: Settings, rules: Sequence[RuleSpec] = (), **own: Any) -> Run:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import compared, curves, summary, usual
+from beyondprop.lab.recipes._compared import compared, curves, recorded_rules, summary, usual
 from beyondprop.lab.recipes._drawing import panels
 from beyondprop.lab.report._curves import draw_band
 from beyondprop.lab.report._style import entries
@@ -35,13 +35,13 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
                 seeds=5,
                 data="mnist",
                 nets=(net,),
-                rules=rules,
                 epochs=(20 if quick else 100) / 469,
                 tune_epochs=100 / 391,  # held-out rows make the epoch shorter
                 batch_size=128,
                 evaluate_every=5,
                 schedule="constant",
             ),
+            recorded_rules(rules),
         )
         titles = {rule.name: rule.title for rule in run.contenders}
         for name in rules:

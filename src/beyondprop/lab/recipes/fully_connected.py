@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import at_epoch, compared, curves, summary, usual
+from beyondprop.lab.recipes._compared import at_epoch, compared, curves, recorded_rules, summary, usual
 from beyondprop.lab.recipes._drawing import panels
 from beyondprop.lab.report._style import entries
 from beyondprop.lab.runs.recorded import Run
@@ -78,7 +78,6 @@ def _runs(context: Context, case: Case, penalties: dict[str, float]) -> tuple[Ru
     online = usual(
         context,
         case.seeds,
-        rules=case.online,
         epochs=case.epochs,
         tune_epochs=0.5,
         evaluate_every=10 if quick else 100,
@@ -96,7 +95,8 @@ def _runs(context: Context, case: Case, penalties: dict[str, float]) -> tuple[Ru
         schedule="constant",
         **own,
     )
-    return compared(context, f"{name}-online", online), compared(context, f"{name}-offline", offline)
+    first = compared(context, f"{name}-online", online, recorded_rules(case.online))
+    return first, compared(context, f"{name}-offline", offline)
 
 
 def _rows(title: str, run: Run, unit: str) -> dict[str, Row]:

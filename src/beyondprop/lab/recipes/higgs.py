@@ -40,12 +40,12 @@ def _rule(name: str, title: str, grid: tuple[float, ...], **own: Any) -> RuleSpe
 ONLINE = (
     _rule("am-adam", "AM-Adam", _ADAM),
     _rule("am-sgd", "AM-SGD", _SGD),
-    # At the default damping of 0.5 a memory of few rows overflows at small batches.
+    # Without a bound on its gain a memory of few rows overflows at small batches and the default damping of 0.5.
     _rule(
         "am-mem",
         "AM-mem",
         (0.1, 0.3, 1.0, 2.0),
-        build=lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr, damping=2.0)),
+        build=lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr, max_gain=None, damping=2.0)),
     ),
     _rule("adam", "Backprop, Adam", _ADAM),
     _rule("sgd", "Backprop, SGD", _SGD),

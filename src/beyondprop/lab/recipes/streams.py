@@ -39,7 +39,7 @@ STREAMS = {
 
 def _memory(forgotten: float, code_solver: str = "line_search") -> Build:
     def build(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
-        return AltMin(model, loss, Memory(lr=lr, forgetting=forgotten), code_solver=code_solver)
+        return AltMin(model, loss, Memory(lr=lr, max_gain=None, forgetting=forgotten), code_solver=code_solver)
 
     return build
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from beyondprop.stages.losses import LossFunction
+from beyondprop.stages.losses import LossFunction, OutputLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,5 +111,7 @@ class Kind(abc.ABC):
 
     def check(self, output: Tensor, y: Tensor) -> None:
         """Raise `ValueError` where a network's output does not fit the targets."""
+        loss = self.loss if isinstance(self.loss, OutputLoss) else OutputLoss(self.loss)
         with torch.no_grad():
-            self.loss(output, y)
+            loss.check(output, y)
+            loss(output, y)

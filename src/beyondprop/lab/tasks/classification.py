@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from beyondprop.data import Dataset
 from beyondprop.lab.tasks.base import ACCURACY, LOSS, Kind
-from beyondprop.lab.tasks.evaluation import loss_sums, row_weights
+from beyondprop.lab.tasks.evaluation import counted, loss_sums
 from beyondprop.lab.tasks.rows import RowsTask
 from beyondprop.stages.losses import LossFunction
 
@@ -36,10 +36,8 @@ class Classification(Kind):
     def part(self, output: Tensor, y: Tensor) -> Tensor:
         value, total = loss_sums(self.loss, output, y)
         if output.ndim == 2 and y.ndim == 1 and y.dtype == torch.int64:
-            weights = row_weights(self.loss, output, y)
-            inner = getattr(self.loss, "loss", self.loss)
-            counted = torch.ones_like(y) if weights is None else y.ne(inner.ignore_index)  # type: ignore[attr-defined]
-            correct, seen = (output.argmax(1).eq(y) & counted.bool()).sum().to(value), counted.sum().to(value)
+            kept = counted(getattr(self.loss, "loss", self.loss), y)
+            correct, seen = (output.argmax(1).eq(y) & kept).sum().to(value), kept.sum().to(value)
         else:
             correct, seen = torch.full_like(value, math.nan), torch.ones_like(value)
         return torch.stack([value, total, correct, seen])

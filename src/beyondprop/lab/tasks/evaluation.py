@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from beyondprop.lab.tasks.base import Kind
 from beyondprop.nn.functional import evaluation_mode
-from beyondprop.stages.losses import LossFunction
+from beyondprop.stages.losses import LossFunction, OutputLoss
 
 ROWS = 1024
 """Rows that go through the model at once: large products, small memory also for convolutions."""
@@ -30,25 +30,34 @@ def loss_sums(loss: LossFunction, output: Tensor, y: Tensor) -> tuple[Tensor, Te
     as they do in one mean over all rows. Of a sum over rows the weight is their number.
     """
     dtype = wide(y.device)
-    weights = row_weights(loss, output, y)
+    judge = loss if isinstance(loss, OutputLoss) else OutputLoss(loss)
+    judge.check(output.to(y.dtype) if y.is_floating_point() else output, y)
+    weights = row_weights(judge.loss, output, y)
     rows = torch.tensor(float(len(y))).to(y.device, dtype)
     total = rows if weights is None else weights.to(dtype).sum()
-    is_mean = getattr(loss, "is_mean", getattr(loss, "reduction", "mean") == "mean")
-    value = loss(output, y).to(dtype) * (total if is_mean else 1)
+    value = judge(output, y).to(dtype) * (total if judge.is_mean else 1)
     if weights is not None:
         value = torch.where(total > 0, value, 0.0)  # the mean of no row is nan
-    return value, total if is_mean else rows
+    return value, total if judge.is_mean else rows
 
 
 def row_weights(loss: object, output: Tensor, y: Tensor) -> Tensor | None:
-    """Return every row's weight in a mean, where the loss is one that knows weights or rows to ignore; None: all count 1."""
-    inner = getattr(loss, "loss", loss)
-    if not isinstance(inner, nn.CrossEntropyLoss | nn.NLLLoss) or y.is_floating_point():
+    """Return every row's weight in a mean, where there are labels, which may count less or not at all; None: all count 1."""
+    if y.is_floating_point():
         return None
-    kept = y.ne(inner.ignore_index)
-    if inner.weight is None:
+    knows = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+    if not knows and (output.ndim != y.ndim + 1 or output.shape[1] == 1):
+        return None
+    kept = counted(loss, y)
+    weight = loss.weight if knows else None
+    if weight is None:
         return kept.to(output.dtype)
-    return torch.where(kept, inner.weight[torch.where(kept, y, 0)], 0.0)
+    return torch.where(kept, weight[torch.where(kept, y, 0)], 0.0)
+
+
+def counted(loss: object, y: Tensor) -> Tensor:
+    """Return which labels count; a function has no `ignore_index` to ask for, and torch's own is -100."""
+    return y.ne(getattr(loss, "ignore_index", -100))
 
 
 def wide(device: torch.device) -> torch.dtype:
