@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,6 +43,13 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for word in (*registry.rules.names(), *data.names(), "mlp:WIDTHxDEPTH[:ACTIVATION][:bn]", "halve:N", "60,000"):
         assert word in out
+
+
+def test_a_narrow_list_keeps_the_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["list"]) == 0
+    first = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert {*registry.rules.names(), *data.names(), "lenet5"} <= set(first)
 
 
 def test_list_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -125,6 +133,9 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lr", "adam=1", "--lr", "adam=2"], "--lr must name each rule once, got adam=1, adam=2"),
         (["--tune-epochs", "1"], "--tune-epochs is for the trainings of --tune"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
+        (["--seeds", "9" * 30], "seeds must be at most 10000, got 999"),
+        (["--epochs", "1e308"], "epochs must be at most 1e+09, got 1e+308"),
+        (["--net", "mlp:4x100000"], "the depth must be at most 2,000, got 100000"),
         (["--batch-size", "1", "--net", "mlp:5x1:bn"], "batch_size must be 2 or more for mlp:5x1:bn, whose BatchNorm"),
         (["--schedule", "linar"], "perhaps you meant 'linear'"),
         (["--out", "full"], "'full' is there already"),
@@ -245,3 +256,47 @@ def test_help_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "--batch-size" in done.stdout
     assert "(default: digits)" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["beyondprop", "beyondprop.cli"])
+def test_version_by_module(module: str) -> None:
+    from beyondprop import __version__
+
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"beyondprop {__version__}\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX pipes")
+@pytest.mark.parametrize("argv", ["--help", "list", "list --json", "--version"])
+def test_a_reader_that_goes_is_no_traceback(argv: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as gone:
+        line = [sys.executable, "-m", "beyondprop", *argv.split()]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # what is flushed at exit
+        done = subprocess.run(line, stdout=gone, stderr=subprocess.PIPE, text=True, check=False, env=env)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("error", [ImportError("numpy failed"), RecursionError("maximum recursion depth exceeded")])
+def test_ctrl_c_that_a_package_turned_into_an_error_is_ctrl_c(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    from beyondprop.cli.list import List
+
+    def during_an_import(self: List) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(List, "run", during_an_import)
+        assert main(["list"]) == 130
+    assert capsys.readouterr().err == ""
+    assert signal.set_wakeup_fd(-1) == -1
+    monkeypatch.setattr(List, "run", lambda self: (_ for _ in ()).throw(error))
+    assert main(["list"]) == 1
+    assert str(error) in capsys.readouterr().err

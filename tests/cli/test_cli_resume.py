@@ -85,3 +85,71 @@ def test_ctrl_c_in_a_process(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert f"beyondprop compare --resume {path}" in output
     assert "Traceback" not in output
+
+
+def code_of_ones_own(folder: Path) -> list[str]:
+    """A plugin and a net that leave a mark when they are executed; return the arguments that name them."""
+    (folder / "mine.py").write_text("with open('mark', 'a') as f:\n    f.write('plugin ')\n")
+    (folder / "net.py").write_text(
+        "from torch import nn\nwith open('mark', 'a') as f:\n    f.write('net ')\n"
+        "def build(shape, outputs):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))\n"
+    )
+    return ["--plugin", "mine.py", "--net", "net.py:build"]
+
+
+def test_resume_executes_no_code_that_the_directory_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beyondprop.lab import registry, resume
+
+    monkeypatch.chdir(tmp_path)
+    code = code_of_ones_own(tmp_path)
+    train = ["--rule", "sgd", "--seeds", "1", "--epochs", "1", "--no-alignment", "--out", "r", "--quiet"]
+    assert main(["compare", *code, *train]) == 0
+    monkeypatch.setattr(registry, "_loaded", set())
+    monkeypatch.setattr(registry, "_files", {})
+    mark = tmp_path / "mark"
+    mark.unlink()
+    go_on = ["compare", "--resume", "r", "--quiet"]
+    for given, missing in (
+        (code[:0], "'--plugin=mine.py', '--net=net.py:build'"),
+        (code[:2], ": '--net=net.py:build'"),
+        (code[2:], ": '--plugin=mine.py'."),
+    ):
+        assert main([*go_on, *given]) == 2
+        said = capsys.readouterr().err
+        assert "'r' names Python code, which would be executed" in said
+        assert missing in said
+        assert "--trust" in said
+    with pytest.raises(ValueError, match=r"names Python code.*'--plugin=mine.py', '--net=net.py:build'.*trust=True"):
+        resume("r")
+    assert main([*go_on, *code, "--net", "other.py:build"]) == 2
+    assert "leave out --net" in capsys.readouterr().err
+    assert main(["compare", "--trust"]) == 2
+    assert main(["report", "r"]) == 0
+    assert not mark.exists()
+    assert main([*go_on, *code]) == 0
+    assert mark.read_text() == "plugin net "
+    monkeypatch.setattr(registry, "_loaded", set())
+    monkeypatch.setattr(registry, "_files", {})
+    assert main([*go_on, "--trust"]) == 0
+    assert mark.read_text().split().count("plugin") == 2
+    (tmp_path / "moved.py").write_text((tmp_path / "mine.py").read_text())
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    assert main([*go_on, "--plugin", "moved.py", *code[2:]]) == 0
+    resume("r")  # all is loaded in this process
+
+
+def test_what_to_run_after_ctrl_c_names_the_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beyondprop.cli.progress import Lines
+
+    monkeypatch.chdir(tmp_path)
+    code = code_of_ones_own(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Lines, "row", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(["compare", *code, "--rule", "sgd", "--seeds", "1", "--epochs", "2", "--out", "r"]) == 130
+    command = "beyondprop compare --resume r --plugin=mine.py --net=net.py:build"
+    assert command in capsys.readouterr().out
+    assert main(command.split()[1:]) == 0

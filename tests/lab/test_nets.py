@@ -125,3 +125,31 @@ def test_binary_nets_send_signs_in_all_hidden_layers_or_in_the_first() -> None:
     assert [type(m).__name__ for m in model if isinstance(m, Sign | nn.Tanh)] == ["Sign", "Tanh", "Tanh"]
     with pytest.raises(ValueError, match="unknown option 'tanh'; accepted: first, dropout=P, rule=hardtanh"):
         nets.build("binary:20x3:tanh", (1, 4, 4), 10)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("mlp:4x100000", "the depth must be at most 2,000, got 100000"),
+        ("mlp:100001x1", "the width must be at most 100,000, got 100001"),
+        ("mlp:" + "9" * 5000 + "x1", r"the width must be at most 100,000, got 9{20}\.\.\."),
+        ("mlp:100000x2", "has 10,000,000,000 weights or more; at most 1,000,000,000 are accepted"),
+        ("binary:4x3000", "the depth must be at most"),
+        ("conv:100000x1:bn:dropout=0.5", None),
+        ("conv:8000x9", "weights or more"),
+        ("resnet20000", "the depth must be at most"),
+        ("rnn:40000", "has 1,600,000,000 weights or more"),
+        ("rnn:20000:gru", "has 1,200,000,000 weights or more"),
+        ("transformer:32000x1", "weights or more"),
+        ("mlp:\u0663x1", "must be WIDTHxDEPTH"),
+    ],
+)
+def test_what_no_machine_holds_is_said_before_anything_is_made(form: str, said: str | None) -> None:
+    with torch.device("meta"):  # what is made takes no memory, and no time
+        if said is None:
+            nets.build(form, (1, 8, 8), 10)
+            return
+        before = torch.get_rng_state()
+        with pytest.raises(ValueError, match=said):
+            nets.build(form, (1, 8, 8), 10)
+    assert torch.equal(torch.get_rng_state(), before)

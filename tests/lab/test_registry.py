@@ -219,6 +219,8 @@ def test_the_named_rules_are_what_their_names_say() -> None:
     memory = built["am-mem"]
     assert isinstance(memory, AltMin)
     assert isinstance(memory.solver, Memory)
+    assert registry.rules.get("am-mem").lr == Memory().lr
+    assert memory.solver.max_gain == Memory().max_gain
     fc, lenet = built["am-paper-fc"], built["am-paper-lenet"]
     assert isinstance(fc, AltMin)
     assert isinstance(lenet, AltMin)

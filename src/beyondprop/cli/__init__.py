@@ -1,5 +1,27 @@
 """The command line: `beyondprop compare`, `report`, `list`, `reproduce` and `ledger`, one file a command."""
 
-from beyondprop.cli.main import main
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
 
 __all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        from beyondprop.cli.entry import run  # here, so that Ctrl-C meanwhile is no traceback
+
+        code = run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone, as in `beyondprop list | head`; nothing is left to say, or to flush at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code

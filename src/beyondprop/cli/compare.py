@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes
 
 from beyondprop.cli.report import show
 from beyondprop.cli.usage import Debug, Flag, Folder, Json, usage, warnings_to
-from beyondprop.lab.comparing.settings import Settings
+from beyondprop.lab.comparing.settings import Settings, untrusted
 
 if TYPE_CHECKING:
     from beyondprop.cli.progress import Lines
@@ -40,7 +40,9 @@ class Compare:
     out: Folder = None
     """Run directory, new or empty. Default: one in runs/, named by time, task and net."""
     resume: Folder = None
-    """Go on with a run that was stopped, with the settings recorded there."""
+    """Go on with a run that was stopped, with the settings recorded there; plugins and nets of files are given again."""
+    trust: Flag = False
+    """Execute the Python files that the directory of --resume names; a received one may name anything."""
     json: Json = False
     quiet: Flag = False
     """No progress."""
@@ -49,6 +51,8 @@ class Compare:
     def run(self) -> int:
         """Do it; return the exit code."""
         with usage():
+            if self.trust and self.resume is None:
+                raise ValueError("--trust is for the code that the directory of --resume names; give both, or neither.")
             settings = self.options.settings() if self.resume is None else self._recorded(self.resume)
         from rich.console import Console
 
@@ -70,7 +74,7 @@ class Compare:
                     command = shlex.join(["beyondprop", "report", str(path)])
                     observer.command("Stopped; all is trained, the report is missing. Make it by:", command)
                 elif observer.path is not None:
-                    command = shlex.join(["beyondprop", "compare", "--resume", str(observer.path)])
+                    command = shlex.join(["beyondprop", "compare", "--resume", str(observer.path), *settings.code])
                     observer.command("Stopped; the state is saved. Go on with:", command)
                 raise
 
@@ -97,15 +101,24 @@ class Compare:
     def _recorded(self, path: Path) -> Settings:
         from beyondprop.lab.runs.recorded import read_config
 
-        default, plugins = Options(), self.options.plugins
-        names = {"nets": "net", "rules": "rule"}
+        default, given = Options(), self.options
+        settings = Settings.from_config(read_config(path))
+        again = [net for net in given.nets if net not in settings.nets or ".py:" not in net]
         changed = [
-            names.get(f.name, f.name)
+            "rule" if f.name == "rules" else f.name
             for f in dataclasses.fields(Settings)
-            if f.name != "plugins" and getattr(self.options, f.name) != getattr(default, f.name)
-        ] + ["out"] * (self.out is not None)
+            if f.name not in ("plugins", "nets") and getattr(given, f.name) != getattr(default, f.name)
+        ] + ["net"] * bool(again)
+        changed += ["out"] * (self.out is not None)
         if changed:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise ValueError(f"--resume goes on with the recorded settings; leave out {flags}.")
-        settings = Settings.from_config(read_config(path))
-        return dataclasses.replace(settings, plugins=plugins) if plugins else settings
+        if given.plugins:  # in place of the recorded ones: the files may lie elsewhere now
+            settings = dataclasses.replace(settings, plugins=given.plugins)
+        missing = [flag for flag in settings.code if flag.removeprefix("--net=") not in given.nets]
+        missing = [flag for flag in missing if flag.removeprefix("--plugin=") not in given.plugins]
+        if missing and not self.trust:
+            raise ValueError(
+                untrusted(path, missing, "Give them again beside --resume if you know them, or --trust all of them.")
+            )
+        return settings

@@ -65,7 +65,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
         shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         for i, header in enumerate(headers):
             justify = "right" if header in ("train", "test") else "left"
-            shown.add_column(header, style="" if i else "cyan", justify=justify, overflow="fold")
+            names = None if i else min(20, max((len(row[0]) for row in rows), default=0))  # whole in a narrow terminal
+            shown.add_column(header, style="" if i else "cyan", justify=justify, overflow="fold", min_width=names)
         for row in rows:
             shown.add_row(*map(Text, row))  # brackets in it are no markup
         console.print(shown)

@@ -142,8 +142,8 @@ def _table(result: Result, recipe: Recipe) -> Table:
     attributes |= {"note": "note"} if result.quick else {"verdict": "verdict", "note": "note"}
     columns = {header: [getattr(row, name) for row in result.rows] for header, name in attributes.items()}
     columns = {header: texts for header, texts in columns.items() if any(texts)}
-    for header in columns:
-        table.add_column(header, overflow="fold")
+    for header, texts in columns.items():
+        table.add_column(header, overflow="fold", min_width=None if header else min(20, max(map(len, texts))))
     styles = {REACHED: "green", MISSED: "bold red"}
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in cells))

@@ -236,7 +236,7 @@ def test_tuning_after_a_warm_start_that_fails_says_so(tmp_path: Path) -> None:
     [
         (
             {"warm_start": "am-adam"},
-            r"warm_start is RULE:EPOCHS with EPOCHS a number > 0, such as am-adam:0.5, got 'am-adam'",
+            r"warm_start is RULE:EPOCHS with EPOCHS a number > 0 and <= 1e.09, such as am-adam:0.5, got 'am-adam'",
         ),
         ({"warm_start": ":1"}, r"warm_start is RULE:EPOCHS"),
         ({"warm_start": "am-adam:0"}, r"got 'am-adam:0'"),

@@ -230,6 +230,23 @@ def test_table(tmp_path: Path, width: int) -> None:
     assert "Mean and range over 3 seeds" in text
 
 
+@pytest.mark.parametrize("width", [30, 40, 50, 60, 70])
+@pytest.mark.parametrize("metrics", [["accuracy", "loss"], ["r2"]])
+def test_a_narrow_table_keeps_the_names(tmp_path: Path, width: int, metrics: list[str]) -> None:
+    settings = config(TITLES) if metrics[0] == "accuracy" else config(TITLES, metrics=metrics)
+    path = write_run(tmp_path / "run", settings, curves(TITLES, metrics=metrics))
+    lines = printed(path, width).splitlines()
+    head = next(i for i, line in enumerate(lines) if "───" in line)
+    assert max(map(len, lines)) <= width
+    assert "…" not in "".join(lines[: head + 1 + len(TITLES)])
+    shown = re.sub(r"\s+", "", "".join(line[:17] for line in lines[head + 1 :]))
+    for title in TITLES.values():
+        assert re.sub(r"\s+", "", title)[:9] in shown, lines
+    assert sum("★" in line for line in lines) == 1
+    seeds = [line for line in lines if "3/3" in line]
+    assert len(seeds) == (len(TITLES) if width >= 40 else 0)
+
+
 def test_table_tells_of_failures_and_single_seeds(tmp_path: Path) -> None:
     titles = {"sgd": "SGD [bold]", "adam": "Adam"}
     rows = [r for r in curves(titles, seeds=1) if r["contender"] != "sgd" or r["step"] < 60]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Backprop, Memory, NonFiniteError
@@ -341,3 +342,29 @@ def test_a_rule_of_ones_own_trains_too() -> None:
 
     evaluations = fit(SignDescent(make_net()), make_data(), epochs=10, batch_size=20).evaluations
     assert evaluations[-1]["accuracy"] > evaluations[0]["accuracy"]
+
+
+@pytest.mark.parametrize("rows", [600, 3000])
+def test_evaluate_of_batchmean_is_the_mean_over_samples(rows: int) -> None:
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1)), nn.KLDivLoss(reduction="batchmean")
+    x, y = torch.randn(rows, 5), torch.rand(rows, 3).softmax(1)
+    assert evaluate(model, (x, y), loss)["loss"] == pytest.approx(float(loss(model(x), y).detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)])
+def test_evaluate_leaves_ignored_rows_out(loss: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 3), torch.randn(3000, 5), torch.randint(3, (3000,))
+    y[:1500:2] = -100
+    kept = y != -100
+    found = evaluate(model, (x, y), loss)
+    assert found["accuracy"] == pytest.approx(float((model(x).argmax(1) == y)[kept].float().mean()), rel=1e-6)
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("loss", [nn.SmoothL1Loss(), nn.MSELoss(), F.l1_loss, lambda o, t: (o - t).square().mean()])
+def test_evaluate_refuses_targets_that_broadcast(loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"y has shape \(20,\), the output \(20, 1\)"):
+        evaluate(nn.Linear(5, 1), (torch.randn(20, 5), torch.randn(20)), loss)

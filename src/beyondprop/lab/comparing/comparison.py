@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from beyondprop.lab import registry
 from beyondprop.lab.comparing import tuning
 from beyondprop.lab.comparing.member import Contender, Member, Observer, seeded
 from beyondprop.lab.comparing.plan import Nets, Plan, at_seed, prepare
-from beyondprop.lab.comparing.settings import Settings
+from beyondprop.lab.comparing.settings import Settings, untrusted
 from beyondprop.lab.registry import RuleSpec
 from beyondprop.lab.runs.context import deferred_interrupt, recorded_warnings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
@@ -72,6 +73,7 @@ def resume(
     nets: Nets | None = None,
     rules: Sequence[RuleSpec] = (),
     observer: Observer | None = None,
+    trust: bool = False,
 ) -> Path:
     """Go on with a comparison that was stopped; what is done is not done again.
 
@@ -81,24 +83,48 @@ def resume(
         nets: likewise the networks.
         rules: likewise the rules.
         observer: who is told how it goes.
+        trust: whether Python code that the directory names, and this process has not loaded yet, may be executed: plugins,
+            and nets of the form FILE.py:FUNCTION.
 
     Raises:
         FileNotFoundError: if there is no run directory at `path`.
-        ValueError: if a file in it is damaged.
+        ValueError: if a file in it is damaged, or it names code without `trust`.
         RuntimeError: if another process is writing it.
     """
     settings = Settings.from_config(read_config(Path(path)))
+    code = [flag for flag in settings.code if flag.removeprefix("--net=") not in (nets or {}) and not is_loaded(flag)]
+    if code and not trust:
+        raise ValueError(untrusted(path, code, "Load them first if you know them, or pass trust=True."))
     return go_on(prepare(settings, task=task, nets=nets, rules=rules), Path(path), observer)
+
+
+def is_loaded(flag: str) -> bool:
+    """Return whether this process has executed the file or module that a flag of `Settings.code` names, as it is now."""
+    kind, _, where = flag.partition("=")
+    if kind == "--plugin":
+        return (str(Path(where).resolve()) if where.endswith(".py") else where) in registry._loaded
+    path = Path(where.rpartition(":")[0])
+    return path.is_file() and f"{path.resolve()}@{path.stat().st_mtime_ns}" in registry._files
 
 
 def run(plan: Plan, path: Path | None = None, observer: Observer | None = None) -> Path:
     """Run a prepared comparison in a new run directory; see `compare`."""
-    settings = plan.settings
-    with _threads(settings.threads):
-        path = path or default_path(plan.task.name, settings.nets[0] if len(settings.nets) == 1 else "nets")
-        with RunDirectory.create(path, _config(plan), environment(settings.device)) as directory:
-            _run(plan, directory, observer or Observer())
-    return path
+    with _threads(plan.settings.threads), _created(plan, path) as directory:
+        _run(plan, directory, observer or Observer())
+    return directory.path
+
+
+def _created(plan: Plan, path: Path | None) -> RunDirectory:
+    config, env = _config(plan), environment(plan.settings.device)
+    while path is None:
+        free = default_path(plan.task.name, plan.settings.nets[0] if len(plan.settings.nets) == 1 else "nets")
+        try:
+            return RunDirectory.create(free, config, env)
+        except (FileExistsError, RuntimeError):
+            if not free.is_dir():
+                raise
+            # Another process has just taken the name.
+    return RunDirectory.create(path, config, env)
 
 
 def go_on(plan: Plan, path: Path, observer: Observer | None = None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +12,11 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from beyondprop import _checks
+
+_LARGEST = 10**9  # epochs, rows, steps: nobody lives to see more
+_MOST_THREADS, _MOST_SEEDS = 1024, 10_000
+_LARGEST_SEED = 2**32 - 1  # what every generator takes
+_LARGEST_RATE = 1e38  # what float32 holds
 
 DATA = "digits"
 EPOCHS = 20.0
@@ -32,7 +37,7 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
     count = int(texts[0])
     if count < 1:
         raise ValueError(f"seeds must be >= 1, got {count}.")
-    return tuple(range(count))
+    return tuple(range(_at_most("seeds", count, _MOST_SEEDS)))
 
 
 def _written(metavar: str, read: Callable[[list[str]], Any], write: Callable[[Any], str]) -> Any:
@@ -125,16 +130,17 @@ class Settings:
         _checks.one_of("device", self.device, ("auto", "cpu", "cuda"))
         for name in ("epochs", "tune_epochs"):
             if getattr(self, name) is not None:
-                _checks.positive(name, getattr(self, name))
+                _checks.positive(name, _at_most(name, getattr(self, name), _LARGEST))
         for name in ("batch_size", "evaluate_every", "early_stop", "threads"):
             if getattr(self, name) is not None:
-                _checks.at_least(name, getattr(self, name), 1)
+                most = _MOST_THREADS if name == "threads" else _LARGEST
+                _checks.at_least(name, _at_most(name, getattr(self, name), most), 1)
         for name in ("nets", "rules", "seeds", "tune_seeds"):
             given = getattr(self, name)
             if (not given and name != "tune_seeds") or len(set(given)) < len(given):
                 raise ValueError(f"{name} must be one or more, each once, got {', '.join(map(str, given)) or 'none'}.")
         for seed in (*self.seeds, *self.tune_seeds):
-            _checks.at_least("seed", seed, 0)
+            _checks.at_least("seed", _at_most("seed", seed, _LARGEST_SEED), 0)
         if self.tune and self.validation:
             raise ValueError(
                 "tune chooses learning rates on the rows that validation reports, so that those numbers flatter; take one of "
@@ -145,7 +151,7 @@ class Settings:
         for name, lr in self.rates.items():
             if name not in known:
                 raise ValueError(f"lr is given for {name!r}, which is none of the rules {', '.join(known)}.")
-            _checks.positive(f"lr of {name}", lr)
+            _checks.positive(f"lr of {name}", _at_most(f"lr of {name}", lr, _LARGEST_RATE))
 
     @property
     def rates(self) -> dict[str, float]:
@@ -169,6 +175,12 @@ class Settings:
         """Epochs of the warm start; 0 where there is none."""
         return 0.0 if self.warm_start is None else float(self.warm_start.rpartition(":")[2])
 
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What executes Python code when it is loaded, as flags: plugins, and nets of the form FILE.py:FUNCTION."""
+        nets = (f"--net={net}" for net in self.nets if ".py:" in net)
+        return (*(f"--plugin={plugin}" for plugin in self.plugins), *nets)
+
     def _check_warm_start(self) -> None:
         if self.warm_start is None:
             return
@@ -176,9 +188,10 @@ class Settings:
             epochs = self.warm_epochs
         except ValueError:
             epochs = math.nan
-        if not self.warm_rule or not 0 < epochs < math.inf:
+        if not self.warm_rule or not 0 < epochs <= _LARGEST:
             raise ValueError(
-                f"warm_start is RULE:EPOCHS with EPOCHS a number > 0, such as am-adam:0.5, got {self.warm_start!r}."
+                f"warm_start is RULE:EPOCHS with EPOCHS a number > 0 and <= {_LARGEST:g}, such as am-adam:0.5, "
+                f"got {self.warm_start!r}."
             )
         for name in ("epochs", "tune_epochs"):
             if (whole := getattr(self, name)) is not None and epochs >= whole:
@@ -209,3 +222,14 @@ class Settings:
             return cls(**values, rules=tuple(rules))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The recorded settings are incomplete or of a wrong type: {error}.") from error
+
+
+def _at_most(name: str, value: Any, most: float) -> Any:
+    if isinstance(value, int | float) and value > most:
+        raise ValueError(f"{name} must be at most {most:g}, got {value!r}.")
+    return value
+
+
+def untrusted(path: object, code: Sequence[str], remedy: str) -> str:
+    """Return why a directory that names code is not gone on with."""
+    return f"{str(path)!r} names Python code, which would be executed: {', '.join(map(repr, code))}. {remedy}"

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
-from beyondprop.lab.nets.options import image_shape, initialise, options_of, parse_options
+from beyondprop.lab.nets.options import (
+    MOST_LAYERS,
+    bounded,
+    check_weights,
+    image_shape,
+    initialise,
+    is_count,
+    options_of,
+    parse_options,
+)
 from beyondprop.nn.residual import Residual, Shortcut
 
 
@@ -14,20 +24,34 @@ def conv(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `conv:WIDTHxDEPTH[:ACTIVATION][:bn]`."""
     width, depth, activation, norm, dropout = parse_options(spec)
     channels, height, breadth = image_shape(spec, input_shape)
+    widths = _widths(width, depth, min(height, breadth))
+    check_weights(
+        spec, sum(9 * inputs * units for inputs, units in pairwise((channels, *(units for units, _ in widths))))
+    )
     layers: list[nn.Module] = []
-    for i in range(depth):
-        layers.append(nn.Conv2d(channels, width, 3, padding=1))
+    for units, pools in widths:
+        layers.append(nn.Conv2d(channels, units, 3, padding=1))
         if norm:
-            layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.BatchNorm2d(units))
         layers.append(activation())
-        channels = width
-        if i % 2 and min(height, breadth) >= 2:
+        channels = units
+        if pools:
             layers.append(nn.MaxPool2d(2))
-            height, breadth, width = height // 2, breadth // 2, width * 2
+            height, breadth = height // 2, breadth // 2
     layers.append(nn.Flatten())
     if dropout:
         layers.append(nn.Dropout(dropout))
     return initialise(nn.Sequential(*layers, nn.Linear(channels * height * breadth, outputs)))
+
+
+def _widths(width: int, depth: int, side: int) -> list[tuple[int, bool]]:
+    """Return every layer's width, and whether it is pooled after, while an image of `side` pixels has any left."""
+    found = []
+    for i in range(depth):
+        pools = i % 2 == 1 and side >= 2
+        found.append((width, pools))
+        side, width = (side // 2, width * 2) if pools else (side, width)
+    return found
 
 
 def lenet5(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
@@ -72,16 +96,16 @@ def basic_block(channels: int, width: int, stride: int) -> Residual:
 def resnet(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `resnetDEPTH`."""
     depth = spec.removeprefix("resnet")
-    if not depth.isdecimal() or int(depth) < 8 or (int(depth) - 2) % 6:
+    if not is_count(depth) or (layers := bounded(spec, "depth", depth, MOST_LAYERS)) < 8 or (layers - 2) % 6:
         raise ValueError(f"{spec!r}: the depth must be 6 n + 2, such as resnet20 or resnet32.")
     channels, *_ = image_shape(spec, input_shape)
-    layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    stages: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     channels = 16
     for width in (16, 32, 64):
-        for i in range((int(depth) - 2) // 6):
-            layers.append(basic_block(channels, width, 2 if i == 0 and width > 16 else 1))
+        for i in range((layers - 2) // 6):
+            stages.append(basic_block(channels, width, 2 if i == 0 and width > 16 else 1))
             channels = width
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
+    model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

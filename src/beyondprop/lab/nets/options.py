@@ -18,6 +18,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
 }
 
+MOST_UNITS, MOST_LAYERS, MOST_WEIGHTS = 100_000, 2000, 10**9
+"""What a form may ask for: more takes all memory, or hours, before anything is trained."""
+
 _GAINS: dict[type[nn.Module], float] = {
     **dict.fromkeys((nn.ReLU, nn.LeakyReLU, nn.GELU), math.sqrt(2)),
     **dict.fromkeys((nn.Sigmoid, nn.Softplus), 1.0),
@@ -49,12 +52,34 @@ def image_shape(spec: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def parse_size(spec: str) -> tuple[int, int]:
-    """Return width and depth of `KIND:WIDTHxDEPTH...`."""
+    """Return width and depth of `KIND:WIDTHxDEPTH...`; both are bounded, and the weights that they come to."""
     size = [*spec.split(":"), ""][1]
     width, _, depth = size.partition("x")
-    if not (width.isdecimal() and depth.isdecimal() and int(width) > 0 and int(depth) > 0):
+    if not (is_count(width) and is_count(depth)):
         raise ValueError(f"{spec!r}: {size!r} must be WIDTHxDEPTH with both >= 1, such as 100x2.")
-    return int(width), int(depth)
+    units, layers = bounded(spec, "width", width, MOST_UNITS), bounded(spec, "depth", depth, MOST_LAYERS)
+    check_weights(spec, units**2 * (layers - 1))
+    return units, layers
+
+
+def is_count(text: str) -> bool:
+    """Return whether a text is a whole number >= 1, of whatever size."""
+    return text.isascii() and text.isdecimal() and text.strip("0") != ""
+
+
+def bounded(spec: str, name: str, digits: str, most: int) -> int:
+    """Return the number that a form has, or raise `ValueError` where it is larger than `most`."""
+    if len(digits.lstrip("0")) > len(str(most)) or int(digits) > most:
+        raise ValueError(
+            f"{spec!r}: the {name} must be at most {most:,}, got {digits[:20]}{'...' * (len(digits) > 20)}."
+        )
+    return int(digits)
+
+
+def check_weights(spec: str, count: int) -> None:
+    """Raise `ValueError` unless a net of so many weights is one that a machine holds."""
+    if count > MOST_WEIGHTS:
+        raise ValueError(f"{spec!r} has {count:,} weights or more; at most {MOST_WEIGHTS:,} are accepted.")
 
 
 def options_of(spec: str, *groups: Iterable[str], start: int = 2) -> list[str | None]:

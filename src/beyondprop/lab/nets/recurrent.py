@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from beyondprop.lab.nets.options import ACTIVATIONS, image_shape, options_of
+from beyondprop.lab.nets.options import (
+    ACTIVATIONS,
+    MOST_UNITS,
+    bounded,
+    check_weights,
+    image_shape,
+    is_count,
+    options_of,
+)
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 
 CELLS: dict[str, Callable[[int, int], Any]] = {"elman": ElmanCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -17,13 +25,14 @@ CELLS: dict[str, Callable[[int, int], Any]] = {"elman": ElmanCell, "gru": nn.GRU
 def rnn(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `rnn:WIDTH[:ACTIVATION][:pixels|rows][:elman|gru|lstm][:identity]`."""
     width = [*spec.split(":"), ""][1]
-    if not (width.isdecimal() and int(width) > 0):
+    if not is_count(width):
         raise ValueError(f"{spec!r}: {width!r} must be the number of units, >= 1, such as 15.")
     is_image = len(input_shape) == 3
     orders = ("pixels", "rows") if is_image else ()
     chosen, order, cell, identity = options_of(spec, ACTIVATIONS, orders, CELLS, ("identity",))
     cell = cell or "elman"
-    units, is_elman = int(width), cell == "elman"
+    units, is_elman = bounded(spec, "width", width, MOST_UNITS), cell == "elman"
+    check_weights(spec, units**2 * {"elman": 1, "gru": 3, "lstm": 4}[cell])
     if chosen and not is_elman:
         raise ValueError(f"{spec!r}: a {cell} cell has activations of its own; leave the activation out, or the cell.")
     if identity and not is_elman:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import nn
 
-from beyondprop.lab.nets.options import image_shape, options_of, parse_size
+from beyondprop.lab.nets.options import check_weights, image_shape, options_of, parse_size
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
 
 def transformer(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `transformer:WIDTHxDEPTH[:patch=SIZE]`."""
     width, depth = parse_size(spec)
+    check_weights(spec, 8 * width**2 * depth)
     channels, height, breadth = image_shape(spec, input_shape)
     (patch,) = options_of(spec, ("patch=SIZE",))
     most = min(height, breadth)

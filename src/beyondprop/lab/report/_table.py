@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from beyondprop.lab.report import _words as words
@@ -11,15 +11,32 @@ from beyondprop.lab.report._summary import ContenderSummary, Spread, best_of, su
 from beyondprop.lab.runs.recorded import Run
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
     from rich.text import Text
 
+_ROOM = 16  # characters for the contenders' names, before any column of numbers but the first
 
-def table(run: Run) -> Table:
-    """Return the run's results as a rich table that fits a terminal of 80 columns.
+
+class Results:
+    """A run's results; rich draws them as a table that fits the terminal, of up to 80 columns."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield _drawn(self.run, min(80, options.max_width))
+
+
+def table(run: Run) -> Results:
+    """Return the run's results as a table for rich; where the terminal is narrow, names stay and other columns go.
 
     The best mean among the contenders whose seeds all reached the end is bold and starred.
     """
+    return Results(run)
+
+
+def _drawn(run: Run, width: int) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -35,7 +52,6 @@ def table(run: Run) -> Table:
         caption=Text(_caption(run, summaries)),
         caption_justify="left",
     )
-    result.add_column("contender", overflow="fold", min_width=9)
     # 80 columns are spent on a second number and a first counter. The report and the JSON have all.
     whole = words.columns(summaries, run.metrics[:2], run.counters[:1], run.split)
     final, spread, *_, first = list(whole)[:5]
@@ -53,9 +69,12 @@ def table(run: Run) -> Table:
     ]
     heads = {header: textwrap.wrap(header, 8, break_long_words=False) for header in columns}
     widths = {header: 2 + max(map(len, [*heads[header], *cells])) for header, cells in columns.items()}
-    for header in (first, spread):  # dropped where they leave names less than 16 characters
-        if sum(widths[kept] for kept in columns) > 80 - 16:
+    least = [header for header in columns if header not in (final, first, spread, "seconds", "seeds")]
+    for header in (first, spread, *reversed(least), "seconds", "seeds"):
+        if sum(widths[kept] for kept in columns) > width - _ROOM:
             columns.pop(header, None)
+    names = max((len(s.title) for s in summaries), default=9)
+    result.add_column("contender", overflow="fold", min_width=max(9, min(names, _ROOM, width - widths[final])))
     for header in columns:
         result.add_column(Text("\n".join(heads[header])), justify="right", no_wrap=True)
     for s, *cells in zip(summaries, *columns.values(), strict=True):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,29 @@ from torch import Tensor
 from beyondprop.lab.runs.files import write_atomically
 
 FORMAT = "beyondprop-checkpoint-1"
+_UNSUMMED = "0" * 64  # in place of the checksum while that is computed
+_SUMMED = '"sha256":"{}"'  # in the header; quotes within its other texts are escaped
 
 
-def save_checkpoint(path: Path, tree: Any) -> None:
+def save_checkpoint(path: Path, tree: Any, **notes: str) -> None:
     """Write `tree` to `path`, whole or not at all, and to the disk before this returns.
 
     Args:
         path: the file; its folder is there.
         tree: dicts, lists and tuples of tensors, numbers, strings and None, nested as you like.
+        **notes: what `read_notes` returns, without reading the tensors.
 
     Raises:
         TypeError: if something else is in it, saying where.
     """
     tensors: dict[str, Tensor] = {}
     shape = _pack(tree, "", tensors)
-    write_atomically(path, save(tensors, {"format": FORMAT, "tree": json.dumps(shape)}))
+    content = save(tensors, {**notes, "format": FORMAT, "tree": json.dumps(shape), "sha256": _UNSUMMED})
+    size = 8 + int.from_bytes(content[:8], "little")
+    header, rest = content[:size], memoryview(content)[size:]
+    checksum = hashlib.sha256(header)
+    checksum.update(rest)
+    write_atomically(path, _with_sum(header, _UNSUMMED, checksum.hexdigest()), rest)
 
 
 def load_checkpoint(path: Path) -> Any:
@@ -40,16 +51,50 @@ def load_checkpoint(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; {FORMAT!r} is needed.")
+        if "sha256" not in metadata:
+            raise ValueError(f"{str(path)!r} is damaged, or of an older version: it has no checksum.")
+        if metadata["sha256"] != _checksum(path, metadata["sha256"]):
+            raise ValueError(f"{str(path)!r} is damaged: its content is not that of its checksum.")
+        # Cloned: torch aligns its own memory, and products over memory aligned otherwise may round otherwise.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    return _unpack(json.loads(metadata["tree"]), tensors)
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """Return the notes of a checkpoint, which only `load_checkpoint` checks against damage.
+
+    Raises:
+        ValueError: if the file is damaged so that it cannot be read.
+    """
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Cloned: torch aligns its own memory, and products over memory aligned otherwise may round otherwise.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged and cannot be read: {error}.") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; {FORMAT!r} is needed.")
-    return _unpack(json.loads(metadata["tree"]), tensors)
+
+
+def _with_sum(header: bytes, before: str, after: str) -> bytes:
+    return header.replace(_SUMMED.format(before).encode(), _SUMMED.format(after).encode())
+
+
+def _checksum(path: Path, recorded: str) -> str:
+    with open(path, "rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        checksum = hashlib.sha256(size + _with_sum(header, recorded, _UNSUMMED))
+        while chunk := file.read(1 << 20):
+            checksum.update(chunk)
+    return checksum.hexdigest()
 
 
 # In JSON, every tensor and container is a list that starts with its kind, so that integer keys and tuples come back as such.

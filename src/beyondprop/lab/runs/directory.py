@@ -11,13 +11,12 @@ A row of kind finished or failed ends the training of one contender with one see
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ import tomli_w
 
 from beyondprop.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from beyondprop.lab.runs.environment import now
-from beyondprop.lab.runs.files import write_atomically
-from beyondprop.lab.runs.recorded import Row, read_config, read_rows
+from beyondprop.lab.runs.files import is_part, write_atomically
+from beyondprop.lab.runs.recorded import Row, is_blank, read_config, read_rows, rows_before_checkpoints
+
+_TRAINING = re.compile(r"\.seed\d+$")  # the name of a training's file
 
 
 class RunDirectory:
@@ -41,6 +42,7 @@ class RunDirectory:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path, self.config = path, config
         self.rows: list[Row] = []
+        self._sums: dict[Path, tuple[int, Any]] = {}  # of the files in `metrics/`: bytes and running checksum
         self._lock = _lock(path)
 
     @classmethod
@@ -49,13 +51,22 @@ class RunDirectory:
 
         Raises:
             FileExistsError: if there is something at `path` already.
+            RuntimeError: if another process is making it.
         """
         check_free(path)
-        for folder in ("checkpoints", "metrics"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        _write_env(path, env)
-        write_atomically(path / "config.toml", tomli_w.dumps(config).encode())
-        return cls(path, config)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, config)
+        try:
+            check_free(path)  # locked now: nobody else has begun it in between
+            _remove_parts(path)
+            for folder in ("checkpoints", "metrics"):
+                (path / folder).mkdir(exist_ok=True)
+            _write_env(path, env)
+            run.write_config()
+        except BaseException:
+            run.close()
+            raise
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -66,8 +77,11 @@ class RunDirectory:
             ValueError: if a file in it is damaged; the message names it.
             RuntimeError: if another process is writing it.
         """
-        run = cls(path, read_config(path))
+        if not path.is_dir():
+            read_config(path)  # says what is missing
+        run = cls(path, {})
         try:
+            run.config = read_config(path)
             run._resume()
         except BaseException:
             run.close()
@@ -76,9 +90,19 @@ class RunDirectory:
 
     def append(self, row: Row) -> None:
         """Write a row; it is in its training's file when this returns."""
-        with open(self._file(row), "a", encoding="utf-8") as file:
-            file.write(_line(row))
+        file, line = self._file(row), _line(row).encode()
+        size, checksum = self._sum(file)
+        with open(file, "ab") as stream:
+            stream.write(line)
+        checksum.update(line)
+        self._sums[file] = size + len(line), checksum
         self.rows.append(row)
+
+    def _sum(self, file: Path) -> tuple[int, Any]:
+        if file not in self._sums:
+            content = file.read_bytes() if file.is_file() else b""
+            self._sums[file] = len(content), hashlib.sha256(content)
+        return self._sums[file]
 
     def _file(self, row: Row) -> Path:
         if row.get("kind") == "tuning":
@@ -102,12 +126,25 @@ class RunDirectory:
         if file.is_file():
             with open(file, "rb") as rows:
                 os.fsync(rows.fileno())
-        save_checkpoint(self.checkpoint(contender, seed), state)
+        size, checksum = self._sum(file)
+        save_checkpoint(self.checkpoint(contender, seed), state, rows=f"{size}:{checksum.hexdigest()}")
 
     def load(self, contender: str, seed: int) -> Any | None:
-        """Return the state in a training's checkpoint, or None where there is none yet."""
+        """Return the state in a training's checkpoint, or None where there is none yet.
+
+        Raises:
+            ValueError: if it is damaged; the message says what to delete, and what that does.
+        """
         path = self.checkpoint(contender, seed)
-        return load_checkpoint(path) if path.is_file() else None
+        try:
+            return load_checkpoint(path) if path.is_file() else None
+        except ValueError as error:
+            rows = self._file({"contender": contender, "seed": seed})
+            also = f" and {str(rows)!r}" if self.ended(contender, seed) else ""
+            raise ValueError(
+                f"{error} Delete it{also}: --resume trains {contender} with seed {seed} again from its beginning, and leaves "
+                "the others as they are."
+            ) from error
 
     def write_config(self) -> None:
         """Write `config` anew."""
@@ -126,28 +163,28 @@ class RunDirectory:
         self.close()
 
     def _resume(self) -> None:
+        _remove_parts(self.path)
         self.rows, _ = read_rows(self.path)
-
-        @cache
-        def kept_until(contender: str, seed: int) -> float:
-            if self.ended(contender, seed):
-                return math.inf
-            state = self.load(contender, seed)
-            return -1 if state is None else state["step"]
-
-        self.rows = [
-            row
-            for row in self.rows
-            if "seed" not in row
-            or row.get("kind") == "tuning"
-            or row.get("step", 0) <= kept_until(row["contender"], row["seed"])
-        ]
-        files: dict[Path, str] = {file: "" for file in (self.path / "metrics").glob("*.jsonl")}
-        for row in self.rows:
-            files[self._file(row)] = files.get(self._file(row), "") + _line(row)
-        for file, lines in files.items():
-            write_atomically(file, lines.encode())
-        (self.path / "metrics.jsonl").unlink(missing_ok=True)  # of an older run
+        if (old := self.path / "metrics.jsonl").is_file():  # of an older run
+            files: dict[Path, str] = {}
+            for row in self.rows:
+                files[self._file(row)] = files.get(self._file(row), "") + _line(row)
+            for file, lines in files.items():
+                write_atomically(file, lines.encode())
+            old.unlink()
+        before, _ = rows_before_checkpoints(self.path)
+        ended = {self._file(row) for row in self.rows if row.get("kind") in ("finished", "failed")}
+        trained = {self._file(row): (row["contender"], row["seed"]) for row in self.rows if "seed" in row}
+        for file in (self.path / "metrics").glob("*.jsonl"):
+            content = file.read_bytes()
+            until = content.rfind(b"\n") + 1  # what follows is half-written
+            if _TRAINING.search(file.stem) and file not in ended:
+                # A state is whole, or there is none; rows that it does not know of come again.
+                state = self.load(*trained[file]) if file in trained else None
+                until = 0 if state is None else before[file.stem]
+            if until < len(content):
+                write_atomically(file, content[:until])
+        self.rows, _ = read_rows(self.path)
         env = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
         _write_env(self.path, env | {"resumed": [*env.get("resumed", []), now()]})
 
@@ -165,10 +202,14 @@ def check_free(path: Path) -> None:
         raise FileExistsError(
             f"{str(path)!r} holds a run already; go on with it by --resume, or choose another directory."
         )
-    # A run that was killed before its config was written leaves these behind, and nothing in them was trained.
-    leftovers = {path / "env.json", path / "metrics", path / "checkpoints"}
-    if path.exists() and not (path.is_dir() and leftovers.issuperset(path.rglob("*"))):
+    if path.exists() and not is_blank(path):
         raise FileExistsError(f"{str(path)!r} is there already and no empty directory; choose another.")
+
+
+def _remove_parts(path: Path) -> None:
+    """Delete what a killed process left of files that it was writing; only who has the lock may."""
+    for found in filter(is_part, [*path.glob(".*"), *path.glob("*/.*")]):
+        found.unlink(missing_ok=True)
 
 
 def _write_env(path: Path, env: Mapping[str, Any]) -> None:

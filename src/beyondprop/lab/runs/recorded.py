@@ -8,6 +8,7 @@ Older runs have one `metrics.jsonl`, `net` and `[[rules]]`, and are read as if t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -17,6 +18,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from beyondprop.lab.runs.checkpoint import load_checkpoint, read_notes
+from beyondprop.lab.runs.files import is_part
 
 if TYPE_CHECKING:
     from beyondprop.lab.tasks.base import Metric
@@ -250,7 +254,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     missing = [name for name in ("config.toml", "env.json") if not (path / name).is_file()]
     missing += [] if (path / "metrics").is_dir() or (path / "metrics.jsonl").is_file() else ["metrics"]
     if missing:
-        raise FileNotFoundError(f"{str(path)!r} is no run directory: {', '.join(missing)} missing.")
+        hint = " Nothing was trained in it: begin it, or begin it again, by --out." if is_blank(path) else ""
+        raise FileNotFoundError(f"{str(path)!r} is no run directory: {', '.join(missing)} missing.{hint}")
     try:
         config = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -275,6 +280,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def is_blank(path: Path) -> bool:
+    """Return whether a directory is empty, or has only what a run killed before its configuration was there leaves."""
+    left = {path / "env.json", path / "metrics", path / "checkpoints"}
+    return path.is_dir() and all(found in left or is_part(found) for found in path.rglob("*"))
+
+
 def _are_tables(value: Any, needed: str) -> bool:
     return isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get(needed), str) for e in value)
 
@@ -285,13 +296,14 @@ def read_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
     Of evaluations that were written twice, after a resume from a checkpoint, the later ones count.
 
     Raises:
-        ValueError: a file is damaged; the message names the file, line and field.
+        ValueError: a file is damaged; the message names the file, line and field, or what its checkpoint says of it.
     """
-    files = [path]
+    files, notes = [path], []
     if path.is_dir():
-        files = sorted((path / "metrics").glob("*.jsonl")) if (path / "metrics").is_dir() else [path / "metrics.jsonl"]
+        _, notes = rows_before_checkpoints(path)
+        old = path / "metrics.jsonl"  # where it is beside the others, those are not complete
+        files = [old] if old.is_file() else sorted((path / "metrics").glob("*.jsonl"))
     rows: dict[object, Row] = {}
-    notes: list[str] = []
     for file in files:
         # Split as bytes: a cut can fall inside a character, and only "\n" ends a line of JSON Lines.
         lines = file.read_bytes().split(b"\n")
@@ -315,6 +327,35 @@ def read_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
             rows.pop(key, None)
             rows[key] = row
     return list(rows.values()), tuple(notes)
+
+
+def rows_before_checkpoints(path: Path) -> tuple[dict[str, int], list[str]]:
+    """Return the bytes of rows that each training's checkpoint was saved after, by the name of both, and what is unreadable.
+
+    Raises:
+        ValueError: if these bytes are no longer there as they were; the message says what to delete, and what that does.
+    """
+    found: dict[str, int] = {}
+    notes: list[str] = []
+    for checkpoint in sorted((path / "checkpoints").glob("*.safetensors")):
+        file = path / "metrics" / f"{checkpoint.stem}.jsonl"
+        try:
+            size, _, checksum = read_notes(checkpoint).get("rows", "").partition(":")
+        except ValueError:
+            notes.append(f"{checkpoint.name} is damaged, so that {file.name} could not be checked against it.")
+            continue
+        if not size:  # of an older version
+            continue
+        content = file.read_bytes()[: int(size)] if file.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != checksum:
+            load_checkpoint(checkpoint)  # is it that which is damaged?
+            kept = f"{len(content)} of {size} bytes are left" if len(content) < int(size) else "its rows were changed"
+            raise ValueError(
+                f"{str(file)!r} is damaged: {kept}, by what {str(checkpoint)!r} says. Delete both: --resume trains this one "
+                "again from its beginning, and leaves the others as they are."
+            )
+        found[checkpoint.stem] = int(size)
+    return found, notes
 
 
 def _check(row: Row, where: str) -> None:

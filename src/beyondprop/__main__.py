@@ -1,0 +1,8 @@
+"""`python -m beyondprop`."""
+
+import sys
+
+from beyondprop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
