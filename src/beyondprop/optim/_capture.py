@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim._local import total
 from beyondprop.optim._maps import LayerMap
-from beyondprop.optim._units import Batch, Call, find_layers, find_units, unwrapped
+from beyondprop.optim._units import Batch, Call, check_ranks, find_layers, find_units, running_group, unwrapped
 
 
 class Capture:
@@ -97,6 +97,8 @@ class Capture:
         """Note that the model is called."""
         if not torch.is_grad_enabled() or _in_backward():
             return
+        if self.group is None:  # launchers wrap the model after the optimizer was built
+            self.group = running_group()
         if self.on_start is not None:
             self.on_start()
         first = _first_tensor(arguments)
@@ -175,6 +177,7 @@ class Capture:
 
     def check(self) -> None:
         """Raise `NonFiniteError` or `UnsupportedModelError` unless all gradients can be used; nothing has been changed then."""
+        check_ranks("This optimizer", self.group)
         named = [(unit.name, p) for unit in self.units for p in unit.parameters]
         for name, p in named:
             if p.grad is not None and p.grad.layout is not torch.strided:

@@ -89,10 +89,7 @@ class AffineProjection:
         self._capture = Capture(model, exclude)
         estimated = forgetting < 1 or rows is not None or self._capture.group is not None
         if side == "samples" and estimated:
-            raise ValueError(
-                "side='samples' has no running or estimated X^T X and no sum over ranks; use side='inputs' or 'smaller' "
-                "with forgetting < 1, rows or DistributedDataParallel."
-            )
+            raise ValueError(f"{_NO_SAMPLES} forgetting < 1, rows or DistributedDataParallel.")
         if refresh > 1 and forgetting == 1:
             raise ValueError(f"refresh={refresh} needs a running X^T X: pass forgetting < 1.")
         for unit in self._capture.units:
@@ -115,6 +112,8 @@ class AffineProjection:
             UnsupportedModelError: if a gradient is sparse or has no captured call; no gradient was changed.
         """
         try:
+            if self.side == "samples" and self._capture.group is not None:
+                raise UnsupportedModelError(f"{_NO_SAMPLES} DistributedDataParallel.")
             try:
                 self._capture.check()
             except NonFiniteError:
@@ -154,7 +153,7 @@ class AffineProjection:
             return None, (bias / (self._moments(unit, samples).rows + self.damping)).view(q.shape)
         weight = widened(own.matrix(p.grad)) * factor
         # The system of an embedding over inputs is diagonal.
-        is_dual = self._capture.gradients and not own.one_hot
+        is_dual = self._capture.gradients and self._capture.group is None and not own.one_hot
         if is_dual and (self.side == "samples" or sum(own.count(call.x) for call in calls) < own.fan_in):
             rows, deltas = self._rows(unit, weight)
             damping = self.damping * (rows.square().sum((-2, -1)) / rows.shape[1] + (bias is not None))
@@ -244,6 +243,9 @@ class _Running:
 
 
 _TINY = 1e-30
+_NO_SAMPLES = (
+    "side='samples' has no running or estimated X^T X and no sum over ranks; use side='inputs' or 'smaller' with"
+)
 
 
 def _scale(name: str, gradient: Tensor, rows: Tensor, deltas: Tensor, eps: float) -> Tensor:

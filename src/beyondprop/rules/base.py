@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -84,6 +85,7 @@ class LearningRule(abc.ABC):
         self.model = model
         self.loss = OutputLoss(loss)
         self.optimizers = ()
+        self._knows_ranks = False
         self._look()
         self.watchdog = Watchdog()
         self._guard = FiniteGuard(nonfinite)
@@ -226,6 +228,8 @@ class LearningRule(abc.ABC):
         A layer that is frozen is left alone from then on, one that is thawed is trained where an optimizer holds it.
         """
         torch.clear_autocast_cache()  # anybody may have written weights since
+        if dist.is_available() and dist.is_initialized() and not self._knows_ranks:
+            self._check_ranks()
         if self._structure is not None and not self._structure.is_same:
             if not self.can_follow({p for p in self.model.parameters() if p.requires_grad}):
                 self._structure.check()
@@ -233,6 +237,15 @@ class LearningRule(abc.ABC):
             self.watchdog.restart()
         if [*map(_REQUIRES_GRAD, self._asked)] != self._trains:
             self._follow()
+
+    def _check_ranks(self) -> None:
+        ranks, wrapper = dist.get_world_size(), nn.parallel.DistributedDataParallel
+        if ranks > 1 and not any(isinstance(module, wrapper) for module in self.model.modules()):
+            raise UnsupportedModelError(
+                f"{type(self).__name__} trains in {ranks} processes, and nothing keeps their weights equal: they would "
+                "drift apart. Give Backprop the model in DistributedDataParallel, or train in one process."
+            )
+        self._knows_ranks = ranks > 1
 
     def _follow(self) -> None:
         trainable(self.model)
