@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from beyondprop.errors import UnsupportedModelError
 
 
 @contextmanager
@@ -45,3 +48,13 @@ def patches(features: Tensor, conv: Any, *, padding: Sequence[int] | None = None
     # (N, C, *positions, *kernel) -> (N, *positions, C, *kernel)
     order = [0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)]
     return windows.permute(order).reshape(-1, features.shape[1] * math.prod(conv.kernel_size))
+
+
+def check_ranks(name: str, group: dist.ProcessGroup | None) -> None:
+    """Raise `UnsupportedModelError` where several processes train and no group of theirs keeps their weights equal."""
+    if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UnsupportedModelError(
+            f"{name} trains in {dist.get_world_size()} processes, and the model is in no DistributedDataParallel: their "
+            "weights would drift apart. Put it into one and call that (Backprop, LocoProp and AffineProjection know it), or "
+            "train in one process."
+        )

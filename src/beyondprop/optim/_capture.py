@@ -13,9 +13,10 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.nn.functional import check_ranks
 from beyondprop.optim._local import total
 from beyondprop.optim._maps import LayerMap
-from beyondprop.optim._units import Batch, Call, check_ranks, find_layers, find_units, running_group, unwrapped
+from beyondprop.optim._units import Batch, Call, find_layers, find_units, running_group, unwrapped
 
 
 class Capture:

@@ -77,15 +77,6 @@ def running_group() -> dist.ProcessGroup | None:
     return None if wrapper is None else wrapper.process_group
 
 
-def check_ranks(name: str, group: dist.ProcessGroup | None) -> None:
-    """Raise `UnsupportedModelError` where several processes train and nothing keeps their weights equal."""
-    if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise UnsupportedModelError(
-            f"{name} trains in {dist.get_world_size()} processes, and the model ran in no DistributedDataParallel: their "
-            "weights would drift apart. Call the wrapped model, or train in one process."
-        )
-
-
 def find_layers(root: nn.Module, exclude: tuple[str, ...]) -> list[LayerMap]:
     """Return the layers that are captured, frozen ones among them; raise where one cannot be, naming it."""
     names = [name for name, _ in root.named_modules()]

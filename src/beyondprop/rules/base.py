@@ -11,12 +11,12 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from beyondprop import _checks
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.nn.functional import check_ranks
 from beyondprop.rules.guard import FiniteGuard, Saved, first_nonfinite, is_finite, put_back
 from beyondprop.rules.watchdog import Watchdog
 from beyondprop.solvers.base import step_all
@@ -85,7 +85,6 @@ class LearningRule(abc.ABC):
         self.model = model
         self.loss = OutputLoss(loss)
         self.optimizers = ()
-        self._knows_ranks = False
         self._look()
         self.watchdog = Watchdog()
         self._guard = FiniteGuard(nonfinite)
@@ -94,6 +93,7 @@ class LearningRule(abc.ABC):
         model = self.model
         # Walking the module tree at every step costs more than a small step's products.
         self._parameters = tuple(model.parameters())
+        self._is_wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
         self._structure: Structure | None = Structure(model)
         self._asked = self._parameters  # whether they require a gradient
         self._trains = [p.requires_grad for p in self._asked]
@@ -228,8 +228,8 @@ class LearningRule(abc.ABC):
         A layer that is frozen is left alone from then on, one that is thawed is trained where an optimizer holds it.
         """
         torch.clear_autocast_cache()  # anybody may have written weights since
-        if dist.is_available() and dist.is_initialized() and not self._knows_ranks:
-            self._check_ranks()
+        if not self._is_wrapped:
+            check_ranks(type(self).__name__, None)
         if self._structure is not None and not self._structure.is_same:
             if not self.can_follow({p for p in self.model.parameters() if p.requires_grad}):
                 self._structure.check()
@@ -237,15 +237,6 @@ class LearningRule(abc.ABC):
             self.watchdog.restart()
         if [*map(_REQUIRES_GRAD, self._asked)] != self._trains:
             self._follow()
-
-    def _check_ranks(self) -> None:
-        ranks, wrapper = dist.get_world_size(), nn.parallel.DistributedDataParallel
-        if ranks > 1 and not any(isinstance(module, wrapper) for module in self.model.modules()):
-            raise UnsupportedModelError(
-                f"{type(self).__name__} trains in {ranks} processes, and nothing keeps their weights equal: they would "
-                "drift apart. Give Backprop the model in DistributedDataParallel, or train in one process."
-            )
-        self._knows_ranks = ranks > 1
 
     def _follow(self) -> None:
         trainable(self.model)
