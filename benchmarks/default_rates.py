@@ -2,9 +2,9 @@
 
     BEYONDPROP_DATA=... python benchmarks/default_rates.py [--data mnist ...] [--batch 1 ...] [--net mlp:100x2] [--json FILE]
 
-A short run of each contender: accuracy in percent (of numbers R squared), before training and after it, with a constant rate
-and with one that falls to 0, as `compare` has it; `stopped@n` where a step was refused. It exits with 1 where a contender
-stopped or is no better than before.
+A short comparison for each data set and batch size, one seed: the first metric on the test rows, accuracy in percent (of
+numbers R squared), before training and after it, with a constant rate and with one that falls to 0; `stopped@n` where a
+training failed. It exits with 1 where a contender stopped, or with the falling rate, `compare`'s own, is no better than before.
 """
 
 from __future__ import annotations
@@ -12,44 +12,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from beyondprop import NonFiniteError
-from beyondprop.lab import Settings, registry, tasks
+from beyondprop.lab import Settings, compare, tasks
+from beyondprop.lab.runs import Run, read_run
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "diabetes", "higgs")
 STEPS = {1: 300, 10: 200, 50: 100, 200: 60, 1000: 20}
-ROWS = 2000
-"""Of the test rows, so that looking takes less time than training."""
 
 
-def trained(
-    task: tasks.RowsTask, net: str, rule: registry.RuleSpec, batch: int, steps: int, decay: bool
-) -> str | float:
-    """Return the task's first metric after a short run, or where the run stopped."""
-    torch.manual_seed(0)
-    model = task.net(net)
-    learner = rule.build(model, task.loss, rule.lr)
-    rates = [(group, group["lr"]) for optimizer in learner.optimizers for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        rows = torch.randint(len(task.x_train), (min(batch, len(task.x_train)),), generator=generator)
-        for group, lr in rates:
-            group["lr"] = lr * (1 - step / steps if decay else 1)
-        try:
-            learner.step(task.x_train[rows], task.y_train[rows])
-        except NonFiniteError:
-            return f"stopped@{step}"
-    return judged(task, model)
+def settings(data: str, rows: int, batch: int, **own: Any) -> Settings:
+    """Return those of a comparison of so many steps as the batch size has in `STEPS`, on `rows` rows."""
+    steps = STEPS.get(batch, 100)
+    epochs = steps / -(-rows // batch)
+    return Settings(
+        data=data, batch_size=batch, epochs=epochs, seeds=(0,), evaluate_every=steps, alignment=False, **own
+    )  # fmt: skip
 
 
-def judged(task: tasks.RowsTask, model: torch.nn.Module) -> float:
-    """Return the task's first metric in evaluation mode."""
-    return task.evaluate(model)[task.metrics[0].key]
+def ends(run: Run, rule: str) -> tuple[float, float | str]:
+    """Return a contender's first metric before training and after it, or the step that it stopped at."""
+    key = run.metrics[0].key
+    rows = run.of("eval", rule, 0)
+    failed = run.of("failed", rule, 0)
+    return rows[0][key], f"stopped@{failed[0]['step']}" if failed else rows[-1][key]
 
 
 def main() -> int:
@@ -62,40 +53,30 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    found, failed = [], 0
+    found, wrong = [], 0
     for data in options.data:
-        task = tasks.load(data)
-        assert isinstance(task, tasks.RowsTask)
-        assert task.x_test is not None
-        assert task.y_test is not None
-        task = replace(task, x_test=task.x_test[:ROWS], y_test=task.y_test[:ROWS])
-        torch.manual_seed(0)
-        before = judged(task, task.net(options.net))
-        for name in options.rule:
-            rule = registry.rules.get(name)
-            for batch in options.batch:
-                steps = STEPS.get(batch, 100)
-                after = [trained(task, options.net, rule, batch, steps, decay) for decay in (False, True)]
-                fine = all(isinstance(value, float) and value > before for value in after)
-                failed += not fine
-                found.append({
-                    "data": data,
-                    "rule": name,
-                    "batch": batch,
-                    "steps": steps,
-                    "before": before,
-                    "after": after,
-                })
+        count = len(tasks.load(data).x_train)
+        for batch in options.batch:
+            with tempfile.TemporaryDirectory() as out:
+                runs = [
+                    read_run(compare(
+                        settings(data, count, batch, rules=tuple(options.rule), nets=(options.net,), schedule=schedule),
+                        out=Path(out) / schedule,
+                    ))
+                    for schedule in ("constant", "linear")
+                ]  # fmt: skip
+            for name in options.rule:
+                (before, constant), (_, linear) = (ends(run, name) for run in runs)
+                after = [constant, linear]
+                fine = isinstance(constant, float) and isinstance(linear, float) and linear > before
+                wrong += not fine
+                found.append({"data": data, "rule": name, "batch": batch, "before": before, "after": after})
                 shown = [f"{100 * v:.1f}" if isinstance(v, float) else v for v in (before, *after)]
-                print(
-                    f"{data:14} {name:10} batch {batch:4}, {steps:3} steps: {shown[0]:>7} ->",
-                    *shown[1:],
-                    "" if fine else "  FAILS",
-                    flush=True,
-                )
+                line = f"{data:14} {name:16} batch {batch:4}, {STEPS.get(batch, 100):3} steps: {shown[0]:>7} ->"
+                print(line, *shown[1:], "" if fine else "  FAILS", flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return int(failed > 0)
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

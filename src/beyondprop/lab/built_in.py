@@ -41,6 +41,12 @@ _AM = "Choromanska et al., ICML 2019, arXiv 1806.09077"
 _LOCOPROP = "Amid, Anil & Warmuth, AISTATS 2022, arXiv 2106.06199"
 _ADAM_GRID, _SGD_GRID, _LOCOPROP_GRID = (3e-4, 1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1, 3e-1), (1e-5, 3e-5, 1e-4, 3e-4)
 
+_LEAST_BATCH = {
+    **dict.fromkeys(("sgd", "am-sgd", "am-mem-bcd"), 50),
+    **dict.fromkeys(("locoprop-m", "locoprop-m-rows", "locoprop-s"), 200),
+}
+"""Below, rates shrink in proportion: the steps of these rules have no bound of their own, and small batches are noisy."""
+
 # fmt: off
 # name, title, summary, source, build, lr, grid, schedule, whole set, home, page
 for _row in (
@@ -50,14 +56,14 @@ for _row in (
      f"{_AM}, Algorithm 2.1", lambda model, loss, lr: AltMin(model, loss, adam(lr), damping=1.0), 3e-3, _ADAM_GRID, None, False,
      "AltMin", "altmin"),
     ("am-sgd", "AM-SGD", "alternating minimization, line-search codes, Nesterov SGD weight steps", f"{_AM}, Algorithm 2.1",
-     lambda model, loss, lr: AltMin(model, loss, nesterov(lr)), 0.1, _SGD_GRID, None, False, "AltMin", "altmin"),
+     lambda model, loss, lr: AltMin(model, loss, nesterov(lr)), 0.03, _SGD_GRID, None, False, "AltMin", "altmin"),
     ("am-mem", "AM-mem (RLS)", "alternating minimization with memory, damped recursive least squares",
      f"{_AM}, Algorithm 2.3, in delta form", lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr)),
      2.0, (0.3, 1.0, 2.0, 4.0), None, False, "Memory", "altmin"),
     ("am-mem-bcd", "AM-mem (BCD)", "alternating minimization with memory, block coordinate descent as published",
      f"{_AM}, Algorithm 2.3", lambda model, loss, lr: AltMin(
          model, loss, Memory("bcd", forgetting=0.1, damping=1e-2, block=32, output_lr=lr)
-     ), 0.1, _SGD_GRID, None, False, "Memory", "altmin"),
+     ), 0.01, (3e-3, 1e-2, 3e-2, 1e-1), None, False, "Memory", "altmin"),
     ("am-paper-fc", "AM-Adam (published, FC)",
      "published settings for fully-connected nets: 5 Nesterov code steps, Adam 0.008 halved every 8 epochs",
      f"{_AM}, authors' release", _published(AltMin.paper_fc),
@@ -81,7 +87,7 @@ for _row in (
     ("adam", "Backprop, Adam", "backpropagation with Adam", "Kingma & Ba, ICLR 2015, arXiv 1412.6980",
      lambda model, loss, lr: Backprop(model, loss, adam(lr)), 3e-3, _ADAM_GRID, None, False, "Backprop", "comparing"),
     ("sgd", "Backprop, SGD", "backpropagation with Nesterov momentum 0.9", "Sutskever et al., ICML 2013",
-     lambda model, loss, lr: Backprop(model, loss, nesterov(lr)), 0.1, _SGD_GRID, None, False, "Backprop", "comparing"),
+     lambda model, loss, lr: Backprop(model, loss, nesterov(lr)), 0.03, _SGD_GRID, None, False, "Backprop", "comparing"),
     # Rules that keep codes for the whole set have no learning rate; 1 / lr is the weight of their penalties.
     ("offline-am", "Offline AM",
      "alternating minimization over the codes of the whole set, line-search codes, least-squares weights",
@@ -112,5 +118,5 @@ for _row in (
      "Lee et al., ECML 2015, arXiv 1412.7525", lambda model, loss, lr: DifferenceTargetProp(model, loss, adam(lr)),
      3e-3, _ADAM_GRID, None, False, "DifferenceTargetProp", "targetprop"),
 ):
-    register(RuleSpec(*_row))
+    register(RuleSpec(*_row, least_batch=_LEAST_BATCH.get(_row[0], 1)))
 # fmt: on

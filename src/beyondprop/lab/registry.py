@@ -48,6 +48,7 @@ class RuleSpec(_Named):
         cost: time of a step in units of the run's own: it trains for 1 / cost of the run's epochs.
         home: public name of what it builds, such as `"AltMin"`.
         page: the page of the documentation that explains it.
+        least_batch: the smallest batch that `lr` and `grid` are for; with smaller ones they shrink in proportion.
     """
 
     kind: ClassVar[str] = "rule"
@@ -62,11 +63,21 @@ class RuleSpec(_Named):
     home: str = ""
     page: str = ""
     cost: float = 1.0
+    least_batch: int = 1
 
     def __post_init__(self) -> None:
         _Named.__post_init__(self)
         _checks.positive("lr", self.lr)
         _checks.positive("cost", self.cost)
+        _checks.at_least("least_batch", self.least_batch, 1)
+
+    def rate(self, batch_size: int) -> float:
+        """Return the learning rate where none is given."""
+        return self.lr * min(1.0, batch_size / self.least_batch)
+
+    def rates(self, batch_size: int) -> tuple[float, ...]:
+        """Return the learning rates that `--tune` tries."""
+        return tuple(lr * min(1.0, batch_size / self.least_batch) for lr in self.grid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from beyondprop import Backprop, data
 from beyondprop.cli import main
 from beyondprop.lab import registry, tasks
 from beyondprop.lab.comparing import Settings, compare, resume
+from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.registry import RuleSpec
 from beyondprop.lab.runs.recorded import Run, read_config, read_run
 from beyondprop.lab.tasks import RowsTask
@@ -130,3 +131,46 @@ def test_training_rows_are_measured_where_that_is_wanted(tmp_path: Path) -> None
     )
     assert both.evaluate(model)["training accuracy"] == swapped.evaluate(model)["accuracy"]
     assert 0 < row["training accuracy"] <= 1
+
+
+def test_rates_shrink_with_batches_below_the_least_that_they_are_for(tmp_path: Path) -> None:
+    spec = _descent(least_batch=40)
+    assert (spec.rate(40), spec.rate(1000), spec.rate(10)) == (0.1, 0.1, 0.025)
+    assert spec.rates(20) == (0.005, 0.05, 0.15)
+    with pytest.raises(ValueError, match="least_batch"):
+        _descent(least_batch=0)
+    own = {"epochs": 0.1, "batch_size": 10}
+    run = read_run(compare(_settings(**own, tune=True), rules=[spec], out=tmp_path / "tuned"))
+    assert [row["lr"] for row in run.rows if row["kind"] == "tuning"] == [0.0025, 0.025, 0.075]
+    assert run.config["contenders"][0]["settings"]["lr_tuned_over"] == [0.0025, 0.025, 0.075]
+    usual = read_run(compare(_settings(**own), rules=[spec], out=tmp_path / "usual"))
+    lr = {"plain": 0.025}
+    given = read_run(compare(_settings(**own, rules=("plain",), lr=lr), rules=[_descent()], out=tmp_path / "given"))
+    assert usual.config["contenders"][0]["settings"]["lr"] == 0.025
+    assert _ends(usual, "plain")["loss"] == _ends(given, "plain")["loss"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "am-sgd"])
+def test_steps_along_averaged_gradients_are_smaller_for_small_batches(name: str) -> None:
+    spec = registry.rules.get(name)
+    assert (spec.rate(1), spec.rate(10), spec.rate(50), spec.rate(200)) == (0.0006, 0.006, 0.03, 0.03)
+
+
+class _StopAfter(Observer):
+    """Presses Ctrl-C when the first training has ended."""
+
+    def end(self, member: Member) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_run_goes_on_with_the_rates_it_was_begun_with(tmp_path: Path) -> None:
+    settings = _settings(seeds=(0, 1), rules=("plain", "adam"), warm_start="plain:0.5")
+    before, now = _descent(lr=0.2), _descent(lr=0.01)
+    whole = read_run(compare(settings, rules=[before], out=tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, rules=[before], out=tmp_path / "stopped", observer=_StopAfter())
+    run = read_run(resume(tmp_path / "stopped", rules=[now]))
+    assert [c["settings"]["lr"] for c in run.config["contenders"]] == [0.2, registry.rules.get("adam").lr]
+    assert run.config["warm_start_rule"]["settings"]["lr"] == 0.2
+    losses = [[row["loss"] for row in r.rows if row["kind"] == "eval"] for r in (run, whole)]
+    assert losses[0] == losses[1]

@@ -61,15 +61,16 @@ def by_hand(seed: int, first: str, second: str, stop: int, steps: int) -> dict[s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nets.build(NET, digits.input_shape, digits.num_classes)
-        rule = registry.rules.get(first).build(model, nn.CrossEntropyLoss(), registry.rules.get(first).lr)
+        rates = {name: registry.rules.get(name).rate(32) for name in (first, second)}
+        rule = registry.rules.get(first).build(model, nn.CrossEntropyLoss(), rates[first])
         step = 0
         for epoch in range(3):
             order = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
             for x, y in batches(digits.x_train, digits.y_train, 32, generator=order):
                 if step == stop:
-                    rule = registry.rules.get(second).build(model, nn.CrossEntropyLoss(), registry.rules.get(second).lr)
+                    rule = registry.rules.get(second).build(model, nn.CrossEntropyLoss(), rates[second])
                 for group in rule.optimizers[0].param_groups:
-                    group["lr"] = registry.rules.get(first if step < stop else second).lr * (1 - step / steps)
+                    group["lr"] = rates[first if step < stop else second] * (1 - step / steps)
                 rule.step(x, y)
                 step += 1
     assert step == steps

@@ -19,6 +19,7 @@ from beyondprop.lab.comparing.member import Contender, Member, Observer, seeded
 from beyondprop.lab.comparing.plan import Nets, Plan, at_seed, prepare
 from beyondprop.lab.comparing.settings import Settings, untrusted
 from beyondprop.lab.registry import RuleSpec
+from beyondprop.lab.runs.config import naming
 from beyondprop.lab.runs.context import deferred_interrupt, recorded_warnings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
 from beyondprop.lab.runs.environment import environment
@@ -91,11 +92,14 @@ def resume(
         ValueError: if a file in it is damaged, or it names code without `trust`.
         RuntimeError: if another process is writing it.
     """
-    settings = Settings.from_config(read_config(Path(path)))
+    with naming(Path(path)):
+        settings = Settings.from_config(read_config(Path(path)))
     code = [flag for flag in settings.code if flag.removeprefix("--net=") not in (nets or {}) and not is_loaded(flag)]
     if code and not trust:
         raise ValueError(untrusted(path, code, "Load them first if you know them, or pass trust=True."))
-    return go_on(prepare(settings, task=task, nets=nets, rules=rules), Path(path), observer)
+    with naming(Path(path)):
+        plan = prepare(settings, task=task, nets=nets, rules=rules)
+    return go_on(plan, Path(path), observer)
 
 
 def is_loaded(flag: str) -> bool:
@@ -131,7 +135,7 @@ def go_on(plan: Plan, path: Path, observer: Observer | None = None) -> Path:
     """Go on with a prepared comparison in its run directory; see `resume`."""
     with _threads(plan.settings.threads), RunDirectory.open(path) as directory:
         _warn_of_other_versions(path, plan.settings.device)
-        _run(plan, directory, observer or Observer())
+        _run(replace(plan, begun=_begun(directory.config)), directory, observer or Observer())
     return path
 
 
@@ -236,9 +240,18 @@ def _described(plan: Plan, contender: Contender, chosen: dict[str, float]) -> di
     if spec.cost != 1.0:
         values["cost"] = spec.cost
     if lr is not None:
-        values["lr_tuned_over"] = list(spec.grid)
+        values["lr_tuned_over"] = list(plan.grid(spec))
     named = {"name": contender.name, "title": contender.title, "summary": spec.summary}
     return named | {"rule": spec.name, "net": contender.net, "settings": values}
+
+
+def _begun(config: dict[str, Any]) -> dict[str, float]:
+    """Return the learning rates that were the rules' own when the run began: another version may have others."""
+    entries = [] if config.get("tune") else list(config["contenders"])
+    if "warm_start_rule" in config:
+        entries.append(config["warm_start_rule"])
+    rates = {entry.get("rule"): entry.get("settings", {}).get("lr") for entry in entries}
+    return {rule: float(lr) for rule, lr in rates.items() if isinstance(lr, int | float)}
 
 
 @contextmanager

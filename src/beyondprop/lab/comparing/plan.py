@@ -46,6 +46,7 @@ class Plan:
         tuning_task: the same without the test rows; None where nothing is tuned.
         warm_spec: the rule that every training starts with; None where there is no warm start.
         nets: networks that were handed over.
+        begun: learning rates by rule that a run which goes on was begun with, and were the rules' own then.
     """
 
     settings: Settings
@@ -54,6 +55,7 @@ class Plan:
     tuning_task: Any
     warm_spec: RuleSpec | None = None
     nets: Nets = field(default_factory=dict)
+    begun: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def epochs(self) -> float:
@@ -80,7 +82,12 @@ class Plan:
 
     def rate(self, spec: RuleSpec) -> float:
         """Return the learning rate of a rule."""
-        return self.settings.rates.get(spec.name, spec.lr)
+        own = self.begun.get(spec.name, spec.rate(self.settings.batch_size))
+        return self.settings.rates.get(spec.name, own)
+
+    def grid(self, spec: RuleSpec) -> tuple[float, ...]:
+        """Return the learning rates that tuning tries."""
+        return spec.rates(self.settings.batch_size)
 
     def warm(self, contender: Contender) -> Contender:
         """Return what a contender's trainings start with."""
@@ -232,7 +239,7 @@ def _check_contenders(plan: Plan, trained: Sequence[RuleSpec]) -> None:
             check_net(task, model, form)
             for spec in trained:
                 try:
-                    spec.build(copy.deepcopy(model), loss_of(task, form, plan.nets), spec.lr)
+                    spec.build(copy.deepcopy(model), loss_of(task, form, plan.nets), plan.rate(spec))
                 except UnsupportedModelError as error:
                     raise UnsupportedModelError(f"{spec.name} cannot train {form}: {error}") from error
             if settings.batch_size == 1 and not getattr(model, "costly", False):

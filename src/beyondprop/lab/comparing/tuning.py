@@ -90,7 +90,7 @@ def candidates(plan: Plan) -> Iterator[Member]:
     for contender in plan.contenders if settings.tune else ():
         epochs = plan.epochs_of(contender.rule, tuning=True) - settings.warm_epochs
         if contender.rule.name not in settings.rates:
-            for lr, seed in product(contender.rule.grid, plan.tune_seeds):
+            for lr, seed in product(plan.grid(contender.rule), plan.tune_seeds):
                 yield Member(contender, seed, lr, epochs, tuning=True)
 
 
@@ -110,10 +110,11 @@ def chosen(plan: Plan, directory: RunDirectory) -> dict[str, float]:
         name, spec = contender.name, contender.rule
         if spec.name in plan.settings.rates or name in said:
             continue
-        grid, message = ", ".join(f"{lr:g}" for lr in spec.grid), ""
+        rates, message = plan.grid(spec), ""
+        grid = ", ".join(f"{lr:g}" for lr in rates)
         if name not in best:
-            message = f"Tuning failed at every learning rate of {grid}; {spec.lr:g} is used."
-        elif best[name][-1] in (min(spec.grid), max(spec.grid)):
+            message = f"Tuning failed at every learning rate of {grid}; {plan.rate(spec):g} is used."
+        elif best[name][-1] in (min(rates), max(rates)):
             message = f"Tuning chose {best[name][-1]:g}, at the edge of {grid}; a better one may lie beyond."
         if message:
             directory.append({"kind": "warning", "contender": name, "message": message})
