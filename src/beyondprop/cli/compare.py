@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from dataclasses import dataclass
@@ -54,11 +55,10 @@ class Compare:
             if self.trust and self.resume is None:
                 raise ValueError("--trust is for the code that the directory of --resume names; give both, or neither.")
             settings = self.options.settings() if self.resume is None else self._recorded(self.resume)
-        from rich.console import Console
-
         from beyondprop.cli.progress import Bars, Lines
+        from beyondprop.cli.terminal import Terminal
 
-        console = Console(stderr=self.json)
+        console = Terminal(stderr=self.json)
         live = console.is_terminal and not self.quiet
         observer = Bars(console) if live else Lines(console, quiet=self.quiet)
         with warnings_to(lambda text: observer.note(text)):
@@ -81,6 +81,7 @@ class Compare:
     def _train(self, settings: Settings, observer: Lines) -> Path:
         from beyondprop.lab.comparing import comparison
         from beyondprop.lab.comparing.plan import prepare
+        from beyondprop.lab.runs.config import naming
         from beyondprop.lab.runs.directory import check_free
 
         said: set[str] = set()
@@ -93,16 +94,27 @@ class Compare:
         with usage():
             if self.out is not None:
                 check_free(self.out)
-            plan = prepare(settings, progress=progress)
+            with contextlib.nullcontext() if self.resume is None else naming(self.resume):
+                plan = prepare(settings, progress=progress)
         if self.resume is not None:
-            return comparison.go_on(plan, self.resume, observer)
+            try:
+                return comparison.go_on(plan, self.resume, observer)
+            except ValueError as error:
+                if not str(error).startswith("The state is"):
+                    raise
+                raise ValueError(
+                    f"{str(self.resume / 'config.toml')!r} and a file of checkpoints/ do not belong together: {error} Put the "
+                    "original back, or delete that checkpoint: its training begins again then."
+                ) from error
         return comparison.run(plan, self.out, observer)
 
     def _recorded(self, path: Path) -> Settings:
+        from beyondprop.lab.runs.config import naming
         from beyondprop.lab.runs.recorded import read_config
 
         default, given = Options(), self.options
-        settings = Settings.from_config(read_config(path))
+        with naming(path):
+            settings = Settings.from_config(read_config(path))
         again = [net for net in given.nets if net not in settings.nets or ".py:" not in net]
         changed = [
             "rule" if f.name == "rules" else f.name

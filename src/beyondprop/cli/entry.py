@@ -54,10 +54,12 @@ def _run(command: Any, pressed: Callable[[], bool]) -> int:
             raise KeyboardInterrupt from error
         if command.debug:
             raise
+        from beyondprop.cli.terminal import write_error
+
         known = isinstance(error, UsageError | OSError | ValueError | RuntimeError)
         text = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
         hint = "" if known else "\n--debug shows where it comes from."
-        sys.stderr.write(f"beyondprop: {text}{hint}\n")
+        write_error(text + hint)
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
-from beyondprop.cli.usage import Debug, usage
+from beyondprop.cli.usage import Debug, usage, warnings_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +23,11 @@ class Ledger:
 
     def run(self) -> int:
         """Do it; return the exit code."""
+        from beyondprop.cli.terminal import write_error, write_line
         from beyondprop.lab.recipes._ledger import ledger
         from beyondprop.lab.runs.files import write_atomically
 
-        with usage():
+        with usage(), warnings_to(write_error):
             text = ledger(self.recorded, self.output)
-        sys.stdout.write(f"{write_atomically(self.output, text.encode())}\n")
+        write_line(write_atomically(self.output, text.encode("utf-8", "backslashreplace")))
         return 0

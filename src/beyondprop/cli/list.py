@@ -26,14 +26,14 @@ class List:
 
     def run(self) -> int:
         """Do it; return the exit code."""
-        from rich.console import Console
+        from beyondprop.cli.terminal import Terminal
 
         with usage():
             found = _inventory(self.plugin)
         if self.json:
             write_json(found)
         else:
-            _show(found, Console())
+            _show(found, Terminal())
         return 0
 
 
@@ -44,7 +44,7 @@ def _inventory(plugins: Sequence[str]) -> dict[str, Any]:
     from beyondprop.lab.training import schedules
 
     registry.load_plugins(plugins)
-    about = ("name", "title", "summary", "source", "lr", "grid", "schedule", "whole_set", "home", "page")
+    about = ("name", "title", "summary", "source", "lr", "grid", "least_batch", "schedule", "whole_set", "home", "page")
     rules = [fields(spec, *about) for spec in registry.rules]
     nets, tasks = ({spec.form: spec.summary for spec in registry.TABLES[name]} for name in ("net", "task"))
     sets = [

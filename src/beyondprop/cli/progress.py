@@ -13,6 +13,7 @@ from rich.text import Text
 from beyondprop.cli.usage import say
 from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.runs.recorded import Row
+from beyondprop.lab.runs.text import clipped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,10 +91,10 @@ class Bars(Lines):
         super().__init__(console)
         # Room is left at the right: the ^C that a terminal echoes there would move the bars by a line.
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=max(8, min(40, console.width - 62))),
             TaskProgressColumn(),
-            TextColumn("{task.fields[result]}"),
+            TextColumn("{task.fields[result]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -127,7 +128,7 @@ class Bars(Lines):
 
 def _name(member: Member) -> str:
     what = f"tune {member.lr:g}" if member.tuning else f"seed {member.seed}"
-    return f"{member.contender.name} " + (f"warm start, {what}" if member.warm_start else what)
+    return f"{clipped(member.contender.name, 80)} " + (f"warm start, {what}" if member.warm_start else what)
 
 
 def _result(row: Row) -> str:

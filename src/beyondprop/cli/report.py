@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from beyondprop.cli.usage import Debug, Flag, UsageError, say, usage, write_json
+from beyondprop.cli.usage import Debug, Flag, UsageError, say, usage, warnings_to, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,13 +29,15 @@ class Report:
 
     def run(self) -> int:
         """Do it; return the exit code."""
-        from rich.console import Console
+        from beyondprop.cli.terminal import Terminal
 
         if not self.runs:
             raise UsageError(
                 "report needs a run directory, such as: beyondprop report runs/20260131-174502-digits-mlp-100x2"
             )
-        show(self.runs, self.output, as_json=self.json, console=Console(stderr=self.json))
+        console = Terminal(stderr=self.json)
+        with warnings_to(lambda text: say(console, text, "yellow")):
+            show(self.runs, self.output, as_json=self.json, console=console)
         return 0
 
 

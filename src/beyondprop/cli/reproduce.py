@@ -42,13 +42,12 @@ class Reproduce:
 
     def run(self) -> int:
         """Do it; return the exit code."""
-        from rich.console import Console
-
+        from beyondprop.cli.terminal import Terminal
         from beyondprop.lab import recipes
 
         if self.quick and self.record is not None:
             raise UsageError("--record keeps results of full runs; leave out --quick or --record.")
-        console = Console(stderr=self.json)
+        console = Terminal(stderr=self.json)
         with usage():
             chosen = [(name, recipes.get(name)) for name in self.recipe or recipes.names()]
         if not self.recipe:

@@ -14,6 +14,7 @@ from tyro.conf import arg
 
 from beyondprop.errors import DataIntegrityError, DataUnavailableError
 from beyondprop.lab.comparing.settings import Flag
+from beyondprop.lab.runs.text import cleaned
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,9 +56,11 @@ def say(console: Console, line: str, style: str = "") -> None:
 
 def write_json(value: Any) -> None:
     """Print a value as JSON."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    from beyondprop.cli.terminal import escaped
+
+    sys.stdout.write(escaped(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
 
 
 def fields(thing: object, *names: str) -> dict[str, Any]:
-    """Return some attributes by their names."""
-    return {name: getattr(thing, name) for name in names}
+    """Return some attributes by their names, with clean texts."""
+    return {name: cleaned(getattr(thing, name)) for name in names}

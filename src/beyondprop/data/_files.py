@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
 import queue
+import re
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -20,6 +22,11 @@ from urllib.request import Request, urlopen
 
 from beyondprop.errors import DataIntegrityError, DataUnavailableError
 
+try:
+    import fcntl
+except ImportError:  # on this system, a file that is open cannot be deleted, and needs no lock for that
+    fcntl = None
+
 Progress = Callable[[int, int | None, str], None]
 """Called as `progress(done_bytes, total_bytes, file_name)`; the total is None where the server tells none."""
 
@@ -27,7 +34,9 @@ _CHUNK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
 _START = 60.0  # seconds until the answer to a request begins
 _SLOWEST = 16 << 10  # bytes a second that a mirror must have on the average
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_OWN_PART = re.compile(rf"\..+\.{_HOST}[0-9a-f]{{24}}\.part")
 
 REMEDY = "It is damaged or another file: delete it, to have it fetched again, or put the original there."
 """The end of messages on a wrong file of a known data set."""
@@ -113,7 +122,7 @@ def user_cache() -> Path:
 
 def verify(path: Path, sha256: str) -> None:
     """Raise `DataIntegrityError` unless the file at `path` has this SHA-256."""
-    with _disk_errors_name(path), open(path, "rb") as stream:
+    with disk_errors_name(path), open(path, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
         raise DataIntegrityError(f"{path} has SHA-256 {found}, expected {sha256}. {REMEDY}")
@@ -191,7 +200,7 @@ def _answer(request: Request) -> Any:
 
 
 @contextmanager
-def _disk_errors_name(path: Path) -> Iterator[None]:
+def disk_errors_name(path: Path) -> Iterator[None]:
     """Give errors of a disk, which know no file, the path."""
     try:
         yield
@@ -205,14 +214,60 @@ def _disk_errors_name(path: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that gets its name if the block ends well, and is deleted if it does not.
 
+    What killed processes left of such files in the folder is deleted, too.
+
     Raises:
         OSError: The disk is full or fails; it has the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    remove_parts(path.parent)
+    with disk_errors_name(path):
+        part, stream = _new_part(path)
+    lock = None if fcntl is None else os.dup(stream.fileno())  # it holds until the name is changed, after the close
     try:
-        with _disk_errors_name(path), open(part, "xb") as stream:
+        with disk_errors_name(path), stream:
             yield stream
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _new_part(path: Path) -> tuple[Path, BinaryIO]:
+    """Make the file that will be `path`, locked as long as it is open: `remove_parts` deletes what nobody has open."""
+    while True:
+        part = path.with_name(f".{path.name}.{_HOST}{uuid.uuid4().hex[:24]}.part")
+        stream = open(part, "xb")  # noqa: SIM115
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks: there, nobody deletes it either
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        if fcntl is None or os.fstat(stream.fileno()).st_nlink:
+            return part, stream
+        stream.close()  # deleted before it was locked
+
+
+def remove_parts(folder: Path, *, of_all: bool = False) -> None:
+    """Delete what killed processes left of files in a folder that they were writing; what is being written is locked.
+
+    Args:
+        folder: need not be there.
+        of_all: those of other machines, too, whose locks need not be seen here, and of older versions, which had no locks.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            parts = [entry for entry in entries if is_part(entry)]
+    except OSError:
+        return
+    for part in parts:
+        if not of_all and (fcntl is None or _OWN_PART.fullmatch(part.name) is None):
+            continue
+        with suppress(OSError), ExitStack() as stack:
+            if fcntl is not None:
+                fcntl.flock(stack.enter_context(open(part, "rb+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(part)
+
+
+def is_part(path: Path | os.DirEntry[str]) -> bool:
+    """Return whether this is a file that is being written, or what a killed process left of one."""
+    return path.name.startswith(".") and path.name.endswith(".part")

@@ -16,7 +16,7 @@ from PIL import Image
 from beyondprop.lab.report import figures, read_run, write_report
 from beyondprop.lab.report._curves import Band, Curve, band, end_limits
 from beyondprop.lab.report._figures import _bands, _course, draw
-from beyondprop.lab.report._style import entries
+from beyondprop.lab.report._style import entries, plain
 from beyondprop.lab.tasks.base import ACCURACY, R2
 
 ONE = {"adam": "Adam"}
@@ -361,3 +361,36 @@ def test_warm_starts_of_several_nets_are_told_apart(tmp_path: Path) -> None:
     assert "Contenders start from the weights of SGD (a/sgd) after 1 epochs, accuracy" in text
     assert "SGD, warm start (b/sgd)" in text
     assert "2 contenders × 3 seeds" in text  # noqa: RUF001
+
+
+def test_huge_texts_and_lone_surrogates_are_drawn(tmp_path: Path) -> None:
+    huge = "A huge title " + "x" * 9_980 + " end"
+    net = "mlp:" + "x".join(["100"] * 2_500)
+    titles = {"adam": huge, "sgd": huge, "mine": r"lone \udc80"}
+    settings = config(titles, nets=[net, "mlp:9x1"])
+    names = [one["name"] for one in settings["contenders"]]
+    rows = [*curves(names), {"kind": "warning", "contender": names[0], "seed": 0, "message": "m" * 10**5}]
+    rows.append({"kind": "failed", "contender": names[2], "seed": 0, "message": "lone \ud83d"})
+    path = write_run(tmp_path / "run", settings, rows)
+    run = read_run(path)
+    labels = [entry.label for entry in entries([run])]
+    assert len(set(labels)) == 6  # also those whose titles are alike
+    assert max(map(len, labels)) < 250
+    text, page = written(path)
+    assert r"lone \ud83d" in text
+    assert len(text) < 2_000_000
+    assert max(map(len, page.texts)) < 4_000  # a caption with all labels
+    assert len(plain(huge)) <= 100
+    drawn = [*(path / "figures").glob("*.png")]
+    assert len(drawn) == 3
+    for file in drawn:
+        with Image.open(file) as image:
+            assert max(image.size) <= 1700, file
+
+
+def test_labels_that_differ_in_their_middle_are_told_apart(tmp_path: Path) -> None:
+    names = ["a" * 200 + middle + "b" * 200 for middle in "cd"]
+    settings = config(dict.fromkeys(["adam"], "t"), nets=names)
+    run = read_run(write_run(tmp_path / "run", settings, curves(one["name"] for one in settings["contenders"])))
+    labels = [entry.label for entry in entries([run])]
+    assert len(set(labels)) == 2

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -233,49 +231,6 @@ def test_who_comes_second_to_a_default_name_takes_another(
     settings = Settings(nets=("mlp:6x1",), rules=("sgd",), seeds=(0,), epochs=0.1, alignment=False)
     assert compare(settings, task=task) == tmp_path / "a"
     assert compare(settings, task=task) == tmp_path / "b"
-
-
-def _life(path: Path, env: dict[str, Any]) -> None:
-    """Begin a run, or go on with it, train two steps with a checkpoint after each, and end."""
-    there = (path / "config.toml").is_file()
-    with RunDirectory.open(path) if there else RunDirectory.create(path, CONFIG, env) as run:
-        if not run.ended("a", 0):
-            state = run.load("a", 0)
-            for step in range(0 if state is None else state["step"] + 1, 3):
-                run.append({"kind": "eval", "contender": "a", "seed": 0, "step": step, "epoch": float(step)})
-                run.append({"kind": "warning", "contender": "a", "seed": 0, "step": step, "message": f"{step}"})
-                run.save("a", 0, {"step": step, "w": torch.full((2,), float(step))})
-            run.append({"kind": "finished", "contender": "a", "seed": 0, "step": 2})
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_killed_at_every_call_of_the_file_system_it_begins_or_goes_on(tmp_path: Path) -> None:
-    env = {"python": "3"}
-    whole = tmp_path / "whole"
-    _life(whole, env)
-    expected, point = timeless(whole), 0
-    while True:
-        path, point = tmp_path / f"killed{point}", point + 1
-        child = os.fork()
-        if child == 0:
-            left = point
-
-            def kill(event: str, args: tuple[Any, ...], path: str = str(path)) -> None:
-                nonlocal left
-                if event in ("open", "os.mkdir", "os.rename", "os.remove") and path in str(args[:2]):
-                    left -= 1
-                    if left == 0:
-                        os._exit(9)
-
-            sys.addaudithook(kill)
-            _life(path, env)
-            os._exit(0)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-            break
-        _life(path, env)
-        assert timeless(path) == expected, point
-        assert not list(path.rglob("*.part")), point
-    assert point > 25
 
 
 def test_a_run_killed_before_its_configuration_says_so(tmp_path: Path) -> None:

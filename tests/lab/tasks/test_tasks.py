@@ -75,7 +75,9 @@ def test_two_seeds_of_the_adding_problem_share_no_sequence() -> None:
         ("autoencoder:diabetes", "takes images"),
         ("adding:long", "takes a whole number of steps"),
         ("split:digits:halves", "option of task split must be one of"),
-        ("permuted:digits:tasks=0", "tasks=N takes a whole number >= 1"),
+        ("permuted:digits:tasks=0", "tasks=N takes a whole number from 1 to 1000, got '0'"),
+        ("permuted:digits:tasks=" + "9" * 30, "tasks=N takes a whole number from 1 to 1000"),
+        ("permuted:digits:rows=" + "9" * 30, "rows=N takes a whole number from 1 to 1000000000"),
         ("regression:digits", "task regression"),
     ],
 )
@@ -371,3 +373,14 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
     ):
         compare(settings, nets=nets, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("length", ["100001", "100000000000", "9" * 5000, "1", "0", "-3", "x"])
+def test_the_adding_problem_is_bounded_before_it_is_made(length: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"adding:LENGTH takes a whole number of steps from 2 to 100,000, .*got '"
+    ) as said:
+        tasks.load(f"adding:{length}")
+    assert len(str(said.value)) < 200
+    with pytest.raises(ValueError, match=r"length must be at most 100,000, got 1e\+11"):
+        AddingTask(10**11)

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from typing import Any
 
 from beyondprop.lab.runs.environment import environment
 from beyondprop.lab.runs.files import write_atomically
+from beyondprop.lab.runs.sums import sealed, unsealed
+from beyondprop.lab.runs.text import cleaned
 
 REACHED, MISSED, SHOWN = "reached", "missed", "shown"
 
@@ -111,27 +114,68 @@ class Result:
         values = asdict(self)
         for row, own in zip(values["rows"], self.rows, strict=True):
             row["measured"] = [v if math.isfinite(v) else None for v in own.measured]  # JSON has neither NaN nor Inf
-        return write_atomically(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+        content = json.dumps(sealed(values), indent=1, ensure_ascii=False) + "\n"
+        return write_atomically(path, content.encode("utf-8", "backslashreplace"))
 
     @classmethod
     def read(cls, path: Path) -> Result:
         """Read what `write` wrote.
 
         Raises:
-            ValueError: if the file is damaged; the message names it.
+            ValueError: if the file is damaged; the message names it. Without a checksum, as in older versions, it is a warning.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise TypeError(f"an object is needed, got {type(values).__name__}")
+            is_sealed = unsealed(values)
+            values = cleaned(values)
             rows = []
             for row in values["rows"]:
-                measured = tuple(math.nan if v is None else float(v) for v in row["measured"])
+                measured = tuple(math.nan if v is None else _number(v) for v in row["measured"])
                 rows.append(Row(**row | {"measured": measured}))
-                if not all(isinstance(row.get(key, ""), str) for key in ("label", "unit", "published", "note")):
-                    raise TypeError(f"a row's texts must be strings, got {row}")
-                _ = rows[-1].asked, rows[-1].verdict, rows[-1].shown  # raise where numbers are none
-            return cls(**values | {"rows": tuple(rows)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no recorded result: {type(error).__name__}: {error}.") from error
+                _of_types(row, dict.fromkeys(("label", "unit", "published", "note"), str) | {"digits": int})
+                for key in ("at_least", "at_most"):
+                    if row.get(key) is not None:
+                        _number(row[key])
+                if not 0 <= row.get("digits", 2) <= 20:
+                    raise ValueError(f"digits must be 0 to 20, got {row['digits']}")
+                _ = rows[-1].verdict, rows[-1].shown  # raise where numbers are too large
+            _of_types(values, {"recipe": str, "quick": bool, "settings": dict, "date": str, "environment": dict})
+            _number(values.get("seconds", 0.0))
+            for part in values.get("settings", {}).values():
+                if isinstance(part, dict) and "lr" in part:
+                    _of_types(part, {"lr": dict, "at_edge": list})
+                    _ = [_number(lr) for lr in part["lr"].values() if lr is not None]
+            result = cls(**values | {"rows": tuple(rows)})
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{str(path)!r} is no recorded result: {type(error).__name__}: {error}. Put the original back, or delete it: "
+                "`beyondprop reproduce` makes it again. Where it was edited on purpose, delete its checksum."
+            ) from error
+        if not is_sealed:
+            warnings.warn(
+                f"{str(path)!r} has no checksum, as those of older versions: what was changed in it is not noticed.",
+                stacklevel=2,
+            )
+        return result
+
+
+def _of_types(values: dict[str, Any], kinds: dict[str, type]) -> None:
+    for key, kind in kinds.items():
+        if key in values and type(values[key]) is not kind:
+            raise TypeError(f"{key} must be {kind.__name__}, got {values[key]!r}")
+
+
+def told(error: Exception) -> str:
+    """Return what is wrong with a file, in words; a missing key alone is none."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(found := float(value)):
+        raise TypeError(f"a finite number is needed, got {value!r}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -189,7 +233,7 @@ class Recipe:
             parts["seconds"] = round(parts["seconds"] + (time.perf_counter() - began), 1)
             if made.get("commit") not in (None, *parts["commits"]):
                 parts["commits"].append(made["commit"])
-            write_atomically(context.out / "parts.json", json.dumps(parts).encode())
+            write_atomically(context.out / "parts.json", json.dumps(sealed(parts)).encode())
         if context.quick:  # nothing to judge
             rows = [replace(row, at_least=None, at_most=None) for row in rows]
         result = Result(
@@ -207,12 +251,20 @@ class Recipe:
 
 def _parts(path: Path) -> dict[str, Any]:
     """Return the time that all parts of a recipe took so far, and the commits that they ran at."""
+    if not path.is_file():
+        return {"seconds": 0.0, "commits": []}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "commits": []}
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("commits"), list):
+            raise TypeError("an object with seconds and commits is needed")
+        unsealed(found)
+        _number(found["seconds"])
+        _ = [_of_types({"commit": commit}, {"commit": str}) for commit in found["commits"]]
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{str(path)!r} is damaged: {error}. Remove it; what was measured is kept elsewhere."
+            f"{str(path)!r} is damaged: {told(error)}. Remove it; what was measured is kept elsewhere."
         ) from error
+    return found
 
 
 def _short(found: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from beyondprop.lab.recipes._base import Context
 from beyondprop.lab.report._style import drawing
+from beyondprop.lab.runs.files import write_atomically
 
 OURS, THEIRS = ("#0072B2", "-"), ("#D55E00", (0, (3, 1.2)))
 """Colour and line of alternating minimization and of backpropagation, as reports have them."""
@@ -62,4 +64,6 @@ def panels(
             ncols = len(handles) if legend < 0 else legend
             where = {"loc": "outside upper center", "ncols": ncols, "handlelength": 3.0}
             figure.legend(list(handles.values()), list(handles), **where)
-        figure.savefig(context.out / "figure.png", dpi=150)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=150, format="png")
+        write_atomically(context.out / "figure.png", content.getvalue())

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from beyondprop.lab.comparing.member import seeded
-from beyondprop.lab.recipes._base import Context
+from beyondprop.lab.recipes._base import Context, told
 from beyondprop.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from beyondprop.lab.runs.context import deferred_interrupt
 from beyondprop.lab.runs.files import write_atomically
+from beyondprop.lab.runs.sums import sealed, unsealed
 from beyondprop.lab.training.fit import fit
 from beyondprop.lab.training.loop import Failed, Row, State
 from beyondprop.rules.base import LearningRule
@@ -37,9 +38,14 @@ class Kept:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            self.values, recorded = dict(found["values"]), found["settings"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}.") from error
+            if not isinstance(found, dict) or not isinstance(found.get("values"), dict):
+                raise TypeError("an object with settings and values is needed")
+            unsealed(found)
+            self.values, recorded = found["values"], found["settings"]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{str(path)!r} is damaged: {told(error)}. Remove it: what it has is measured again."
+            ) from error
         if recorded != json.loads(json.dumps(settings)):
             raise ValueError(f"{str(path)!r} is of other settings; choose another directory, or remove it.")
 
@@ -48,7 +54,7 @@ class Kept:
         if key not in self.values:
             self.values[key] = measure()
             content = {"settings": self.settings, "values": self.values}
-            write_atomically(self.path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+            write_atomically(self.path, (json.dumps(sealed(content), indent=1, allow_nan=False) + "\n").encode())
         return self.values[key]
 
 

@@ -19,6 +19,9 @@ from beyondprop.lab.report._style import Entry, beside, entries, run_labels, war
 from beyondprop.lab.report._summary import ContenderSummary, best_of, summary, warm_starts
 from beyondprop.lab.runs.files import write_atomically
 from beyondprop.lab.runs.recorded import Run, read_run
+from beyondprop.lab.runs.text import clean, clipped
+
+_MOST = 1000  # characters of a text
 
 # fmt: off
 _SHARED = (
@@ -50,7 +53,9 @@ def write_report(*run_dirs: str | Path, output: str | Path | None = None) -> Pat
     if output is None:
         write_png(drawings, runs[0].path / "figures")
     page = _page(runs, shown, drawings, output)
-    return write_atomically(runs[0].path / "report.html" if output is None else Path(output), page.encode())
+    return write_atomically(
+        runs[0].path / "report.html" if output is None else Path(output), page.encode("utf-8", "backslashreplace")
+    )
 
 
 def _page(runs: Sequence[Run], shown: Sequence[Entry], drawings: Sequence[Drawing], output: str | Path | None) -> str:
@@ -87,7 +92,7 @@ def _problems(
         for row in (*run.failures, *run.warnings):
             where = [f"{key} {row[key]}" for key in ("seed", "step") if row.get(key) is not None]
             name = ", ".join([run.title(row["contender"]), *where])
-            found[row["kind"]].append(Markup("<b>{}</b>{}: {}").format(name, label, row["message"]))
+            found[row["kind"]].append(Markup("<b>{}</b>{}: {}").format(name, label, clipped(row["message"], _MOST)))
     notes = found["warning"]
     notes += [f"{label}{note}" for run, label in zip(runs, beside(runs, "{}: "), strict=True) for note in run.notes]
     for entry, s in zip(shown, summaries, strict=True):
@@ -146,7 +151,7 @@ def _contenders(shown: Sequence[Entry]) -> list[list[str]]:
     return [
         [
             _name(entry),
-            entry.contender.summary or words.DASH,
+            clipped(entry.contender.summary, _MOST) or words.DASH,
             ", ".join(f"{key} = {_value(value)}" for key, value in entry.contender.settings.items()) or words.DASH,
         ]
         for entry in shown
@@ -162,7 +167,7 @@ def _value(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list):
         return ", ".join(map(_value, value))
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)
+    return clipped(json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value), _MOST)
 
 
 def _name(entry: Entry) -> Markup:
@@ -172,4 +177,4 @@ def _name(entry: Entry) -> Markup:
 def _from_here(path: Path) -> str:
     """Return the path from the working directory; its name alone where it lies elsewhere, as pages go from hand to hand."""
     path, here = path.resolve(), Path.cwd()
-    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+    return clean(path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name)

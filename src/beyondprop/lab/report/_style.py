@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from beyondprop.lab.runs.recorded import ContenderInfo, Row, Run
+from beyondprop.lab.runs.text import clean, clipped
 
 # Okabe and Ito's palette without its yellow (too pale on white); in black and white line and marker tell.
 _KNOWN = {
@@ -28,6 +29,7 @@ _OTHERS = (
     ("#44AA99", "-", "h"),
     ("#777777", (0, (6, 1.5)), "*"),
 )
+_MOST = 100  # characters of a text in a figure
 _LINES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1, 1.2)))
 
 _RC: dict[str, Any] = {
@@ -101,7 +103,9 @@ def entries(runs: Sequence[Run]) -> list[Entry]:
     for (i, info), key, group in zip(infos, keys, groups, strict=True):
         color, line, marker = looks[key]
         # Two contenders of one title differ by their names.
-        label = info.title if titles[i, info.title] == 1 else f"{info.title} [{info.name}]"
+        label = info.title if titles[i, info.title] == 1 else f"{info.title} [{clipped(info.name, 60)}]"
+        if any(label + labels[i] == entry.label for entry in found):  # they differ in what was left out
+            label += f" [{len(found) + 1}]"
         if len(lines) > 1:
             line = _LINES[lines.index(group) % len(_LINES)]
         found.append(Entry(runs[i], info, label + labels[i], color, line, marker))
@@ -144,7 +148,7 @@ def beside(runs: Sequence[Run], form: str) -> list[str]:
 
 def plain(text: str) -> str:
     """Return text that matplotlib draws as it stands: no mathematics, no label hidden for an underscore."""
-    text = text.replace("$", r"\$")
+    text = clipped(clean(text), _MOST).replace("$", r"\$")
     return f"\u200a{text}" if text.startswith("_") else text
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from beyondprop.lab.report import _words as words
 from beyondprop.lab.report._summary import ContenderSummary, Spread, best_of, summary, warm_starts
 from beyondprop.lab.runs.recorded import Run
+from beyondprop.lab.runs.text import clipped
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -111,5 +112,5 @@ def _caption(run: Run, summaries: Sequence[ContenderSummary]) -> str:
         seed = f", seed {row['seed']}" if "seed" in row else ""
         # A plain name says enough in a narrow terminal; those of warm starts have an equals sign.
         name = run.title(row["contender"]) if "=" in row["contender"] else row["contender"]
-        lines.append(f"{said} recorded: {name}{seed}: {row['message']}{more}")
+        lines.append(f"{said} recorded: {clipped(name, 60)}{seed}: {clipped(row['message'], 300)}{more}")
     return "\n".join([*lines, *run.notes])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from beyondprop.lab.report._summary import ContenderSummary, Spread
 from beyondprop.lab.runs.recorded import Run
+from beyondprop.lab.runs.text import clipped
 
 if TYPE_CHECKING:
     from beyondprop.lab.tasks.base import Metric
@@ -111,7 +112,9 @@ def columns(
     found |= {f"{split} {m.label}": [mean(s.others.get(m.key), m.scale) for s in summaries] for m in others}
     found |= {"train loss": [mean(s.final_train_loss) for s in summaries]}
     found |= {"seconds": [amount(s.seconds) for s in summaries], "work": [amount(s.work) for s in summaries]}
-    found |= {name.replace("_", " "): [amount(s.counters.get(name)) for s in summaries] for name in counters}
+    found |= {
+        clipped(name.replace("_", " "), 60): [amount(s.counters.get(name)) for s in summaries] for name in counters
+    }
     return found | {"seeds": [seeds(s) for s in summaries]}
 
 
@@ -131,5 +134,5 @@ def title(runs: Iterable[Run], summaries: Collection[ContenderSummary]) -> str:
     runs, counts = list(runs), sorted({s.seeds for s in summaries})
     of_seeds = plural(counts[0], "seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     names = ([run.task for run in runs], [net for run in runs for net in run.config["nets"]])
-    unique = [" and ".join(dict.fromkeys(part)) for part in names]
+    unique = [clipped(" and ".join(dict.fromkeys(part)), 300) for part in names]
     return " · ".join([*unique, f"{plural(len(summaries), 'contender')} {TIMES} {of_seeds}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,8 @@ def load_checkpoint(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or no checkpoint of this format.
+        ValueError: if the file is damaged, or no checkpoint of this format. One of an older version, without a checksum, is a
+            warning.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
@@ -55,13 +57,19 @@ def load_checkpoint(path: Path) -> Any:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; {FORMAT!r} is needed.")
-        if "sha256" not in metadata:
-            raise ValueError(f"{str(path)!r} is damaged, or of an older version: it has no checksum.")
-        if metadata["sha256"] != _checksum(path, metadata["sha256"]):
+        if set(metadata) == {"format", "tree"}:
+            warnings.warn(
+                f"{str(path)!r} has no checksum, as those of older versions: if it was damaged, nobody knows.",
+                stacklevel=2,
+            )
+        elif "sha256" not in metadata or metadata["sha256"] != _checksum(path, metadata["sha256"]):
             raise ValueError(f"{str(path)!r} is damaged: its content is not that of its checksum.")
         # Cloned: torch aligns its own memory, and products over memory aligned otherwise may round otherwise.
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    return _unpack(json.loads(metadata["tree"]), tensors)
+    try:
+        return _unpack(json.loads(metadata["tree"]), tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # without a checksum
+        raise ValueError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}.") from error
 
 
 def read_notes(path: Path) -> dict[str, str]:
@@ -100,8 +108,10 @@ def _checksum(path: Path, recorded: str) -> str:
 # In JSON, every tensor and container is a list that starts with its kind, so that integer keys and tuples come back as such.
 
 
-def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, where: str, tensors: dict[str, Tensor] | None) -> Any:
     if isinstance(value, Tensor):
+        if tensors is None:
+            return None
         # The order of the dimensions in memory is kept: products round by it, and a resumed run shall round alike.
         order = sorted(range(value.ndim), key=lambda d: -value.stride(d))
         # A copy of its own: safetensors refuses memory that two tensors share.
@@ -135,3 +145,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {key: _unpack(v, tensors) for key, v in content}
     items = [_unpack(v, tensors) for v in content]
     return tuple(items) if kind == "tuple" else items
+
+
+def check_savable(tree: Any) -> None:
+    """Raise `TypeError` where `save_checkpoint` would."""
+    _pack(tree, "", None)

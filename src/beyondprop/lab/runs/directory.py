@@ -3,6 +3,7 @@
     config.toml               the settings, with what was tuned
     env.json                  versions, hardware, commit
     metrics/NAME.seedN.jsonl  one file a training, one row a line, as it comes; joined when read
+    checksums.txt             of these files, see `sums`
     checkpoints/NAME.seedN.safetensors
     figures/, report.html     made from the files above at the end, or by `beyondprop report`
 
@@ -11,23 +12,37 @@ A row of kind finished or failed ends the training of one contender with one see
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from beyondprop.lab.runs.checkpoint import load_checkpoint, save_checkpoint
+from beyondprop.lab.runs.config import is_blank, is_of, read_config, read_env
 from beyondprop.lab.runs.environment import now
-from beyondprop.lab.runs.files import is_part, write_atomically
-from beyondprop.lab.runs.recorded import Row, is_blank, read_config, read_rows, rows_before_checkpoints
+from beyondprop.lab.runs.files import append, remove_parts, synced, write_atomically
+from beyondprop.lab.runs.recorded import Row, read_rows
+from beyondprop.lab.runs.sums import (
+    SUMS,
+    append_sum,
+    is_training,
+    read_sums,
+    rows_before_checkpoints,
+    rows_line,
+    values_line,
+)
+from beyondprop.lab.runs.text import cleaned, encodable
 
-_TRAINING = re.compile(r"\.seed\d+$")  # the name of a training's file
+_LONGEST = 190  # bytes of a name in a file's name; systems take 255, and more stands around it
 
 
 class RunDirectory:
@@ -59,6 +74,7 @@ class RunDirectory:
         try:
             check_free(path)  # locked now: nobody else has begun it in between
             _remove_parts(path)
+            (path / SUMS).unlink(missing_ok=True)  # of a run that was killed before it began: its last line may be half
             for folder in ("checkpoints", "metrics"):
                 (path / folder).mkdir(exist_ok=True)
             _write_env(path, env)
@@ -81,7 +97,6 @@ class RunDirectory:
             read_config(path)  # says what is missing
         run = cls(path, {})
         try:
-            run.config = read_config(path)
             run._resume()
         except BaseException:
             run.close()
@@ -90,13 +105,18 @@ class RunDirectory:
 
     def append(self, row: Row) -> None:
         """Write a row; it is in its training's file when this returns."""
-        file, line = self._file(row), _line(row).encode()
+        file, line = self._file(row), _line(row)
         size, checksum = self._sum(file)
-        with open(file, "ab") as stream:
-            stream.write(line)
+        append(file, line)
         checksum.update(line)
         self._sums[file] = size + len(line), checksum
+        if _ends(row):
+            append_sum(self.path, self._sum_line(file))
         self.rows.append(row)
+
+    def _sum_line(self, file: Path) -> bytes:
+        size, checksum = self._sum(file)
+        return rows_line(size, checksum.hexdigest(), file.name)
 
     def _sum(self, file: Path) -> tuple[int, Any]:
         if file not in self._sums:
@@ -124,8 +144,7 @@ class RunDirectory:
         """Write a checkpoint; all rows before it are on the disk then, too."""
         file = self._file({"contender": contender, "seed": seed})
         if file.is_file():
-            with open(file, "rb") as rows:
-                os.fsync(rows.fileno())
+            synced(file)
         size, checksum = self._sum(file)
         save_checkpoint(self.checkpoint(contender, seed), state, rows=f"{size}:{checksum.hexdigest()}")
 
@@ -148,7 +167,9 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write `config` anew."""
-        write_atomically(self.path / "config.toml", tomli_w.dumps(self.config).encode())
+        config = cleaned(self.config, encodable)
+        append_sum(self.path, values_line(config, "config.toml"))
+        write_atomically(self.path / "config.toml", tomli_w.dumps(config).encode())
 
     def close(self) -> None:
         """Close the files and let others write."""
@@ -163,29 +184,45 @@ class RunDirectory:
         self.close()
 
     def _resume(self) -> None:
+        self.config, env, sums = read_config(self.path), read_env(self.path), read_sums(self.path)
+        for note in sums.lacking():
+            warnings.warn(f"{note} {str(self.path)!r} is gone on with as it stands.", stacklevel=4)
         _remove_parts(self.path)
-        self.rows, _ = read_rows(self.path)
+        self.rows, _ = read_rows(self.path, placed=True)
         if (old := self.path / "metrics.jsonl").is_file():  # of an older run
-            files: dict[Path, str] = {}
+            files: dict[Path, bytes] = {}
             for row in self.rows:
-                files[self._file(row)] = files.get(self._file(row), "") + _line(row)
+                files[self._file(row)] = files.get(self._file(row), b"") + _line(row)
             for file, lines in files.items():
-                write_atomically(file, lines.encode())
+                write_atomically(file, lines)
             old.unlink()
         before, _ = rows_before_checkpoints(self.path)
         ended = {self._file(row) for row in self.rows if row.get("kind") in ("finished", "failed")}
         trained = {self._file(row): (row["contender"], row["seed"]) for row in self.rows if "seed" in row}
-        for file in (self.path / "metrics").glob("*.jsonl"):
+        done = []
+        for file in sorted((self.path / "metrics").glob("*.jsonl")):
             content = file.read_bytes()
             until = content.rfind(b"\n") + 1  # what follows is half-written
-            if _TRAINING.search(file.stem) and file not in ended:
-                # A state is whole, or there is none; rows that it does not know of come again.
+            # What came after the last state, and of others after the last checksum, comes again. Older runs have none.
+            covered = sums.rows.get(file.name, (0, ""))[0] if sums.found and not is_training(file) else until
+            if is_training(file) and file not in ended:
                 state = self.load(*trained[file]) if file in trained else None
-                until = 0 if state is None else before[file.stem]
+                until = 0 if state is None else before.get(file.stem, _size_until(content, state.get("step", 0)))
+            else:
+                until = min(until, covered)
+                done.append(file)
             if until < len(content):
                 write_atomically(file, content[:until])
+        for saved in (self.path / "checkpoints").glob("*.safetensors"):
+            file = self.path / "metrics" / f"{saved.stem}.jsonl"
+            if not (file.is_file() and file.stat().st_size):  # newer checkpoints say so themselves
+                raise ValueError(
+                    f"{str(file)!r}, the rows before {str(saved)!r}, is missing or empty. Delete the checkpoint: --resume "
+                    "trains this one again from its beginning."
+                )
+        lines = [values_line(env, "env.json"), values_line(self.config, "config.toml"), *map(self._sum_line, done)]
+        write_atomically(self.path / SUMS, *lines)
         self.rows, _ = read_rows(self.path)
-        env = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
         _write_env(self.path, env | {"resumed": [*env.get("resumed", []), now()]})
 
 
@@ -208,21 +245,44 @@ def check_free(path: Path) -> None:
 
 def _remove_parts(path: Path) -> None:
     """Delete what a killed process left of files that it was writing; only who has the lock may."""
-    for found in filter(is_part, [*path.glob(".*"), *path.glob("*/.*")]):
-        found.unlink(missing_ok=True)
+    for folder in (path, *filter(Path.is_dir, path.iterdir())):
+        remove_parts(folder, of_all=True)
 
 
 def _write_env(path: Path, env: Mapping[str, Any]) -> None:
-    write_atomically(path / "env.json", (json.dumps(env, indent=2, ensure_ascii=False) + "\n").encode())
+    append_sum(path, values_line(env, "env.json"))
+    content = json.dumps(env, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path / "env.json", content.encode("utf-8", "backslashreplace"))
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+def _line(row: Row) -> bytes:
+    # A lone surrogate is written as JSON has it.
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _ends(row: Row) -> bool:
+    """Return whether this is the last row of a training, or of no training of the comparison: its file has a checksum."""
+    return row.get("kind") in ("finished", "failed", "tuning") or "seed" not in row
+
+
+def _size_until(content: bytes, step: int) -> int:
+    """Return the bytes of the rows up to a step; the checkpoints of older runs do not say."""
+
+    def is_before(line: bytes) -> bool:
+        at = json.loads(line).get("step") if line.strip() else None
+        return at is None or not is_of(at, int) or at <= step
+
+    lines = [line + b"\n" for line in content.split(b"\n")[:-1]]
+    return sum(map(len, takewhile(is_before, lines)))
 
 
 def slug(name: str) -> str:
-    """Return a name as files have it."""
-    return re.sub(r"[^\w.=+-]+", "-", name)
+    """Return a name as files have it; of one that is too long for them the beginning, with its checksum."""
+    found = re.sub(r"[^\w.=+-]+", "-", name)
+    if len(found.encode()) <= _LONGEST:
+        return found
+    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    return f"{found.encode()[: _LONGEST - 17].decode(errors='ignore')}-{digest}"
 
 
 def _lock(path: Path) -> int | None:
@@ -236,5 +296,15 @@ def _lock(path: Path) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
-        raise RuntimeError(f"{str(path)!r} is being written by another process; wait for it, or stop it.") from error
+        if isinstance(error, BlockingIOError):
+            raise RuntimeError(
+                f"{str(path)!r} is being written by another process; wait for it, or stop it."
+            ) from error
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        warnings.warn(
+            f"{str(path)!r} is on a file system without locks ({error.strerror}): see to it that no other process writes it.",
+            stacklevel=2,
+        )
+        return None
     return handle

@@ -8,19 +8,18 @@ Older runs have one `metrics.jsonl`, `net` and `[[rules]]`, and are read as if t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from beyondprop.lab.runs.checkpoint import load_checkpoint, read_notes
-from beyondprop.lab.runs.files import is_part
+from beyondprop.lab.runs.config import is_of, read_config, read_env
+from beyondprop.lab.runs.sums import check_rows, is_training, read_sums, rows_before_checkpoints
+from beyondprop.lab.runs.text import clean, cleaned, clipped
 
 if TYPE_CHECKING:
     from beyondprop.lab.tasks.base import Metric
@@ -35,12 +34,16 @@ WARM_START = "warm-start="
 _NEEDED = {
     "eval": ("contender", "seed", "step", "epoch"),
     "alignment": ("contender", "seed", "step", "epoch", "stages"),
-    "tuning": ("contender", "seed"),
+    "tuning": ("contender", "seed", "lr"),
     "warning": ("contender", "message"),
     "failed": ("contender", "seed", "message"),
     "finished": ("contender", "seed"),
 }
-_TYPES = {"contender": str, "seed": int, "step": int, "epoch": int | float, "stages": dict, "message": str}
+_TYPES = {
+    "contender": str, "seed": int, "step": int, "epoch": int | float, "lr": int | float, "stages": dict, "message": str,
+}  # fmt: skip
+_MEND = "Mend the line, or delete the file, and its checkpoint: --resume makes it again from the beginning."
+_LONGEST = 120  # characters of a title that is shown
 _OLD = {f"{split}_{key}": key for split in ("test", "validation") for key in ("accuracy", "loss")} | {
     "rule": "contender"
 }
@@ -50,7 +53,7 @@ def number(row: Mapping[str, Any], key: str) -> float:
     """Return the number at `key`, a field or a counter; NaN where it is null, absent or not a number."""
     counters = row.get("counters")
     value = row[key] if key in row else counters.get(key) if isinstance(counters, dict) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return float(value) if value is not None and is_of(value, int | float) else math.nan
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Run:
     @property
     def name(self) -> str:
         """The directory's own name, without the way to it."""
-        return self.path.resolve().name
+        return clean(self.path.resolve().name)
 
     @property
     def task(self) -> str:
@@ -114,7 +117,12 @@ class Run:
         from beyondprop.lab.tasks.base import ACCURACY, LOSS, Metric
 
         found = [
-            Metric(e["key"], str(e.get("label", e["key"])), float(e.get("scale", 1)), e.get("higher_is_better", True))
+            Metric(
+                e["key"],
+                clipped(e.get("label", e["key"]), _LONGEST),
+                float(e.get("scale", 1)),
+                e.get("higher_is_better", True),
+            )
             for e in self.config.get("metrics", [])
         ]
         old = (ACCURACY, LOSS) if any("accuracy" in row for row in self._kind("eval")) else (LOSS,)
@@ -137,9 +145,9 @@ class Run:
         for entry in self.config["contenders"]:
             title, net = str(entry.get("title") or entry["name"]), str(entry.get("net", ""))
             title += f", {net}" if several and net not in re.split(r"[\s,()]+", title) else ""
-            found[entry["name"]] = ContenderInfo.of(entry["name"], entry, title)
+            found[entry["name"]] = ContenderInfo.of(entry["name"], entry, clipped(title, _LONGEST))
         for name in self._names:
-            found.setdefault(name, ContenderInfo(name, name, rule=name))
+            found.setdefault(name, ContenderInfo(name, clipped(name, _LONGEST), rule=name))
         return tuple(info for name, info in found.items() if not name.startswith(WARM_START))
 
     @cached_property
@@ -149,14 +157,14 @@ class Run:
         if not isinstance(entry, dict) or "name" not in entry:
             return ()
         names = [name for name in self._names if name.startswith(WARM_START)] or [f"{WARM_START}{entry['name']}"]
-        title = f"{entry.get('title') or entry['name']}, warm start"
+        title = f"{clipped(str(entry.get('title') or entry['name']), _LONGEST)}, warm start"
         which = " ({})" if len(names) > 1 else ""
         return tuple(ContenderInfo.of(n, entry, title + which.format(n.removeprefix(WARM_START))) for n in names)
 
     def title(self, contender: str) -> str:
         """Return the name for people of the contender that a row is of."""
         known = (*self.contenders, *self.warm_starts)
-        return next((info.title for info in known if info.name == contender), contender)
+        return next((info.title for info in known if info.name == contender), clipped(contender, _LONGEST))
 
     @property
     def split(self) -> str:
@@ -189,7 +197,7 @@ class Run:
         seen = {seed for kind, name, seed in self._index if name == contender and kind == "eval"}
         ended: dict[str, tuple[int, ...]] = {"done": (), "failed": (), "unfinished": ()}
         for seed in sorted(failed | seen | set(self.config.get("seeds", []))):
-            done = seed in finished or self._at_end(self.of("eval", contender, seed))
+            done = seed in finished & seen or self._at_end(self.of("eval", contender, seed))
             ended["failed" if seed in failed else "done" if done else "unfinished"] += (seed,)
         return ended
 
@@ -233,136 +241,70 @@ def read_run(path: str | Path) -> Run:
         ValueError: a file cannot be read as what it should be; the message names the file, line and field.
     """
     path = Path(path)
-    config, file = read_config(path), path / "env.json"
-    try:
-        env = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no JSON: {error}.") from error
-    if not isinstance(env, dict):
-        raise ValueError(f"{str(file)!r} must hold one JSON object, got {type(env).__name__}.")
-    return Run(path, config, env, *read_rows(path))
+    config, env, (rows, notes) = read_config(path), read_env(path), read_rows(path)
+    notes = tuple(map(clean, (*notes, *read_sums(path).lacking())))
+    return Run(path, cleaned(config), cleaned(env), cleaned(rows), notes)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Return the configuration of a run directory; an older one in today's terms.
-
-    Raises:
-        FileNotFoundError: it is none; the message names what is missing.
-        ValueError: `config.toml` is damaged; the message names what is wrong.
-    """
-    path, file = Path(path), Path(path) / "config.toml"
-    missing = [name for name in ("config.toml", "env.json") if not (path / name).is_file()]
-    missing += [] if (path / "metrics").is_dir() or (path / "metrics.jsonl").is_file() else ["metrics"]
-    if missing:
-        hint = " Nothing was trained in it: begin it, or begin it again, by --out." if is_blank(path) else ""
-        raise FileNotFoundError(f"{str(path)!r} is no run directory: {', '.join(missing)} missing.{hint}")
-    try:
-        config = tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}.") from error
-    if "net" in config:
-        config["nets"] = [config.pop("net")]
-    if "rules" in config:
-        config["contenders"] = config.pop("rules")
-        for entry in config["contenders"] if _are_tables(config["contenders"], "name") else ():
-            entry |= {"rule": entry["name"], "net": config.get("nets", [""])[0]}
-    lacking = [] if "data" in config or "name" in config else ["data"]
-    lacking += [key for key in ("nets", "contenders") if key not in config]
-    if lacking:
-        raise ValueError(f"{str(file)!r} lacks {', '.join(lacking)}; data or name, nets and [[contenders]] are needed.")
-    for key, needed in (("contenders", "name"), ("metrics", "key")):
-        if not _are_tables(config.get(key, []), needed):
-            raise ValueError(f"{str(file)!r}: {key} must be tables [[{key}]] with {needed}, got {config[key]!r}.")
-    for key, kind in (("nets", str), ("seeds", int)):
-        values = config.get(key, [])
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise ValueError(f"{str(file)!r}: {key} must be a list of {kind.__name__}, got {values!r}.")
-    return config
-
-
-def is_blank(path: Path) -> bool:
-    """Return whether a directory is empty, or has only what a run killed before its configuration was there leaves."""
-    left = {path / "env.json", path / "metrics", path / "checkpoints"}
-    return path.is_dir() and all(found in left or is_part(found) for found in path.rglob("*"))
-
-
-def _are_tables(value: Any, needed: str) -> bool:
-    return isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get(needed), str) for e in value)
-
-
-def read_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
+def read_rows(path: Path, *, placed: bool = False) -> tuple[list[Row], tuple[str, ...]]:
     """Return the rows of a run directory, or of one file of it, and notes on last lines that were half-written.
 
-    Of evaluations that were written twice, after a resume from a checkpoint, the later ones count.
+    With `placed`, rows of unknown kinds need kind, contender and seed, too. Of evaluations that were written twice, after a
+    resume from a checkpoint, the later ones count.
 
     Raises:
         ValueError: a file is damaged; the message names the file, line and field, or what its checkpoint says of it.
     """
-    files, notes = [path], []
+    files, notes, sums = [path], [], read_sums(path)
     if path.is_dir():
         _, notes = rows_before_checkpoints(path)
+        notes += check_rows(path, sums)
         old = path / "metrics.jsonl"  # where it is beside the others, those are not complete
         files = [old] if old.is_file() else sorted((path / "metrics").glob("*.jsonl"))
     rows: dict[object, Row] = {}
     for file in files:
         # Split as bytes: a cut can fall inside a character, and only "\n" ends a line of JSON Lines.
         lines = file.read_bytes().split(b"\n")
+        covered = math.inf if not sums.found or is_training(file) else sums.rows.get(file.name, (0, ""))[0]
+        at = 0
         for i, line in enumerate(lines, start=1):
+            at += len(line) + 1
             if not line.strip():
                 continue
             try:
                 row: Row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if i < len(lines):  # after the last newline is nothing, or what a killed run left
-                    raise ValueError(f"{str(file)!r}, line {i}, is no JSON: {error}.") from error
+                    raise ValueError(f"{str(file)!r}, line {i}, is no JSON: {error}. {_MEND}") from error
                 notes.append(f"Line {i}, the last of {file.name}, is half-written and was left out.")
                 continue
             if not isinstance(row, dict):
-                raise ValueError(f"{str(file)!r}, line {i}, must be a JSON object, got {type(row).__name__}.")
+                raise ValueError(f"{str(file)!r}, line {i}, must be a JSON object, got {type(row).__name__}. {_MEND}")
             if file.name == "metrics.jsonl":
                 row = {_OLD.get(key, key): value for key, value in row.items()}
-            _check(row, f"{str(file)!r}, line {i}")
-            placed = row.get("kind") in ("eval", "alignment")
-            key = (row["kind"], row["contender"], row["seed"], row["step"]) if placed else (line,)
+            _check(row, f"{str(file)!r}, line {i}", placed)
+            if at > covered:  # after a kill between a row and its checksum
+                notes.append(f"{file.name}, line {i}, has no checksum and was left out.")
+                continue
+            is_measured = row.get("kind") in ("eval", "alignment")
+            key = (row["kind"], row["contender"], row["seed"], row["step"]) if is_measured else (line,)
             rows.pop(key, None)
             rows[key] = row
     return list(rows.values()), tuple(notes)
 
 
-def rows_before_checkpoints(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Return the bytes of rows that each training's checkpoint was saved after, by the name of both, and what is unreadable.
-
-    Raises:
-        ValueError: if these bytes are no longer there as they were; the message says what to delete, and what that does.
-    """
-    found: dict[str, int] = {}
-    notes: list[str] = []
-    for checkpoint in sorted((path / "checkpoints").glob("*.safetensors")):
-        file = path / "metrics" / f"{checkpoint.stem}.jsonl"
-        try:
-            size, _, checksum = read_notes(checkpoint).get("rows", "").partition(":")
-        except ValueError:
-            notes.append(f"{checkpoint.name} is damaged, so that {file.name} could not be checked against it.")
-            continue
-        if not size:  # of an older version
-            continue
-        content = file.read_bytes()[: int(size)] if file.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != checksum:
-            load_checkpoint(checkpoint)  # is it that which is damaged?
-            kept = f"{len(content)} of {size} bytes are left" if len(content) < int(size) else "its rows were changed"
-            raise ValueError(
-                f"{str(file)!r} is damaged: {kept}, by what {str(checkpoint)!r} says. Delete both: --resume trains this one "
-                "again from its beginning, and leaves the others as they are."
-            )
-        found[checkpoint.stem] = int(size)
-    return found, notes
-
-
-def _check(row: Row, where: str) -> None:
+def _check(row: Row, where: str, placed: bool) -> None:
     kind = row.get("kind")
+    by = [kind, row.get("contender", None if "seed" in row else ""), row.get("seed", 0)]
+    if placed and not all(map(isinstance, by, (str, str, int))):
+        raise ValueError(
+            f"{where}: a row needs kind, contender and seed to go by, got {', '.join(map(repr, by))}. {_MEND}"
+        )
     for key in _NEEDED.get(kind, ()) if isinstance(kind, str) else ():
-        if not isinstance(row.get(key), _TYPES[key]):
+        if not is_of(row.get(key), _TYPES[key]) or (key == "epoch" and not math.isfinite(row[key])):
             accepted = getattr(_TYPES[key], "__name__", "number")
-            raise ValueError(f"{where}: a row of kind {kind!r} needs {key} ({accepted}), got {row.get(key)!r}.")
+            raise ValueError(f"{where}: a row of kind {kind!r} needs {key} ({accepted}), got {row.get(key)!r}. {_MEND}")
     if kind == "eval" and not isinstance(row.get("counters", {}), dict):
-        raise ValueError(f"{where}: counters must be an object, got {row['counters']!r}.")
+        raise ValueError(f"{where}: counters must be an object, got {row['counters']!r}. {_MEND}")
+    if kind == "alignment" and not all(isinstance(stage, dict) for stage in row["stages"].values()):
+        raise ValueError(f"{where}: stages must be objects of numbers, got {row['stages']!r}. {_MEND}")

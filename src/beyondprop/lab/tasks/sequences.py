@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.data import Progress, adding
 from beyondprop.lab.nets import build
+from beyondprop.lab.runs.text import clipped
 from beyondprop.lab.tasks.base import Metric
 from beyondprop.lab.tasks.evaluation import measured
 from beyondprop.lab.tasks.regression import LossOnly
 
 ERROR = Metric("loss", "mean squared error", higher_is_better=False)
 _TEST = 10**6
+_LONGEST = 100_000  # steps: the test sequences alone take 800 MB then
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,8 @@ class AddingTask:
     """Of the generator, by seed, batch size and batch: no epoch draws those before it again."""
 
     def __post_init__(self) -> None:
-        _checks.at_least("length", self.length, 2)
+        if _checks.at_least("length", self.length, 2) > _LONGEST:
+            raise ValueError(f"length must be at most {_LONGEST:,}, got {self.length:g}.")
         rows = adding(1000, self.length, generator=torch.Generator().manual_seed(_TEST + self.seed))
         object.__setattr__(self, "rows", tuple(part.to(self.device) for part in rows))
 
@@ -107,6 +110,9 @@ class AddingTask:
 def adding_problem(length: str, progress: Progress | None = None) -> AddingTask:
     """Return the adding problem for `adding[:LENGTH]`."""
     del progress
-    if length and not length.isdecimal():
-        raise ValueError(f"task adding:LENGTH takes a whole number of steps, such as adding:100, got {length!r}.")
+    if length and not (length.isdecimal() and len(length) <= 10 and 2 <= int(length) <= _LONGEST):
+        raise ValueError(
+            f"task adding:LENGTH takes a whole number of steps from 2 to {_LONGEST:,}, such as adding:100, got "
+            f"{clipped(length, 40)!r}."
+        )
     return AddingTask(int(length or 100))

@@ -202,11 +202,14 @@ def permuted(rest: str, progress: Progress | None = None) -> ContinualTask:
     return ContinualTask(f"permuted:{rest or name}", data.load(name, progress=progress), make)
 
 
+_MOST = {"tasks": 1000, "rows": 10**9}
+
+
 def _parted(kind: str, rest: str, accepted: Sequence[str]) -> tuple[str, dict[str, str]]:
     name, *parts = (rest or "digits").split(":")
     options = {part.partition("=")[0]: part.partition("=")[2] for part in parts}
     for key, value in options.items():
         _checks.one_of(f"option of task {kind}", key, accepted)
-        if key in ("tasks", "rows") and not (value.isdecimal() and int(value) > 0):
-            raise ValueError(f"task {kind}: {key}=N takes a whole number >= 1, got {value!r}.")
+        if key in _MOST and not (value.isdecimal() and len(value) < 12 and 0 < int(value) <= _MOST[key]):
+            raise ValueError(f"task {kind}: {key}=N takes a whole number from 1 to {_MOST[key]}, got {value[:40]!r}.")
     return name, options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
+from beyondprop.lab.training.work import copied
 from beyondprop.rules.base import LearningRule
 
 
@@ -46,7 +46,7 @@ def alignment(rule: LearningRule, x: Tensor, y: Tensor, *, of: str = "gradient")
     """
     _checks.one_of("of", of, ("gradient", "update"))
     rule.check_finite()
-    twin = copy.deepcopy(rule)
+    twin = copied(rule)
     twin.discard()
     devices = [y.device] if y.device.type == "cuda" else []
     groups = {name: [p for p in parameters if p.requires_grad] for name, parameters in twin.stage_parameters().items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError
+from beyondprop.lab.runs.checkpoint import check_savable
 from beyondprop.lab.runs.recorded import Row
 from beyondprop.lab.tasks.evaluation import wide
 from beyondprop.lab.tasks.loader import device_of, moved
@@ -30,6 +31,7 @@ State = dict[str, Any]
 Failed = (NonFiniteError, torch.linalg.LinAlgError, torch.OutOfMemoryError)  # pyright: ignore[reportPrivateImportUsage]
 """What ends the training of one rule without being a mistake in the call."""
 
+_MOST = {"epochs": 10**9, "stop": 10**9, "batch_size": 10**9, "seed": 2**63 - 1}  # nobody lives to see more
 _TICK = 0.1  # seconds between two looks at what is due by the clock
 
 
@@ -73,6 +75,11 @@ class Training:
         for name in ("early_stop", "evaluate_every"):
             if getattr(self, name) is not None:
                 _checks.at_least(name, getattr(self, name), 1)
+        if self.stop is not None:
+            _checks.positive("stop", self.stop)
+        for name, most in _MOST.items():
+            if (value := getattr(self, name)) is not None and value > most:
+                raise ValueError(f"{name} must be at most {most:.10g}, got {value:g}.")
 
 
 @dataclass(slots=True)
@@ -183,8 +190,16 @@ class Loop:
         first = next(iter(self._batches(0, 0)))
         self.rule.check_batch(*first)
         # A sweep over a whole set is counted once, its start among it; it stands for all batches of an epoch.
-        work = work_per_step(self.rule, *first, steps=1 if self.whole_set else 10)
+        work = work_per_step(self.rule, *first, steps=1 if self.whole_set else 10, look=self._check_state)
         return work * len(self.task.x_train) / self.training.batch_size if self.whole_set else work
+
+    def _check_state(self, twin: LearningRule) -> None:
+        """Raise `ValueError` where the state of optimizers after some steps cannot be saved, before anything is trained."""
+        for optimizer in twin.optimizers if self.save is not None else ():
+            try:
+                check_savable(optimizer.state_dict())
+            except TypeError as error:
+                raise ValueError(f"The state of {type(optimizer).__name__} cannot be saved: {error}") from error
 
     def give_back(self) -> None:
         """Give the optimizers the learning rates that they came with."""

@@ -9,6 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from beyondprop import _checks
+from beyondprop.lab.runs.text import clipped
 
 FORMS: dict[str, str] = {
     "constant": "the learning rate as it is",
@@ -18,6 +19,9 @@ FORMS: dict[str, str] = {
     "warmup:S": "rises over a share S of the run, such as 0.05, then falls linearly to 0",
 }
 """What `factor` accepts, for help texts."""
+
+
+_MOST = 10**9  # epochs: nobody lives to see more
 
 
 def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], float]:
@@ -38,7 +42,7 @@ def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], f
         return lambda step: max(0.0, 1.0 - step / steps)
     if schedule == "cosine":
         return lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
-    if kind == "halve" and number.isdecimal() and int(number) > 0:
+    if kind == "halve" and number.isdecimal() and len(number) <= 10 and 0 < int(number) <= _MOST:
         period = int(number) * steps_per_epoch
         return lambda step: 0.5 ** (step // period)
     if kind == "warmup" and _is_share(number):
@@ -47,7 +51,8 @@ def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], f
     kinds = [form.partition(":")[0] for form in FORMS]
     hint = "" if kind in kinds else _checks.hint(kind, kinds)
     raise ValueError(
-        f"schedule must be one of {', '.join(FORMS)} (N a whole number of epochs >= 1, S in (0, 1)), got {schedule!r}{hint}."
+        f"schedule must be one of {', '.join(FORMS)} (N a whole number of epochs from 1 to {_MOST:,}, S in (0, 1)), "
+        f"got {clipped(schedule, 100)!r}{hint}."
     )
 
 

@@ -20,7 +20,9 @@ from beyondprop.rules import Backprop, LearningRule
 _aten = torch.ops.aten
 
 
-def work_per_step(rule: LearningRule, x: Tensor, y: Tensor, *, steps: int = 10) -> float:
+def work_per_step(
+    rule: LearningRule, x: Tensor, y: Tensor, *, steps: int = 10, look: Callable[[LearningRule], None] | None = None
+) -> float:
     """Return the floating-point operations of the rule's step over those of a step of plain backpropagation.
 
     Products of matrices, convolutions and factorisations are counted, elementwise operations are not: they are what both
@@ -32,17 +34,45 @@ def work_per_step(rule: LearningRule, x: Tensor, y: Tensor, *, steps: int = 10) 
         x: inputs of one batch `(N, ...)`.
         y: its targets.
         steps: consecutive steps of the rule that are averaged, so that work done every few steps is in.
+        look: called with the copy that did them.
 
     Returns:
         The ratio; nan where it cannot be known: a first step that fails, or a model without products.
+
+    Raises:
+        ValueError: if an optimizer cannot be copied; the message names it.
     """
+    twin = copied(rule)
     baseline = Backprop(copy.deepcopy(rule.model), rule.loss.loss, partial(torch.optim.SGD, lr=0.0))
     devices = [y.device] if y.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain, _ = _count(baseline, x, y, 1)
-        total, done = _count(copy.deepcopy(rule), x, y, steps)
+        try:
+            total, done = _count(twin, x, y, steps)
+        except Exception:
+            copied(twin)  # is it its state?
+            raise
+        if look is not None:
+            look(twin)
     return total / done / plain if done and plain else math.nan
+
+
+def copied(rule: LearningRule) -> LearningRule:
+    """Return a copy of a rule with its model, or raise `ValueError` naming the optimizer that cannot be copied."""
+    try:
+        return copy.deepcopy(rule)
+    except Exception as error:
+        for optimizer in rule.optimizers:
+            try:
+                copy.deepcopy(optimizer)
+                copy.deepcopy(vars(optimizer))
+            except Exception as own:
+                raise ValueError(
+                    f"{type(optimizer).__name__} cannot be copied ({type(own).__name__}: {own}), as measurements on the side "
+                    "and a step that is taken back need; give it a __deepcopy__, or keep what cannot be copied out of it."
+                ) from error
+        raise
 
 
 def is_plain(rule: LearningRule) -> bool:
