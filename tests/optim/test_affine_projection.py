@@ -418,7 +418,7 @@ def test_solutions_are_checked_one_by_one(value: float, monkeypatch: pytest.Monk
     before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
     found = {p: torch.zeros_like(p).detach() for p in model.parameters()}
     found[model[0].bias][0], found[model[2].bias][0] = 3e38, value  # type: ignore[index]
-    monkeypatch.setattr(projection, "_solve", lambda unit: tuple(found[p] for p in unit.layers[0].parameters))
+    monkeypatch.setattr(projection, "_solve", lambda unit, samples: tuple(found[p] for p in unit.layers[0].parameters))
     if value == float("inf"):
         with pytest.raises(NonFiniteError, match="layer '2' has no finite solution"):
             projection.step()

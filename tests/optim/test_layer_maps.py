@@ -229,3 +229,45 @@ def test_inputs_of_any_memory_layout() -> None:
     linear = nn.Linear(3, 2).double()
     own, x = layer_map(linear), torch.randn(1, 3, dtype=torch.float64).expand(4, 3)
     assert difference(own.moments(x), moments(x.contiguous().unsqueeze(0))) < 1e-12
+
+
+WEIGHTS: dict[str, tuple[nn.Module, str]] = {
+    "wide": (nn.Linear(12, 5), "weight"),
+    "tall": (nn.Linear(3, 10), "weight"),
+    "square": (nn.Linear(8, 8), "weight"),
+    "a unit": (nn.Linear(6, 1), "weight"),
+    "an input": (nn.Linear(1, 6), "weight"),
+    "bias": (nn.Linear(4, 7), "bias"),
+    "bfloat16": (nn.Linear(7, 6).bfloat16(), "weight"),
+    "conv2d": (nn.Conv2d(3, 4, 2), "weight"),
+    "channels last": (nn.Conv2d(3, 4, 2), "weight"),
+    "channels last in 3-D": (nn.Conv3d(2, 4, 2), "weight"),
+    "embedding": (nn.Embedding(9, 4), "weight"),
+    "transposed": (nn.Linear(5, 9), "weight"),
+    "a part of a buffer": (nn.Linear(5, 4), "weight"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_what_is_written_past_torch_to_a_row_or_a_column_is_noticed(name: str) -> None:
+    module, which = WEIGHTS[name]
+    p = module.get_parameter(which)
+    if name == "transposed":
+        p.data = p.data.t().contiguous().t()
+    elif name == "channels last":
+        p.data = p.data.to(memory_format=torch.channels_last)
+    elif name == "channels last in 3-D":
+        p.data = p.data.to(memory_format=torch.channels_last_3d)
+    elif name == "a part of a buffer":
+        p.data = torch.randn(4, 7)[:, 1:6]
+    matrix = p.data.reshape(len(p), -1)
+    own, before = layer_map(module), layer_map(module).state()
+    for dim in (0, 1):
+        for i in range(matrix.shape[dim]):
+            kept = p.detach().clone()
+            changed = matrix.clone()
+            changed.select(dim, i).add_(1)
+            p.data.copy_(changed.view(p.shape))
+            assert own.state() != before
+            p.data.copy_(kept)
+            assert own.state() == before

@@ -126,6 +126,7 @@ def _draw(name: str) -> Tensor:
     return torch.randint(7, shape) if name == "tied" else torch.randn(shape, dtype=D)
 
 
+@pytest.mark.filterwarnings("ignore:.*of the trainable weights are in no layer")
 @pytest.mark.parametrize("loss", ["matching", "squared", "quadratic"])
 @pytest.mark.parametrize("name", MODELS)
 def test_one_local_step_is_backpropagation(name: str, loss: str) -> None:

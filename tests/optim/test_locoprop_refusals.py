@@ -240,6 +240,7 @@ UNCAPTURED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*of the trainable weights are in no layer")
 @pytest.mark.parametrize("part", list(UNCAPTURED))
 def test_what_has_no_local_problem_is_the_base_optimizers(part: str) -> None:
     model = nn.Sequential(nn.Linear(6, 6), UNCAPTURED[part](), nn.Linear(6, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -266,7 +267,7 @@ LOSSES: dict[str, tuple[nn.Module, tuple[int, ...], Callable[[Tensor], Tensor], 
         nn.Linear(4, 5),
         (2, 4, 4),
         lambda z: F.cross_entropy(z[:, 1:].reshape(-1, 5), LABELS),
-        "identity",
+        "softmax",
     ),
     "segmentation": (
         nn.Conv2d(1, 5, 3, padding=1),
@@ -290,6 +291,93 @@ LOSSES: dict[str, tuple[nn.Module, tuple[int, ...], Callable[[Tensor], Tensor], 
 def test_losses_are_transfers_too(name: str) -> None:
     layer, shape, loss, expected = LOSSES[name]
     assert _found(nn.Sequential(layer), torch.randn(shape), loss).transfers == {"0": expected}
+
+
+def _binary(z: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, torch.full_like(z, 0.3))
+
+
+def _classes(z: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, -2), torch.arange(z.shape[:-1].numel()) % z.shape[-1])
+
+
+# What is chosen of the outputs, the loss of that, and the transfer function; None: that there is none is a warning.
+CHOICES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], str | None]] = {
+    "a unit": (lambda z: z[..., 0], _binary, "sigmoid"),
+    "some units": (lambda z: z[..., :-1], lambda z: torch.tanh(z).sum(), "tanh"),
+    "units in another order": (lambda z: torch.cat(z.chunk(2, -1)[::-1], -1), _binary, "sigmoid"),
+    "units by number": (lambda z: z[..., torch.tensor([3, 1])], _binary, "sigmoid"),
+    "units beside others": (lambda z: torch.cat([z, z.detach()], -1), _binary, "sigmoid"),
+    "chunks as samples": (lambda z: torch.cat(z[..., :4].chunk(2, -1)), _binary, "sigmoid"),
+    "samples": (lambda z: z[1:], _classes, "softmax"),
+    "every other step": (lambda z: z[:, ::2], _classes, "softmax"),
+    "the last step": (lambda z: z[:, -1], _classes, "softmax"),
+    "steps by number": (lambda z: z[:, torch.tensor([2, 0])], _classes, "softmax"),
+    "steps by a mask": (lambda z: z[torch.tensor([[True, False, True]] * 4)], _classes, "softmax"),
+    "steps of a list": (lambda z: torch.stack(z.unbind(1), 1), _classes, "softmax"),
+    "twice": (lambda z: z.expand(2, *z.shape), _classes, "softmax"),
+    "samples beside others": (lambda z: torch.cat([z, z.detach()]), _classes, "softmax"),
+    "without padding": (
+        lambda z: nn.utils.rnn.pack_padded_sequence(z, torch.tensor([3, 2, 2, 1]), batch_first=True).data,
+        _classes,
+        "softmax",
+    ),
+    "all units": (lambda z: z[..., :].contiguous(), _classes, "softmax"),
+    "classes but one": (lambda z: z[..., :-1], _classes, None),
+    "as many classes of others": (lambda z: torch.cat([z[..., :2], z[..., :3].detach()], -1), _classes, None),
+    "classes by number": (lambda z: z.index_select(-1, torch.tensor([0, 0, 1, 2, 3])), _classes, None),
+    "classes that are forbidden": (lambda z: z.masked_fill(z.detach() > 2, -9.0), _classes, None),
+    "a class in all steps": (lambda z: z[..., 0], _classes, None),
+    "outputs of all steps in a row": (lambda z: z.flatten(1)[:, :7], _classes, None),
+    "into a buffer": (lambda z: torch.zeros(4, 3, 7).index_copy(2, torch.arange(5), z), Tensor.sum, "identity"),
+    "into a slice": (lambda z: _written(z), _classes, None),
+    "to a squared loss": (lambda z: z[..., :-1], lambda z: z.square().mean(), "identity"),
+    "to a sum": (lambda z: z[:, 0] + z[:, 1], _classes, "identity"),
+}
+
+
+def _written(z: Tensor) -> Tensor:
+    out = torch.zeros(4, 3, 5)
+    out[:, 1:] = z[:, :-1]
+    return out
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_of_the_outputs_is_looked_behind(name: str) -> None:
+    choose, loss, expected = CHOICES[name]
+    optimizer = _found(nn.Sequential(nn.Linear(4, 5)), torch.randn(4, 3, 4), lambda z: loss(choose(z)))
+    if expected is None:
+        with pytest.warns(UserWarning, match=r"behind the layers \['0'\] could not be read: .* over other units"):
+            optimizer.step()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+    assert optimizer.transfers == {"0": expected or "identity"}
+
+
+@pytest.mark.parametrize("units", [5, 3])
+def test_units_are_known_where_other_dimensions_are_as_long(units: int) -> None:
+    """As classes that come second, with as many steps or samples."""
+    layer, x, y = nn.Linear(4, units), torch.randn(3, 5, 4), torch.zeros(3, 5, dtype=torch.long)
+    assert _found(layer, x, lambda z: F.cross_entropy(z.transpose(1, 2), y)).transfers == {"": "softmax"}
+    assert _found(layer, x, lambda z: z.transpose(1, 2).softmax(2)[..., 0].sum()).transfers == {"": "identity"}
+    assert _found(layer, x, lambda z: z.permute(2, 0, 1).softmax(0)[0].sum()).transfers == {"": "softmax"}
+
+
+def test_units_are_followed_through_a_transposition_and_where_there_is_no_batch() -> None:
+    square = nn.Linear(4, 5), torch.randn(5, 4)
+    assert _found(*square, lambda z: z.t().softmax(0)[0].sum()).transfers == {"": "softmax"}
+    assert _found(*square, lambda z: z.t().softmax(1)[0].sum()).transfers == {"": "identity"}
+    image = nn.Conv2d(1, 5, 1), torch.randn(1, 5, 5)
+    assert _found(*image, lambda z: z.softmax(0)[0].sum()).transfers == {"": "softmax"}
+    assert _found(*image, lambda z: z.softmax(1)[0].sum()).transfers == {"": "identity"}
+
+
+def test_a_single_unit_may_lose_its_dimension() -> None:
+    for alone in (lambda z: z[:, 0], lambda z: z.squeeze(1), lambda z: z.view(-1)):
+        optimizer = _found(nn.Sequential(nn.Linear(4, 1)), torch.randn(6, 4), lambda z, alone=alone: _binary(alone(z)))
+        assert optimizer.transfers == {"0": "sigmoid"}
 
 
 def test_a_whole_net_is_read_at_once() -> None:
@@ -339,7 +427,7 @@ def test_the_loss_is_found_from_another_thread(monkeypatch: pytest.MonkeyPatch) 
     loss = F.cross_entropy(model(torch.randn(6, 4)), LABELS)
 
     def look(gradient: Tensor) -> None:
-        thread = threading.Thread(target=lambda: found.extend(_graph._roots()))
+        thread = threading.Thread(target=lambda: found.extend(_graph.roots()))
         thread.start()
         thread.join()
 

@@ -171,7 +171,29 @@ def _results(rank: int) -> dict[tuple[str, str], Any]:
         update()
         results[case, "single"] = state(model)
     results["refusal", ""] = _refusal(DistributedDataParallel(mlp(6, 5, 3)), rank)
+    torch.manual_seed(3)
+    model = DistributedDataParallel(mlp(6, 5, 3).double())
+    results["doubt", ""] = _doubt(model, rank, None)
+    results["samples", ""] = _doubt(model, rank, 6 - 2 * rank)
     return results
+
+
+def _doubt(model: nn.Module, rank: int, samples: float | None) -> Any:
+    """A loss over some of the rows on one rank: refused on all, or trained with the samples that each gives."""
+    projection = AffineProjection(model, side="inputs")
+    x, y = blobs(6, dtype=torch.float64)
+    own = slice(0, 6 - 2 * rank)
+    model.zero_grad()
+    CE(model(x)[own], y[own]).backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    try:
+        projection.step(samples)
+    except UnsupportedModelError as error:
+        same = all(
+            torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None
+        )
+        return "loss averages over 4" in str(error), "on another rank" in str(error), same
+    return {str(index): p.grad for index, p in enumerate(model.parameters())}
 
 
 def _refusal(model: nn.Module, rank: int) -> Any:
@@ -205,9 +227,18 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     finally:
         other.kill()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    assert [rank.pop(("doubt", "")) for rank in ranks] == [(False, True, True), (True, False, True)]
     # Replicas stay the same to the last bit.
     assert [case for case, weights in ranks[0].items() if not equal(weights, ranks[1][case])] == []
     assert ranks[0].pop(("refusal", "")) == ("NonFiniteError", True)
+    torch.manual_seed(3)
+    model, (x, y) = mlp(6, 5, 3).double(), blobs(6, dtype=torch.float64)
+    projection = AffineProjection(model, side="inputs")
+    for own in (slice(0, 6), slice(0, 4)):
+        (CE(model(x)[own], y[own]) / 2).backward()
+    projection.step(10)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert difference(grads, ranks[0].pop(("samples", "")).values()) < 1e-12
     accumulated = ranks[0].pop(("accumulated", "even")).values()
     assert difference(accumulated, ranks[0]["matching", "even"].values()) < 1e-11
     for case, (kind, _) in SINGLE.items():

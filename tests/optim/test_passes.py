@@ -355,7 +355,15 @@ def _behind(p: Tensor) -> None:
     p.data.mul_(0.9)
 
 
-@pytest.mark.parametrize("move", [_scaled, _exchanged, _behind])
+def _row_behind(p: Tensor) -> None:
+    p.data[-1].mul_(0.9)
+
+
+def _column_behind(p: Tensor) -> None:
+    p.data[..., -1].mul_(0.9)
+
+
+@pytest.mark.parametrize("move", [_scaled, _exchanged, _behind, _row_behind, _column_behind])
 @pytest.mark.parametrize("part", ["weight", "bias"])
 @pytest.mark.parametrize("kind", ["matching", "quadratic", "direct", "gram"])
 def test_a_gradient_of_zero_moves_nothing_wherever_weights_have_gone(

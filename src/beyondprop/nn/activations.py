@@ -1,6 +1,7 @@
 """Closed-form slopes of the common nonlinearities.
 
-Each entry maps a module to `f(z)` and to `slope(z, a) = f'(z)`, where `a = f(z)` is already known. Autograd's conventions
+Each entry maps a module to `f(z)` and to `slope(z, a) = f'(z)`, where `a = f(z)` is already known; both read the module's
+settings when they are called. Autograd's conventions
 at the kinks hold (the slope of ReLU at 0 is 0), so closed form and autograd agree to the last bits.
 """
 
@@ -31,18 +32,17 @@ class Activation(NamedTuple):
 
 
 def _leaky_relu(module: nn.LeakyReLU) -> Activation:
-    negative = module.negative_slope
     return Activation(
-        lambda z: F.leaky_relu(z, negative), lambda z, a: torch.where(z > 0, torch.ones_like(z), negative)
+        lambda z: F.leaky_relu(z, module.negative_slope),
+        lambda z, a: torch.where(z > 0, torch.ones_like(z), module.negative_slope),
     )
 
 
 def _softplus(module: nn.Softplus) -> Activation:
-    beta, threshold = module.beta, module.threshold
     return Activation(
         module.forward,
         # Beyond the threshold torch computes the identity, whose slope is exactly 1.
-        lambda z, a: torch.where(z * beta > threshold, 1.0, torch.sigmoid(z * beta)).to(z.dtype),
+        lambda z, a: torch.where(z * module.beta > module.threshold, 1.0, torch.sigmoid(z * module.beta)).to(z.dtype),
     )
 
 
@@ -55,8 +55,10 @@ def gelu_slope(z: Tensor, approximate: str) -> Tensor:
 
 
 def _hardtanh(module: nn.Hardtanh) -> Activation:
-    low, high = module.min_val, module.max_val
-    return Activation(lambda z: z.clamp(low, high), lambda z, a: ((z > low) & (z < high)).to(z.dtype))
+    return Activation(
+        lambda z: z.clamp(module.min_val, module.max_val),
+        lambda z, a: ((z > module.min_val) & (z < module.max_val)).to(z.dtype),
+    )
 
 
 _FACTORIES: dict[type[nn.Module], Callable[[Any], Activation]] = {

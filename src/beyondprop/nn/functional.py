@@ -54,7 +54,24 @@ def check_ranks(name: str, group: dist.ProcessGroup | None) -> None:
     """Raise `UnsupportedModelError` where several processes train and no group of theirs keeps their weights equal."""
     if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedModelError(
-            f"{name} trains in {dist.get_world_size()} processes, and the model is in no DistributedDataParallel: their "
-            "weights would drift apart. Put it into one and call that (Backprop, LocoProp and AffineProjection know it), or "
-            "train in one process."
+            f"{name} trains in {dist.get_world_size()} processes, and no DistributedDataParallel keeps them equal: their "
+            "weights would drift apart. Put the whole model into one and call that (Backprop, LocoProp, AffineProjection, "
+            "Credited), give a rule with group= that group or the wrapper, or train in one process. Where each process has "
+            "layers of its own, pass pipelined=True to an optimizer."
         )
+
+
+def drop_inert_hooks(model: nn.Module) -> None:
+    """Take off a model's forward hooks that say `is_inert`: their owner is gone, or has another copy of the model."""
+    for module in model.modules():
+        before, after = (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+            ),
+        )
+        for hooks, extra in (before, after):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "is_inert", False)]:
+                del hooks[key]
+                extra.pop(key, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from beyondprop.optim.affine_projection import AffineProjection
 from beyondprop.optim.factories import OptimizerFactory, adam, centered_rmsprop
+from beyondprop.optim.layers import register_layer
 from beyondprop.optim.locoprop import LocoProp
 from beyondprop.optim.rmsprop import RMSProp
 
@@ -14,4 +15,5 @@ __all__ = [
     "RMSProp",
     "adam",
     "centered_rmsprop",
+    "register_layer",
 ]

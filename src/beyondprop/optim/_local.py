@@ -180,7 +180,7 @@ def total_moments(layer: LayerMap, inputs: list[Tensor], rows: float | int, *, m
 def _looked_at(calls: list[Call], rows: float | int) -> float:
     count = 0.0
     for call in calls:
-        share = min(1.0, rows if isinstance(rows, float) else rows / max(len(call.x) if call.x.ndim else 1, 1))
+        share = min(1.0, rows if isinstance(rows, float) else rows / max(call.layer.samples(call.x), 1))
         count += share * call.layer.count(call.x)
     return count
 

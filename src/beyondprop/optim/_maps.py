@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import math
 import operator
-from functools import reduce
+from collections.abc import Callable
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from beyondprop.nn.functional import patches
 from beyondprop.optim.projection import RowMoments, moments
 
 _PATCH_LIMIT = 2**24  # numbers in the patches that are held at a time
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 class LayerMap(abc.ABC):
@@ -29,6 +29,7 @@ class LayerMap(abc.ABC):
         name: its dotted name in the model.
 
     Attributes:
+        weight_name, bias_name: of the module's parameters.
         weight, bias, parameters: those that the module had then.
         one_hot: whether rows are, so that X^T X is diagonal and the matrix is the transposed weight.
         features: the dimension of its output that has the units.
@@ -36,8 +37,11 @@ class LayerMap(abc.ABC):
         fan_in: n.
         input_ndim, sample_ndim: dimensions of one sample's input and output.
         padded: arguments of `F.pad` where the input is padded before the map.
+        is_proven: whether the map is known to be the module's.
     """
 
+    weight_name, bias_name = "weight", "bias"
+    is_proven = True
     one_hot = False
     features = -1
     input_ndim = sample_ndim = 1
@@ -45,20 +49,30 @@ class LayerMap(abc.ABC):
 
     def __init__(self, module: Any, name: str = "") -> None:
         self.module, self.name = module, name
-        self.weight: nn.Parameter = module.weight
-        self.bias: nn.Parameter | None = getattr(module, "bias", None)
+        self.weight: nn.Parameter = getattr(module, self.weight_name)
+        self.bias: nn.Parameter | None = getattr(module, self.bias_name, None)
         self.parameters: list[nn.Parameter] = list(module.parameters(recurse=False))
         self.groups: int = getattr(module, "groups", 1)
-        first, rest = module.weight.shape[0], module.weight.shape[1:].numel()
+        first, rest = self.weight.shape[0], self.weight.shape[1:].numel()
         self.units, self.fan_in = (rest, first) if self.one_hot else (first, rest)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the module has the weight and bias still that it had."""
+        own = self.module._parameters
+        return own.get(self.weight_name) is self.weight and own.get(self.bias_name) is self.bias
+
+    def prove(self, x: Tensor, z: Tensor) -> None:
+        """Raise `UnsupportedModelError` unless the module's call on `x` gave what the map gives; once proven it is."""
 
     def state(self) -> tuple[Any, ...]:
         """Return what changes when the parameters are written to or exchanged.
 
-        Writing through `.data` is not counted by torch: on a CPU a few entries show it, elsewhere they would be waited for.
+        torch does not count what is written through `.data`. On a CPU that is noticed in a bias, and where it changes a whole
+        row or column of a weight; of single entries about one in `min(rows, columns)` is seen. On other devices it is not
+        noticed: they would be waited for.
         """
-        shown = (p.detach()[0].flatten()[:4].tolist() if p.is_cpu and len(p) else None for p in self.parameters)
-        return tuple([(p._version, p.data_ptr(), some) for p, some in zip(self.parameters, shown, strict=True)])
+        return tuple([(p._version, p.data_ptr(), _shown(p) if p.is_cpu else None) for p in self.parameters])
 
     @abc.abstractmethod
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,6 +93,10 @@ class LayerMap(abc.ABC):
     def moments(self, x: Tensor, *, mirror: bool = True) -> RowMoments:
         """Return the moments of the rows; `mirror` as for `projection.gram`."""
         return moments(self.rows(x), mirror=mirror)
+
+    def samples(self, x: Tensor) -> int:
+        """Return the length of the first dimension of a captured input; 1 where it has none besides the layer's own."""
+        return 1 if x.ndim == self.input_ndim else x.shape[0]
 
     def prepare(self, x: Tensor) -> Tensor:
         """Return the captured input as the other methods take it, batch first."""
@@ -107,6 +125,27 @@ class LayerMap(abc.ABC):
     def unmatrix(self, matrix: Tensor) -> Tensor:
         """Undo `matrix`."""
         return matrix.squeeze(0).t() if self.one_hot else matrix.reshape(self.weight.shape)
+
+
+def _shown(p: Tensor) -> float:
+    """Return a sum over entries of a tensor, of which every row and every column, as of a matrix, has at least one."""
+    p = p.detach()
+    if not (p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))):
+        p = p.contiguous()
+    count = p.numel()
+    stride = _stride(len(p), count // len(p)) if p.ndim > 1 and count else 1
+    # In the order of memory, whichever that is.
+    entries = p.as_strided(((count + stride - 1) // stride,), (stride,)) if count else p
+    return (entries.float() if p.dtype.itemsize == 2 else entries).sum().item()  # halves overflow
+
+
+@cache
+def _stride(rows: int, columns: int) -> int:
+    # At most as long as a row, it meets every row; without a common factor and short enough to go around, every column.
+    stride = min(rows, columns)
+    while math.gcd(stride, rows * columns) > 1:
+        stride -= 1
+    return stride
 
 
 class LinearMap(LayerMap):
@@ -211,8 +250,25 @@ class EmbeddingMap(LayerMap):
         return RowMoments(counts, counts.clone(), counts.sum())
 
 
+MAPS: dict[type[nn.Module], tuple[Callable[[Any, str], LayerMap], str]] = {
+    nn.Linear: (LinearMap, "weight"),
+    nn.Conv1d: (ConvMap, "weight"),
+    nn.Conv2d: (ConvMap, "weight"),
+    nn.Conv3d: (ConvMap, "weight"),
+    nn.Embedding: (EmbeddingMap, "weight"),
+}
+"""What makes the map of a layer, and the name of its weight, by its type; `layers.register_layer` adds to it."""
+
+
+def layer_type(module: nn.Module) -> type[nn.Module] | None:
+    """Return the type in `MAPS` that a module is of, None where it has a forward pass of its own or no parameter as weight."""
+    own = type(module).forward
+    kind = next((kind for kind in type(module).__mro__ if kind in MAPS and kind.forward is own), None)
+    return kind if kind and isinstance(module._parameters.get(MAPS[kind][1]), nn.Parameter) else None
+
+
 def layer_map(module: nn.Module, name: str = "") -> LayerMap:
-    """Return the map of a layer of a type in `LAYERS`."""
-    if isinstance(module, nn.Linear):
-        return LinearMap(module, name)
-    return EmbeddingMap(module, name) if isinstance(module, nn.Embedding) else ConvMap(module, name)
+    """Return the map of a layer that has a `layer_type`."""
+    kind = layer_type(module)
+    assert kind is not None
+    return MAPS[kind][0](module, name)

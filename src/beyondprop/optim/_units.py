@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,15 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.optim._maps import LAYERS, LayerMap, layer_map
+from beyondprop.optim._maps import LayerMap, layer_map, layer_type
+from beyondprop.optim._samples import Batch
 from beyondprop.optim.matching import Transfer
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """One forward pass of the whole model: how many samples it had."""
-
-    samples: int
 
 
 @dataclass(slots=True, eq=False)
@@ -84,10 +79,9 @@ def find_layers(root: nn.Module, exclude: tuple[str, ...]) -> list[LayerMap]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"exclude has {pattern!r}, which fits no module of the model; its modules are {names}.")
     layers = []
-    # The projections of MultiheadAttention are never called as modules; its parameters count as any others.
-    inside = {id(m) for a in root.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    inside = {id(m) for a in _attention(root) for m in a.modules()}
     for name, module in root.named_modules():
-        if not _is_layer(module) or id(module) in inside or any(fnmatchcase(name, pattern) for pattern in exclude):
+        if layer_type(module) is None or id(module) in inside or any(fnmatchcase(name, pattern) for pattern in exclude):
             continue
         reason = _refusal(module)
         if reason is None:
@@ -99,17 +93,46 @@ def find_layers(root: nn.Module, exclude: tuple[str, ...]) -> list[LayerMap]:
     if not any(p.requires_grad for layer in layers for p in layer.parameters):
         raise ValueError(
             "The model has no trainable Linear, Conv or Embedding layer to capture"
-            + (f" besides exclude={list(exclude)}." if exclude else ".")
+            + (f" besides exclude={list(exclude)}" if exclude else "")
+            + "; register_layer makes others known."
         )
     return layers
 
 
-def _is_layer(module: nn.Module) -> bool:
-    # A subclass with a forward of its own may do anything with its weight; a parametrized weight is no parameter.
-    own = next((kind for kind in LAYERS if isinstance(module, kind)), None)
-    if own is None or type(module).forward is not own.forward:
-        return False
-    return isinstance(module._parameters.get("weight"), nn.Parameter)
+def _attention(root: nn.Module) -> list[nn.Module]:
+    """Return the MultiheadAttentions, whose projections are never called as modules: their parameters count as any others."""
+    return [m for m in root.modules() if isinstance(m, nn.MultiheadAttention)]
+
+
+def left_over(root: nn.Module, others: list[tuple[str, nn.Parameter]], exclude: tuple[str, ...]) -> str | None:
+    """Return what to say of trainable weights that are neither captured nor excluded; None where they are few."""
+    modules = dict(root.named_modules())
+    inside = {id(m): a for a in _attention(root) for m in a.modules()}
+    left: Counter[str] = Counter()
+    of_kind: dict[str, str] = {}
+    for name, p in others:
+        path = name.split(".")[:-1]
+        places = [".".join(path[:depth]) for depth in range(bool(path), len(path) + 1)]
+        if p.requires_grad and not any(fnmatchcase(place, pattern) for place in places for pattern in exclude):
+            module = modules[places[-1]]
+            kind = type(inside.get(id(module), module)).__name__
+            left[kind] += p.numel()
+            of_kind.setdefault(kind, places[-1])
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in root.parameters()):
+        return None  # lazy ones that are excluded have no numbers yet
+    whole = sum(p.numel() for p in root.parameters() if p.requires_grad)
+    if left.total() <= _LARGE * whole:
+        return None
+    kinds = ", ".join(f"{kind} {count / whole:.0%}" for kind, count in left.most_common(3))
+    example = of_kind[left.most_common(1)[0][0]]
+    return (
+        f"{left.total() / whole:.0%} of the trainable weights are in no layer that is captured, and take steps of the base "
+        f"optimizer: those of {kinds}. Where these are linear layers of another package, make them known by register_layer; "
+        f"where it is meant, name them in exclude, such as exclude=[{example!r}]."
+    )
+
+
+_LARGE = 0.4  # more than the packed projections of a transformer's blocks
 
 
 def _refusal(module: Any) -> str | None:
@@ -122,7 +145,7 @@ def _refusal(module: Any) -> str | None:
             return f"has a {what} of type {type(p.data).__name__}: sharded weights have no local problem"
     if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None or module.scale_grad_by_freq):
         what = "sparse" if module.sparse else "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
-        return f"is an Embedding with {what}, which is not supported"
+        return f"is an Embedding with {what}, of another gradient; build it without"
     return None
 
 

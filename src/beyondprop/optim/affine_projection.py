@@ -12,6 +12,7 @@ input factor of K-FAC (FOOF, Benzing 2022; ISAAC, Petersen et al. 2023).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim._capture import Capture
 from beyondprop.optim._local import sum_over_ranks, total_moments
+from beyondprop.optim._samples import refusal
 from beyondprop.optim._units import Unit
 from beyondprop.optim.projection import RowMoments, joined, parted, solve_dual, solve_primal, widened
 
 
 class AffineProjection:
-    """Preconditions the gradients of every Linear, Conv1d/2d/3d and Embedding over the mini-batch, for any optimizer.
+    """Preconditions the gradients of every Linear, Conv, Embedding and registered layer over the mini-batch, for any optimizer.
 
     `projection.step()` goes between `loss.backward()` and `optimizer.step()` and rewrites `.grad` in place. Parameters of other
     kinds keep their gradient.
@@ -40,16 +42,19 @@ class AffineProjection:
         damping: eps relative to the mean squared length of the inputs, >= 0. At 0 targets are met exactly wherever they can
             be, by the least change of the weights.
         reduction: how the loss averages over the N samples of a batch: with `"mean"` gradients are multiplied by N, so that
-            the learning rate does not depend on it; `"sum"` takes them as they are.
+            the learning rate does not depend on it; `"sum"` takes them as they are. N is the length of the first dimension of
+            what the model is called with, or what `step` is told.
         side: the linear system to solve: over `"inputs"` (fan-in), over `"samples"` (rows of the batch), or the `"smaller"`.
-        rows: samples that X^T X is estimated from, a share in (0, 1] of the batch or their number; default: all. Fewer meet the
-            targets no longer exactly, at a fraction of the cost where convolutions have many positions.
+        rows: samples, along the first dimension of a layer's input, that X^T X is estimated from, a share in (0, 1] of the
+            batch or their number; default: all. Fewer meet the targets no longer exactly, at a fraction of the cost where
+            convolutions have many positions.
         forgetting: e in (0, 1]: weight of the newest batch in a running X^T X; 1: no memory. Below 1 all layers solve over
             inputs.
         refresh: steps between two factorisations of the running X^T X.
         nonfinite: what `step` does where a gradient is not finite: `"raise"`, or `"keep"` all gradients as they are, for loops
             with `GradScaler`, which then skips the optimizer's step.
         exclude: names or patterns of layers whose gradients are left alone.
+        pipelined: whether this process trains layers of its own, as one rank of a pipeline does.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of its range.
@@ -76,6 +81,7 @@ class AffineProjection:
         refresh: int = 1,
         nonfinite: str = "raise",
         exclude: Iterable[str] = (),
+        pipelined: bool = False,
     ) -> None:
         self.nonfinite = _checks.one_of("nonfinite", nonfinite, ("raise", "keep"))
         self.damping = _checks.non_negative("damping", damping)
@@ -86,7 +92,7 @@ class AffineProjection:
         self.forgetting = float(forgetting)
         self.refresh = _checks.at_least("refresh", refresh, 1)
         self.rows = _checks.share("rows", rows)
-        self._capture = Capture(model, exclude)
+        self._capture = Capture(model, exclude, pipelined=pipelined)
         estimated = forgetting < 1 or rows is not None or self._capture.group is not None
         if side == "samples" and estimated:
             raise ValueError(f"{_NO_SAMPLES} forgetting < 1, rows or DistributedDataParallel.")
@@ -101,16 +107,31 @@ class AffineProjection:
                 )
         self._running: dict[str, _Running] = {}
         self._capture.gradients = side != "inputs" and not estimated
+        self._capture.counts = reduction == "mean"
         self._capture.attach()
 
+    def __repr__(self) -> str:
+        names = ("damping", "reduction", "side", "rows", "forgetting", "refresh", "nonfinite")
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return (
+            f"AffineProjection({type(self._capture.root).__name__} with {len(self._capture.layers)} layers, {settings})"
+        )
+
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, samples: float | None = None) -> None:
         """Rewrite the gradients of all captured layers.
+
+        Args:
+            samples: N, over how many samples the loss averaged since the last step, on this rank, > 0. Default: the length of
+                the first dimension of what the model was called with, summed over calls.
 
         Raises:
             NonFiniteError: if a gradient or an input is not finite; no gradient was changed.
-            UnsupportedModelError: if a gradient is sparse or has no captured call; no gradient was changed.
+            UnsupportedModelError: if a gradient is sparse or has no captured call, if a weight is used besides its layer's
+                calls, or if N is doubtful and was not given; no gradient was changed.
+            ValueError: if `samples` is no number > 0.
         """
+        samples = None if samples is None else float(_checks.positive("samples", samples))
         try:
             if self.side == "samples" and self._capture.group is not None:
                 raise UnsupportedModelError(f"{_NO_SAMPLES} DistributedDataParallel.")
@@ -120,11 +141,14 @@ class AffineProjection:
                 if self.nonfinite == "keep":
                     return
                 raise
+            doubt = self._capture.doubt() if samples is None and self.reduction == "mean" else None
+            if doubt is not None and self._capture.group is None:
+                raise refusal(doubt)
             solved = []
             for unit in self._capture.units:
                 if (unit.calls or self._capture.group is not None) and any(p.grad is not None for p in unit.parameters):
                     try:
-                        solved.append((unit, self._solve(unit)))
+                        solved.append((unit, self._solve(unit, doubt or samples)))
                     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                         raise _unsolvable(unit.name) from error
                 unit.calls.clear()
@@ -138,13 +162,20 @@ class AffineProjection:
         finally:
             self._capture.clear()
 
-    def _solve(self, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
-        """Return a unit's new gradients, in the shapes of weight and bias; None where there was none."""
+    def _solve(self, unit: Unit, given: float | str | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return a unit's new gradients, in the shapes of weight and bias; None where there was none.
+
+        `given` is the number of samples where it was, or why it is doubtful, which all ranks then refuse.
+        """
         own, calls = unit.layers[0], unit.calls
         p, q = own.weight, own.bias
-        samples = torch.tensor(float(sum(b.samples for b in {call.batch for call in calls})), device=p.device)
+        if given is None:
+            given = float(sum(b.samples for b in {call.batch for call in calls}))
+        samples = torch.tensor(math.nan if isinstance(given, str) else given, device=p.device)
         sum_over_ranks([samples], self._capture.group)
-        samples = max(float(samples), 1.0)
+        if math.isnan(samples := float(samples)):
+            raise refusal(given if isinstance(given, str) else "on another rank that is doubtful")
+        samples = max(samples, 1.0)
         factor = samples if self.reduction == "mean" else 1.0
         bias = None if q is None or q.grad is None else widened(q.grad).view(own.groups, -1) * factor
         if p.grad is None:  # the bias alone: its one input is 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,7 +27,7 @@ from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim import _graph, matching
 from beyondprop.optim._capture import Capture
 from beyondprop.optim._local import LOSSES, Buffers, LocalProblem, bound, keep_finite, whole_precision
-from beyondprop.optim._units import Unit
+from beyondprop.optim._units import Unit, left_over
 from beyondprop.optim.factories import OptimizerFactory
 from beyondprop.optim.matching import Transfer
 from beyondprop.optim.rmsprop import RMSProp
@@ -40,7 +41,7 @@ SETTINGS = ("lr", "target_lr", "local_steps", "loss")
 
 
 class LocoProp(torch.optim.Optimizer):
-    """Drop-in optimizer: local loss optimization in every Linear, Conv1d/2d/3d and Embedding of any module graph.
+    """Drop-in optimizer: local loss optimization in every Linear, Conv, Embedding and registered layer of any module graph.
 
     The loop is the usual one: `zero_grad()`, `loss.backward()`, `step()`. Hooks keep each layer's inputs, and outputs where
     the loss needs them, from the backward pass until `step`. Parameters of other kinds (norms, free ones, attention's packed
@@ -58,7 +59,8 @@ class LocoProp(torch.optim.Optimizer):
         loss: `"matching"` (LocoProp-M), `"squared"` (LocoProp-S), or `"quadratic"`: the matching loss with each unit's slope
             averaged over the batch, which costs what the squared one does.
         rows: samples that each local step after the first looks at: a share in (0, 1] of the batch, or their number.
-            Blocks of the batch take turns, so it should be shuffled; X^T X comes from the first. Default: all.
+            Blocks of the batch take turns, so it should be shuffled; X^T X comes from the first. Default: all. They are counted
+            along the first dimension of a layer's input: in sequence-first nets, over time steps.
         gram: corrections of the squared loss by X^T X, whose cost does not depend on the batch size: True, False, or None for
             where it is cheaper.
         momentum, alpha, eps: of the local `RMSProp`, whose state persists across batches; ignored with `local_optimizer`.
@@ -72,8 +74,10 @@ class LocoProp(torch.optim.Optimizer):
             `beyondprop.optim.matching.NAMES` or a `Transfer`. What is not named is read from the autograd graphs of the first
             step's backward passes; see `transfers`. Where it cannot be read, a warning names the layer.
         layers: settings for single layers, by name or pattern: `{"head": {"lr": 1e-6, "local_steps": 2}}`.
-        exclude: names or patterns of layers that are left to `base`.
+        exclude: names or patterns of layers that are left to `base`, or of other modules, of which no warning is then given.
         base: factory of the optimizer of all other parameters; default Adam, lr 1e-3.
+        pipelined: whether this process trains layers of its own, as one rank of a pipeline does: its local steps then need no
+            other. Else several processes without a `DistributedDataParallel` are refused, as their weights would drift apart.
 
     Attributes:
         transfers: name of the transfer function by layer, as far as they are known: after the first backward pass all are.
@@ -112,6 +116,7 @@ class LocoProp(torch.optim.Optimizer):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         exclude: Iterable[str] = (),
         base: OptimizerFactory | None = None,
+        pipelined: bool = False,
     ) -> None:
         defaults = {"lr": lr, "target_lr": target_lr, "local_steps": local_steps, "loss": loss}
         _check_settings(defaults)
@@ -128,7 +133,7 @@ class LocoProp(torch.optim.Optimizer):
             raise TypeError(
                 f"local_optimizer must be callable with parameters and lr=, got {type(local_optimizer).__name__}."
             )
-        self._capture = Capture(model, exclude)
+        self._capture = Capture(model, exclude, pipelined=pipelined)
         names = [layer.name for layer in self._capture.layers]
         for what, patterns in (("layers", layers or {}), ("transfer", transfer or {})):
             for pattern in patterns:
@@ -157,7 +162,9 @@ class LocoProp(torch.optim.Optimizer):
             for group in self._base.param_groups:
                 group.setdefault("name", "base")
         super().__init__([group for o in self._owned() for group in o.param_groups], {})
-        self.defaults = defaults
+        momenta = [local.param_groups[0].get("momentum") for local in self._locals]
+        # What cycles momentum looks for it here, and finds that of the local steps in the groups.
+        self.defaults = defaults if None in momenta else defaults | {"momentum": momenta[0]}
         self._share()
         self._transfers = {
             name: f if isinstance(f, Transfer) else matching.transfer(f)
@@ -167,9 +174,11 @@ class LocoProp(torch.optim.Optimizer):
         }
         self._reader = _graph.Reader()
         self._watch()
-        self._capture.on_start = self._watch
+        self._capture.on_start = weakref.WeakMethod(self._watch)
         self._capture.on_arrival = self._reader.read
         self._capture.attach()
+        if (left := left_over(self._capture.root, self._capture.others, self._capture.exclude)) is not None:
+            warnings.warn(left, stacklevel=2)
 
     def _owned(self) -> list[torch.optim.Optimizer]:
         return self._locals if self._base is None else [*self._locals, self._base]
@@ -199,13 +208,14 @@ class LocoProp(torch.optim.Optimizer):
                 f"transfer={{{unknown[0]!r}: 'relu'}}, or 'identity' for the squared loss."
             )
         called = {call.layer.name for unit in self._capture.units for call in unit.calls} & watched
-        if unread := sorted(name for name in called if isinstance(found.get(name, _graph.CUT), str)):
-            warnings.warn(
-                f"The transfer functions behind the layers {unread} could not be read: what follows is {_graph.CUT}, as in a "
-                "reentrant checkpoint or where backward() was given a gradient. These layers take the squared loss; name "
-                f"the functions, such as transfer={{{unread[0]!r}: 'tanh'}}, or 'identity' for the squared loss.",
-                stacklevel=4,
-            )
+        for why in (_graph.CUT, _graph.PARTS):
+            if unread := sorted(name for name in called if found.get(name, _graph.CUT) == why):
+                warnings.warn(
+                    f"The transfer functions behind the layers {unread} could not be read: what follows is {why}. These layers "
+                    f"take the squared loss; name the functions, such as transfer={{{unread[0]!r}: 'tanh'}}, or 'identity' for "
+                    "the squared loss.",
+                    stacklevel=4,
+                )
         identity = matching.transfer("identity")
         self._transfers = {n: identity if isinstance(f, str) else f for n, f in found.items()} | self._transfers
         self._watch()
@@ -227,7 +237,8 @@ class LocoProp(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: if a gradient is not finite; no weight was changed.
-            UnsupportedModelError: if a gradient is sparse or has no captured call; no weight was changed.
+            UnsupportedModelError: if a gradient is sparse or has no captured call, or if a weight is used besides its layer's
+                calls; no weight was changed.
             Exception: whatever the optimizers inside raise, such as for want of memory; no weight was changed then, either.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -362,6 +373,7 @@ class LocoProp(torch.optim.Optimizer):
         memo[id(self)] = new
         # A scheduler replaces `step` by a function that is bound to the original.
         new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "step"})
+        new._capture.on_start = weakref.WeakMethod(new._watch)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -371,7 +383,8 @@ class LocoProp(torch.optim.Optimizer):
 def _check_optimizer(name: str, optimizer: Any) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
-            f"{name} must return a torch optimizer whose step takes no closure, got {type(optimizer).__name__}."
+            f"{name} must return a torch optimizer whose step takes no closure, got {type(optimizer).__name__}; Adam and SGD "
+            "are such."
         )
 
 

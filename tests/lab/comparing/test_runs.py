@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import InterruptAt
 
 from beyondprop import data
 from beyondprop.data import Dataset
@@ -18,7 +19,6 @@ from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.lab import registry, report
 from beyondprop.lab.comparing import comparison, tuning
 from beyondprop.lab.comparing.comparison import compare, resume
-from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
 from beyondprop.lab.runs.recorded import read_rows
@@ -63,18 +63,6 @@ def comparable(path: Path) -> list[dict[str, Any]]:
 
 def config_of(path: Path) -> dict[str, Any]:
     return tomllib.loads((path / "config.toml").read_text())
-
-
-class InterruptAt(Observer):
-    """Presses Ctrl-C at the n-th row."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def row(self, member: Member, row: dict[str, Any]) -> None:
-        self.count -= 1
-        if self.count == 0:
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_run_directory_is_complete_and_readable(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import InterruptAt
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -31,20 +31,10 @@ SETTINGS = Settings(nets=("mlp:6x1",), rules=("adam", "sgd"), seeds=(0,), epochs
 TUNED = Settings(nets=("mlp:6x1",), rules=("sgd",), seeds=(0,), epochs=1, batch_size=20, alignment=False, tune=True)
 
 
-class StopAt(Observer):
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def row(self, member: Member, row: dict[str, Any]) -> None:
-        self.count -= 1
-        if self.count == 0:
-            signal.raise_signal(signal.SIGINT)
-
-
 def stopped(path: Path, task: Any) -> Path:
     """Stop in the second contender's training, two epochs before its end."""
     with pytest.raises(KeyboardInterrupt):
-        compare(SETTINGS, task=task, out=path, observer=StopAt(7))
+        compare(SETTINGS, task=task, out=path, observer=InterruptAt(7))
     return path
 
 
@@ -303,7 +293,7 @@ def test_long_names_and_lone_surrogates_are_written_and_read(tmp_path: Path, tas
     both = Settings(**{**vars(settings), "nets": (name, "small")})
     nets = {name: net, "small": net}
     with contextlib.suppress(KeyboardInterrupt):
-        compare(both, task=task, nets=nets, out=tmp_path / "run", observer=StopAt(6))
+        compare(both, task=task, nets=nets, out=tmp_path / "run", observer=InterruptAt(6))
     resume(tmp_path / "run", task=task, nets=nets)
     run = read_run(tmp_path / "run")
     assert [run.seeds(info.name)["done"] for info in run.contenders] == [(0,)] * 4
@@ -334,7 +324,7 @@ def test_settings_that_cannot_be_gone_on_with_have_their_file(
 ) -> None:
     settings = Settings(nets=("mlp:6x1",), rules=("adam", "sgd"), seeds=(0,), epochs=3, batch_size=500, alignment=False)
     with pytest.raises(KeyboardInterrupt):
-        compare(settings, out=tmp_path / "run", observer=StopAt(7))
+        compare(settings, out=tmp_path / "run", observer=InterruptAt(7))
     edit(aged(tmp_path / "run") / "config.toml", old, new)
     assert main(["compare", "--resume", str(tmp_path / "run"), "--quiet"]) in (1, 2)
     assert re.search(said, capsys.readouterr().err)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import InterruptAt
 
 from beyondprop.cli import main
 from beyondprop.lab import Settings, Task, compare, resume
-from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.registry import rules
 from beyondprop.lab.report import read_run
 from beyondprop.lab.runs import directory as module
@@ -25,16 +24,6 @@ from beyondprop.lab.runs.recorded import read_rows
 
 CONFIG: dict[str, Any] = {"data": "digits", "nets": [], "contenders": []}
 SETTINGS = Settings(nets=("mlp:6x1",), rules=("adam", "sgd"), seeds=(0,), epochs=3, batch_size=20, alignment=False)
-
-
-class StopAt(Observer):
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def row(self, member: Member, row: dict[str, Any]) -> None:
-        self.count -= 1
-        if self.count == 0:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture
@@ -47,7 +36,7 @@ def task() -> Task:
 def stopped(path: Path, task: Any, at: int = 7) -> Path:
     """Stop in the second contender's training, two epochs before its end."""
     with pytest.raises(KeyboardInterrupt):
-        compare(SETTINGS, task=task, out=path, observer=StopAt(at))
+        compare(SETTINGS, task=task, out=path, observer=InterruptAt(at))
     with RunDirectory.open(path) as run:
         assert run.ended("adam", 0)
         assert not run.ended("sgd", 0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import ADAM, mlp
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
@@ -101,6 +104,91 @@ def test_fit_takes_tensors_without_test_rows() -> None:
     history = fit(Backprop(mlp(6, 8, 1), nn.MSELoss(), ADAM), rows(), epochs=2, batch_size=7)
     assert [set(row) & {"loss", "accuracy"} for row in history.evaluations] == [set()] * 3
     assert history.evaluations[-1]["samples"] == 120
+
+
+FUNCTIONS: dict[str, Any] = {
+    "sum": lambda z, y: (z - y).square().sum(),
+    "partial sum": partial(F.mse_loss, reduction="sum"),
+    "root": lambda z, y: (z - y).square().mean().sqrt(),
+    "weighted": lambda z, y: ((z - y).square() * y.abs()).sum() / y.abs().sum(),
+    "module": nn.PairwiseDistance(),
+    "mean": F.mse_loss,
+    "mean of its own": lambda z, y: (z - y).abs().mean(),
+    "says it": nn.MSELoss(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_loss_is_what_it_is_on_all_rows(name: str) -> None:
+    model, loss = nn.Linear(6, 1), FUNCTIONS[name]
+    if name == "module":
+        loss = _Mean(loss)
+    x, y = rows(2500)
+    right = float(loss(model(x), y).detach())
+    loader = DataLoader(TensorDataset(x, y), batch_size=700)
+    for given in ((x, y), loader, SimpleNamespace(x_train=x, y_train=y, x_test=x, y_test=y)):
+        assert evaluate(model, given, loss)["loss"] == pytest.approx(right, rel=1e-5)
+    for training, test in ((loader, loader), (loader, (x, y)), ((x, y), (x, y))):
+        rule = Backprop(copy.deepcopy(model), loss, partial(torch.optim.SGD, lr=0.0))
+        assert fit(rule, training, test=test, epochs=1).evaluations[-1]["loss"] == pytest.approx(right, rel=1e-5)
+
+
+class _Mean(nn.Module):
+    def __init__(self, distance: nn.Module) -> None:
+        super().__init__()
+        self.distance = distance
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.distance(z, y).mean() + self.distance(z[:1], y[:1]).sum()
+
+
+def test_a_loss_on_batches_of_several_lengths_says_how_it_reduces() -> None:
+    batches = [(torch.randn(3, steps, 6), torch.zeros(3, steps, 1)) for steps in (4, 5)]
+
+    def own(z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).square().mean()
+
+    with pytest.raises(ValueError, match=r"shapes \[\(\(4, 1\), \(4, 1\)\), .*Set its attribute reduction"):
+        evaluate(nn.Linear(6, 1), batches, own)
+    own.reduction = "mean"  # type: ignore[attr-defined]
+    assert evaluate(nn.Linear(6, 1), batches, own)["loss"] > 0
+
+
+def test_evaluate_takes_a_data_set_as_fit_does() -> None:
+    digits = data.load("digits")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert evaluate(model, digits) == evaluate(model, (digits.x_test, digits.y_test))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (SimpleNamespace(x_train=1, y_train=2), ValueError, r"SimpleNamespace has no test rows .*rows\.x_train"),
+        (TensorDataset(*rows()), TypeError, "a pair of tensors .*, or a DataLoader; got TensorDataset"),
+        (rows()[0], TypeError, "got Tensor"),
+        ({"x": rows()[0]}, TypeError, "got dict"),
+        (None, TypeError, "got NoneType"),
+        (3.0, TypeError, "got float"),
+    ],
+)
+def test_what_cannot_be_evaluated_on_is_refused_by_name(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(nn.Linear(6, 1), given)
+
+
+@pytest.mark.parametrize(
+    ("training", "test", "message"),
+    [
+        (DataLoader(TensorDataset(*rows())), data.load("digits"), r"\(x, y\) or a DataLoader, got Dataset"),
+        (rows(), DataLoader(TensorDataset(*rows())), r"a pair of tensors \(x, y\), got DataLoader"),
+        (rows(), rows()[:1], "got 1 parts"),
+        (SimpleNamespace(x_train=rows()[0], y_train=rows()[1]), rows(), "a SimpleNamespace has its own test rows"),
+        (tasks.load("digits"), rows(), "has its own test rows"),
+    ],
+)
+def test_test_rows_that_are_none_are_refused_by_name(training: Any, test: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fit(Backprop(nn.Linear(6, 1), nn.MSELoss(), ADAM), training, test=test, epochs=1)
 
 
 def test_fit_takes_a_loader_as_it_takes_tensors() -> None:

@@ -368,3 +368,11 @@ def test_evaluate_leaves_ignored_rows_out(loss: Any) -> None:
 def test_evaluate_refuses_targets_that_broadcast(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"y has shape \(20,\), the output \(20, 1\)"):
         evaluate(nn.Linear(5, 1), (torch.randn(20, 5), torch.randn(20)), loss)
+
+
+def test_evaluations_answer_to_the_names_of_older_versions() -> None:
+    row = fit(sgd(make_net()), make_data(), epochs=0.5, batch_size=10).evaluations[-1]
+    assert row["test_accuracy"] == row["validation_accuracy"] == row["accuracy"]
+    assert "test_accuracy" not in row
+    with pytest.raises(KeyError, match="test_r2"):
+        row["test_r2"]

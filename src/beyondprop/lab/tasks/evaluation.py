@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop.lab.tasks.base import Kind
@@ -17,10 +18,41 @@ ROWS = 1024
 
 
 def measured(model: nn.Module, kind: Kind, pairs: Iterable[tuple[Any, Tensor]]) -> dict[str, float]:
-    """Return a kind's numbers over pairs of inputs and targets; the device is read once."""
+    """Return a kind's numbers over pairs of inputs and targets; the device is read once.
+
+    Raises:
+        ValueError: if the loss has to be called on all rows at once, and they cannot be put together.
+    """
     with evaluation_mode(model), torch.inference_mode():
-        sums = torch.stack([kind.part(model(x), y) for x, y in pairs]).sum(0)
+        parts: Iterable[tuple[Any, Tensor]] = ((model(x), y) for x, y in pairs)
+        if not adds_up(kind.loss):
+            parts = _joined(list(parts))
+        sums = torch.stack([kind.part(*part) for part in parts]).sum(0)
     return kind.numbers(sums.tolist())
+
+
+def adds_up(loss: Any) -> bool:
+    """Whether a loss says how it reduces, so that its value over all rows is known from its values over parts of them.
+
+    Any other function may be a sum, a root or a quotient: it is what it is only on all rows.
+    """
+    own = loss.loss if isinstance(loss, OutputLoss) else loss
+    return hasattr(own, "reduction") or own in _MEANS
+
+
+_MEANS = (F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.binary_cross_entropy_with_logits)
+
+
+def _joined(parts: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    if len(parts) < 2 or not all(isinstance(tensor, Tensor) for part in parts for tensor in part):
+        return parts
+    shapes = {(tuple(output.shape[1:]), tuple(y.shape[1:])) for output, y in parts}
+    if len(shapes) > 1:
+        raise ValueError(
+            "The loss does not say how it reduces, so that it is called on all rows at once, and the batches have outputs and "
+            f"targets of the shapes {sorted(shapes)} a row. Set its attribute reduction to 'mean' or 'sum'."
+        )
+    return [(torch.cat([output for output, _ in parts]), torch.cat([y for _, y in parts]))]
 
 
 def loss_sums(loss: LossFunction, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

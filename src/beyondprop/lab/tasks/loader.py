@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
 
 from beyondprop import _checks
 from beyondprop.lab.tasks.base import Kind, Metric, Task
@@ -122,6 +123,17 @@ def kind_of(loss: LossFunction, y: Any) -> Kind:
     return Classification(loss) if is_labels else LossOnly(loss)
 
 
+def _check_test(rows: Any, test: Any) -> None:
+    is_loader = isinstance(rows, DataLoader)
+    if not (is_loader or _is_pair(rows)):
+        raise TypeError(
+            f"test goes beside a pair of tensors or a DataLoader; a {type(rows).__name__} has its own test rows."
+        )
+    if not (_is_pair(test) or (is_loader and isinstance(test, DataLoader))):
+        given = f"{len(test)} parts" if isinstance(test, tuple | list) else type(test).__name__
+        raise TypeError(f"test must be a pair of tensors (x, y){' or a DataLoader' * is_loader}, got {given}.")
+
+
 def as_task(rows: Any, loss: LossFunction, test: Any = None) -> Task | LoaderTask:
     """Return what `fit` or `evaluate` was given as a task.
 
@@ -134,17 +146,17 @@ def as_task(rows: Any, loss: LossFunction, test: Any = None) -> Task | LoaderTas
     Raises:
         TypeError: if it is something else; the message says what is accepted.
     """
+    if test is not None:
+        _check_test(rows, test)
     if hasattr(rows, "evaluate") and hasattr(rows, "metrics"):
         return rows
     if isinstance(rows, DataLoader):
-        if not hasattr(rows, "__len__") or isinstance(rows.dataset, torch.utils.data.IterableDataset):
+        if not hasattr(rows, "__len__") or isinstance(rows.dataset, IterableDataset):
             raise TypeError("A DataLoader over an IterableDataset has no known length; give a map-style dataset.")
         with torch.random.fork_rng(devices=[]):
             first = next(iter(test), (None, None)) if isinstance(test, DataLoader) else test or (None, None)
         return LoaderTask(rows, test, kind_of(loss, first[1]))
     if _is_pair(rows):
-        if test is not None and not isinstance(test, tuple | list):
-            raise TypeError(f"test must be a pair of tensors like the training rows, got {type(test).__name__}.")
         x_test, y_test = test or (None, None)
         found: dict[str, Any] = {"x_train": rows[0], "y_train": rows[1], "x_test": x_test, "y_test": y_test}
     elif hasattr(rows, "x_train") and hasattr(rows, "y_train"):
@@ -165,15 +177,34 @@ def evaluate(model: nn.Module, rows: Any, loss: LossFunction | None = None) -> d
 
     Args:
         model: any module.
-        rows: a task, whose test rows are taken; a pair of tensors `(x, y)`; or a DataLoader of such pairs.
-        loss: `loss(output, y)`, mean or sum over the batch; a task has its own. Default: cross-entropy for labels `(N,)` in
-            int64, else mean squared error.
+        rows: a task or a data set with `x_test` and `y_test`, whose test rows are taken; a pair of tensors `(x, y)`; or a
+            DataLoader of such pairs.
+        loss: `loss(output, y)`; a task has its own. One that says `reduction="sum"` is given per row; one that does not say
+            how it reduces is called once, on all rows. Default: cross-entropy for labels `(N,)` in int64, else mean squared
+            error.
 
     Returns:
         The metrics by key: `"accuracy"` for labels, `"loss"`, ....
+
+    Raises:
+        TypeError: if `rows` is nothing that can be evaluated on; the message says what is.
+        ValueError: if there are no rows, or targets do not fit the outputs.
     """
     if hasattr(rows, "evaluate") and hasattr(rows, "metrics"):
         return rows.evaluate(model)
+    if hasattr(rows, "x_train") or hasattr(rows, "x_test"):
+        if getattr(rows, "x_test", None) is None or getattr(rows, "y_test", None) is None:
+            raise ValueError(
+                f"{type(rows).__name__} has no test rows (x_test and y_test). Give a pair of tensors, such as "
+                "(rows.x_train, rows.y_train)."
+            )
+        rows = rows.x_test, rows.y_test
+    is_map = isinstance(rows, TorchDataset) and not isinstance(rows, IterableDataset)  # of single rows
+    if isinstance(rows, Tensor | str | dict) or not isinstance(rows, Iterable) or is_map:
+        raise TypeError(
+            "rows must be a task, a data set with x_test and y_test, a pair of tensors (x, y), or a DataLoader; got "
+            f"{type(rows).__name__}."
+        )
     with torch.random.fork_rng(devices=[]):  # a loader draws
         pairs = pairs_of(rows, device_of(model))
         first = next(pairs, None)

@@ -97,7 +97,17 @@ class History:
     @property
     def evaluations(self) -> list[Row]:
         """The evaluations alone."""
-        return [row for row in self.rows if row["kind"] == "eval"]
+        return [Evaluation(row) for row in self.rows if row["kind"] == "eval"]
+
+
+class Evaluation(dict[str, Any]):
+    """A row of one evaluation; what older versions called `test_accuracy` or `validation_loss` is `accuracy` and `loss`."""
+
+    def __missing__(self, key: str) -> Any:
+        name = key.removeprefix("test_").removeprefix("validation_")
+        if name == key or name not in self:
+            raise KeyError(key)
+        return self[name]
 
 
 @dataclass
