@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import pairwise
@@ -26,6 +27,7 @@ from beyondprop import (
     OfflineRule,
     data,
 )
+from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.nn import ElmanCell, Recurrent
 from beyondprop.stages.chain import Chain, Trace
 from beyondprop.stages.losses import LossFunction, OutputLoss
@@ -287,3 +289,24 @@ def offline_rule(
 
 def sweeps(rule: OfflineRule, x: Tensor, y: Tensor, count: int) -> list[float]:
     return [float(rule.step(x, y).loss) for _ in range(count)]
+
+
+def projected(model: nn.Module, loss: Callable[[], Tensor], samples: float | None = None) -> list[Tensor]:
+    """What an affine projection makes of the gradients of `loss()`, which is averaged over `samples`."""
+    projection = AffineProjection(model)
+    loss().backward()
+    projection.step(samples)
+    projection.remove_hooks()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+class InterruptAt(Observer):
+    """Presses Ctrl-C at the n-th row of a comparison."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def row(self, member: Member, row: dict[str, Any]) -> None:
+        self.count -= 1
+        if self.count == 0:
+            signal.raise_signal(signal.SIGINT)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
         CodeProblem,
         Codes,
         Credit,
+        CreditBlock,
+        Credited,
         DifferenceTargetPropagation,
         DirectFeedbackAlignment,
         FeedbackAlignment,
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     )
     from beyondprop.errors import FrozenStageWarning, NonFiniteError, UnsupportedModelError
     from beyondprop.lab import Alignment, RuleSpec, alignment, evaluate, fit, register
-    from beyondprop.optim import AffineProjection, LocoProp
+    from beyondprop.optim import AffineProjection, LocoProp, register_layer
     from beyondprop.rules import (
         ADMM,
         BCD,
@@ -57,6 +59,8 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test has it
     "CodeProblem",
     "Codes",
     "Credit",
+    "CreditBlock",
+    "Credited",
     "Descent",
     "DifferenceTargetProp",
     "DifferenceTargetPropagation",
@@ -84,6 +88,7 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test has it
     "evaluate",
     "fit",
     "register",
+    "register_layer",
 ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 from cases import equal, mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import beyondprop
-from beyondprop import LearningRule
+from beyondprop import Backprop, LearningRule
 from beyondprop.lab import registry
 
 pytestmark = [
@@ -97,3 +100,84 @@ def test_a_bad_batch_is_refused_in_words_of_ours_and_writes_nothing(name: str, s
         if not equal(before, rule.model.state_dict()):
             wrong.append(f"{what}: weights changed")
     assert not wrong, f"{name}, step {steps + 1}:\n" + "\n".join(wrong)
+
+
+class _Checkpointed(nn.Module):
+    """A layer that is computed again in the backward pass, by a backward pass of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(lambda h: torch.tanh(self.layer(h)), x, use_reentrant=True)
+
+
+def _converted(rule: LearningRule) -> None:
+    rule.model.double()
+    rule.step(X.double(), Y)
+
+
+def _without_gradients(rule: LearningRule) -> None:
+    with torch.no_grad():
+        rule.step(X, Y)
+
+
+def _of_inference(what: str) -> Callable[[LearningRule], Any]:
+    with torch.inference_mode():
+        x, y = X.clone(), Y.clone()
+    return lambda rule: rule.step(*{"x": (x, Y), "y": (X, y), "both": (x, y)}[what])
+
+
+SURROUNDINGS: dict[str, Callable[[LearningRule], Any]] = {
+    "a model that was converted": _converted,
+    "no_grad": _without_gradients,
+    "inputs of inference": _of_inference("x"),
+    "labels of inference": _of_inference("y"),
+    "a batch of inference": _of_inference("both"),
+}
+
+
+def _refused(run: Callable[[], Any]) -> str:
+    """What speaks against the way in which something was refused; nothing where it worked."""
+    try:
+        run()
+    except (ValueError, TypeError) as error:
+        if OURS not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
+            return f"raw {type(error).__name__}: {error}"
+    except Exception as error:
+        return f"raw {type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("name", registry.rules.names())
+def test_odd_surroundings_are_borne_or_refused_in_words_of_ours(name: str) -> None:
+    wrong = []
+    for what, run in SURROUNDINGS.items():
+        rule = _rule(name)
+        for _ in range(2):
+            rule.step(X, Y)
+        if found := _refused(lambda rule=rule, run=run: run(rule)):
+            wrong.append(f"{what}: {found}")
+    checkpointed = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), _Checkpointed(), nn.Linear(5, 3))
+    spec = registry.rules.get(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transfer functions that cannot be read
+        if found := _refused(lambda: spec.build(checkpointed, nn.CrossEntropyLoss(), spec.lr).step(X, Y)):
+            wrong.append(f"a reentrant checkpoint: {found}")
+    assert not wrong, f"{name}:\n" + "\n".join(wrong)
+
+
+def test_what_torch_says_is_the_cause() -> None:
+    rule = _rule("adam")
+    with pytest.raises(ValueError, match=r"^Backprop has no gradient to train by: torch.no_grad\(\) is on") as found:
+        _without_gradients(rule)
+    assert isinstance(found.value.__cause__, RuntimeError)
+    rule.step(X, Y)
+    with pytest.raises(ValueError, match=r"^The state of Adam is torch.float32 and a parameter torch.float64"):
+        _converted(rule)
+    rule.load_state_dict(rule.state_dict())  # the way out
+    rule.step(X.double(), Y)
+    rule = Backprop(mlp(6, 5, 3), lambda z, y: nn.functional.cross_entropy(z.detach(), y), torch.optim.SGD)
+    with pytest.raises(ValueError, match="the model or the loss detaches its output"):
+        rule.step(X, Y)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from beyondprop import AffineProjection, Backprop, LocoProp, UnsupportedModelError
+from beyondprop import AffineProjection, AltMin, Backprop, LocoProp, UnsupportedModelError
 from beyondprop.lab import registry
 
 LOCOPROP: dict[str, Any] = {"lr": 1e-2, "local_steps": 3, "target_lr": 1.0}
@@ -45,6 +45,53 @@ def _late(wrap: bool, rows: slice, projects: bool = False) -> Tensor:
     return torch.cat([p.detach().flatten() for p in inner.parameters()])
 
 
+def _refuse_what_is_not_averaged(x: Tensor, y: Tensor) -> None:
+    """Wrappers whose backward pass the rule does not take, that hold a part of the weights, or that are gone past."""
+    loss = nn.CrossEntropyLoss()
+    blocks = nn.Sequential(*(DistributedDataParallel(m) if isinstance(m, nn.Linear) else m for m in _model()))
+    part = nn.Sequential(DistributedDataParallel(_model()), nn.Linear(3, 3).double())
+    rules = (
+        AltMin(blocks, loss),
+        Backprop(part, loss, lambda p: torch.optim.SGD(p, lr=0.1)),
+    )
+    for rule in rules:
+        with pytest.raises(UnsupportedModelError, match="trains in 2 processes"):
+            rule.step(x, y)
+    inner = _model()
+    optimizer = LocoProp(inner, **LOCOPROP)
+    wrapped = DistributedDataParallel(inner)
+    cross_entropy(wrapped(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    cross_entropy(inner(x), y).backward()
+    with pytest.raises(UnsupportedModelError, match="past its DistributedDataParallel"):
+        optimizer.step()
+
+
+class _Outputs(nn.Module):
+    """A loss and what it does not need, as models of transformers return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.other = mlp(6, 9, 8, activation="tanh")[:2], nn.Linear(9, 3), nn.Linear(9, 2)
+        self.double()
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        h = self.body(x)
+        logits = self.head(h)
+        return {"loss": cross_entropy(logits, y), "logits": logits, "other": self.other(h)}
+
+
+def _behind_outputs(x: Tensor, y: Tensor, settings: dict[str, Any]) -> dict[str, str]:
+    torch.manual_seed(2)
+    model = _Outputs()
+    optimizer = LocoProp(model, transfer={"other": "identity"}, **LOCOPROP)
+    wrapped = DistributedDataParallel(model, **settings)
+    wrapped(x, y)["loss"].backward()
+    optimizer.step()
+    return optimizer.transfers
+
+
 def _two_processes(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -65,6 +112,9 @@ def _two_processes(rank: int, folder: str) -> None:
     rule = Backprop(wrapped, nn.CrossEntropyLoss(), lambda p: torch.optim.SGD(p, lr=0.1))
     rule.step(x[own], y[own])
     found["Backprop"] = torch.cat([p.detach().flatten() for p in wrapped.parameters()])
+    _refuse_what_is_not_averaged(x[own], y[own])
+    for settings in ({"find_unused_parameters": True}, {"static_graph": True}):
+        assert _behind_outputs(x[own], y[own], settings) == {"body.0": "tanh", "head": "softmax", "other": "identity"}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from beyondprop import AffineProjection, Backprop, LearningRule, LocoProp
 from beyondprop.lab import registry
 
-pytestmark = pytest.mark.filterwarnings("ignore::beyondprop.FrozenStageWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::beyondprop.FrozenStageWarning"),
+    pytest.mark.filterwarnings("ignore:.*of the trainable weights are in no layer"),  # recurrent nets under LocoProp
+]
 
 NETS: dict[str, tuple[Callable[[], nn.Sequential], Callable[..., tuple[Tensor, Tensor]]]] = {
     "mlp": (mixed, blobs),

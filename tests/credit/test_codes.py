@@ -160,7 +160,10 @@ def test_l1_shrinks_moved_codes_toward_zero(l1: float, seed: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "newton"}, "solver must be one of 'line_search', 'gradient', 'cg', 'exact', got 'newton'"),
+        (
+            {"solver": "newton"},
+            "solver must be one of 'fitted', 'line_search', 'gradient', 'cg', 'exact', got 'newton'",
+        ),
         ({"damping": -1.0}, "damping must be a finite number >= 0, got -1.0"),
         ({"mu": 0.0}, "mu must be a finite number > 0, got 0.0"),
         ({"mu": float("nan")}, "mu must be a finite number > 0"),

@@ -135,3 +135,16 @@ def test_direct_feedback_takes_inputs_of_one_size() -> None:
         ValueError, match=r"feedback of stage '0' takes 3 outputs to 72 units, this batch has 3 and 128"
     ):
         rule.step(torch.randn(4, 1, 10, 10), torch.arange(4) % 3)
+
+
+def test_without_a_rule_it_has_what_there_is() -> None:
+    credit = DirectFeedbackAlignment()
+    assert credit.state_dict() == {"feedback": {}}
+    credit.load_state_dict(credit.state_dict())
+    with pytest.raises(ValueError, match="has no network yet: build a rule with it"):
+        credit.load_state_dict({"feedback": {"0": torch.ones(2, 3)}})
+    saved = credit.state_dict()
+    rule = LocalRule(mlp(6, 5, 3), nn.CrossEntropyLoss(), credit, Descent())
+    credit.load_state_dict(saved)
+    rule.step(torch.randn(12, 6), torch.arange(12) % 3)
+    assert set(credit.state_dict()) == {"feedback", "weights"}

@@ -218,7 +218,7 @@ def test_bad_arguments() -> None:
     other.bind(Chain(mlp(6, 5, 4, 4, 3)))
     with pytest.raises(ValueError, match=r"holds inverses of \['2', '4'\], this network has \['2'\]"):
         credit.load_state_dict(other.state_dict())
-    with pytest.raises(UnsupportedModelError, match="has a forward pass of its own"):
+    with pytest.raises(UnsupportedModelError, match=r"It branches around 'inner\.2'"):
         DifferenceTargetProp(Residual(4), CE)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import SGD, Residual, convnet, mlp
+from cases import SGD, Residual, blobs, convnet, mlp
 from torch import Tensor, nn
 
 from beyondprop import AltMin, Chain, UnsupportedModelError
@@ -80,6 +81,11 @@ class _Own(nn.Module):
         return self.last(self.act(self.first(x)))
 
 
+class _Choosing(_Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)) if x.sum() > 0 else self.last(self.act(self.first(x)))
+
+
 class _OwnFunctional(_Own):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.act(self.first(x))))
@@ -127,7 +133,12 @@ def test_stages_below_the_lowest_trainable_one_are_not_recorded() -> None:
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "one_stage": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), "linear", "1 stage.*2 or more.*hidden layer"),
     "no_weights": (lambda: nn.Sequential(nn.ReLU()), "linear", "0 stage"),
-    "own_forward": (_Own, "linear", "_Own has a forward pass of its own.*nn.Sequential.*cuts="),
+    "own_forward": (
+        _Choosing,
+        "linear",
+        "_Choosing has a forward pass of its own that cannot be traced.*nn.Sequential.*cuts=",
+    ),
+    "branch": (lambda: Residual(4), "linear", "Residual has 1 stage.*branches around 'inner.2', which is one block"),
     "module_list": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 3)),
         "linear",
@@ -212,5 +223,56 @@ def _double(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
 def test_a_sequential_with_hooks_is_not_cut() -> None:
     model = mlp(4, 5, 3)
     model.register_forward_hook(_double)
-    with pytest.raises(UnsupportedModelError, match="forward pass of its own"):
+    with pytest.raises(UnsupportedModelError, match="Sequential has hooks and cannot be cut"):
         Chain(model)
+
+
+SETTINGS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "leaky": (nn.LeakyReLU, {"negative_slope": 0.5}),
+    "softplus": (nn.Softplus, {"beta": 3.0, "threshold": 1.0}),
+    "gelu": (nn.GELU, {"approximate": "tanh"}),
+    "hardtanh": (nn.Hardtanh, {"max_val": 0.2}),
+    "elu": (nn.ELU, {"alpha": 2.0}),
+}
+
+
+def _gradients(chain: Chain, x: Tensor, y: Tensor) -> list[Tensor]:
+    chain.model.zero_grad()
+    trace = chain.record(x)
+    output = trace.output.detach().requires_grad_()
+    (delta,) = torch.autograd.grad(nn.functional.cross_entropy(output, y), output)
+    for index in reversed(range(len(chain))):
+        trace[index].add_gradients(delta, 1.0)
+        delta = trace[index](delta) if index else delta
+    return [p.grad.clone() for p in chain.model.parameters() if p.grad is not None]
+
+
+def _own_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters())))
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_settings_of_activations_may_change(name: str) -> None:
+    build, settings = SETTINGS[name]
+    model = nn.Sequential(nn.Linear(6, 8), build(), nn.Linear(8, 3)).double()
+    x, y = blobs(12, dtype=torch.float64)
+    chain = Chain(model)
+    _gradients(chain, x, y)
+    for key, value in settings.items():
+        setattr(model[1], key, value)
+    for found, own in zip(_gradients(chain, x, y), _own_gradients(model, x, y), strict=True):
+        torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_forward_pass_of_its_own_is_called_or_refused(index: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = blobs(12, dtype=torch.float64)
+    before, own = Chain(model), model[index]
+    before.record(x)
+    given = own.forward
+    own.forward = lambda input: 2 * given(input)
+    with pytest.raises(UnsupportedModelError, match="got another forward pass after the rule was built"):
+        before.record(x)
+    for found, right in zip(_gradients(Chain(model), x, y), _own_gradients(model, x, y), strict=True):
+        torch.testing.assert_close(found, right)

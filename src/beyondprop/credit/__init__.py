@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from beyondprop.credit.base import Assignment, Credit
+from beyondprop.credit.behind_backward import CreditBlock, Credited
 from beyondprop.credit.code_problem import CodeProblem
 from beyondprop.credit.codes import Codes
 from beyondprop.credit.damping import RelativeDamping
@@ -14,6 +15,8 @@ __all__ = [
     "CodeProblem",
     "Codes",
     "Credit",
+    "CreditBlock",
+    "Credited",
     "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from beyondprop.stages import Chain, LossPoint, Pullback, Trace
+from beyondprop.stages.stage import add_to_gradient
 
 
 @dataclass(slots=True)
@@ -54,12 +56,20 @@ class Credit:
         optimizers: of weights that the credit learns itself, such as inverses; there after `bind`. The rule lists them with
             its own, checks their gradients with the model's and steps them in the same update.
         modules: those weights, each module by the name that an error gives it; there after `bind`.
+        of_batch: names of attributes that `below` leaves for the stages further down.
+        reaches_input: whether `below` knows a way through the lowest stage, too.
+        group: process group whose ranks have parts of the batch.
+        is_homogeneous: whether deltas grow in proportion to the loss, so that nobody need know what it was multiplied with.
     """
 
     pushes: bool = False
     needs_codes: bool = True
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     modules: Mapping[str, nn.Module] = {}
+    of_batch: tuple[str, ...] = ()
+    reaches_input: bool = True
+    is_homogeneous: bool = True
+    group: dist.ProcessGroup | None = None
     _chain: Chain
 
     def bind(self, chain: Chain) -> None:
@@ -88,10 +98,27 @@ class Credit:
             delta, own = input_delta, None
             del input_delta
         # The lowest stage may be the last one, too, when all others are frozen.
+        self.lowest(trace[trace.lowest], delta, own)
         yield Assignment(trace.lowest, trace.take(trace.lowest), delta, None, own)
+
+    def lowest(self, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> None:
+        """Take the delta at the output of the lowest stage, of whose input nobody asks `below`; a hook."""
 
     def learn(self, trace: Trace, scale: float) -> None:
         """Add this batch's part, times `scale`, to the `.grad` of the credit's own weights; called before `assign`."""
+        for index in range(len(trace.pullbacks) - 2, trace.lowest, -1):
+            parameters = self.learned(index)
+            for p, gradient in zip(parameters, self.lesson(index, trace[index]) if parameters else (), strict=True):
+                if gradient is not None:
+                    add_to_gradient(p, gradient, scale)
+
+    def learned(self, index: int) -> list[nn.Parameter]:
+        """Return the credit's own weights that a stage teaches, those that require a gradient; a hook."""
+        return []
+
+    def lesson(self, index: int, pullback: Pullback) -> Sequence[Tensor | None]:
+        """Return the gradients of `learned(index)`, mean over the batch; a hook."""
+        return []
 
     def update(self) -> None:
         """Know that the rule's update takes what the last batch left behind; the rule steps the credit's optimizers."""
@@ -111,6 +138,15 @@ class Credit:
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore what `state_dict` returned; `ValueError` if it is of another network."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `state_dict` has besides the weights of `modules`, as tensors by dotted names; a hook."""
+        return {}
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` returned; `ValueError` if it is of another credit or network; a hook."""
+        if saved:
+            raise ValueError(f"{type(self).__name__} has no state of its own, got {', '.join(saved)}.")
 
 
 def serves_one_rule(owner: Any, chain: Chain) -> None:

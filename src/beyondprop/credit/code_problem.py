@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beyondprop.stages import LossPoint, Pullback
@@ -25,6 +26,7 @@ class CodeProblem:
         normalize: whether the solution shall be, averaged over the batch, as long as the gradient.
         mu: weight of the top code's penalty, told to all codes.
         image: `J gradient`, where it is known; `pushed` returns it.
+        group: process group whose ranks have parts of the batch; means are over all of it.
     """
 
     stage: Pullback
@@ -35,6 +37,15 @@ class CodeProblem:
     normalize: bool = False
     mu: float = 1.0
     image: Tensor | None = None
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def share(self) -> float:
+        """This rank's share of the batch's samples; 1 without a group."""
+        if self.group is None:
+            return 1.0
+        total = self.gradient.new_tensor(float(len(self.gradient)), dtype=torch.float64)
+        return len(self.gradient) / float(summed(total, self.group))
 
     def pushed(self) -> Tensor:
         """Return `J gradient`, shape of `delta`, of the gradient as it was given."""
@@ -55,11 +66,19 @@ class CodeProblem:
         if not self.normalize:
             return d
         length, kept = square_norm(d).sqrt_().sum(), square_norm(self.gradient).sqrt_().sum()
+        length, kept = summed(torch.stack([length, kept]), self.group).unbind()
         return d * (kept / length.clamp_min(tiny(d)))
 
 
 CodeSolver = Callable[[CodeProblem], Tensor]
 """Maps a problem to a delta of the shape of `problem.gradient`."""
+
+
+def summed(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return sums over this rank's samples as those over all ranks', in place."""
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return sums
 
 
 def square_norm(values: Tensor) -> Tensor:

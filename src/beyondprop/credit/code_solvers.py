@@ -2,8 +2,8 @@
 
 A solver with the attribute `pushes = False` never pushes tangents through a stage, which lets stages without closed
 forms keep no second-order graph; with `needs_codes = False` it never looks at a stage's input or output, whose memory
-is then free. Where `problem.normalize` asks for it, a solver keeps the mean length of the gradient
-(`problem.keep_norm`), so that deltas have the same size at any depth.
+is then free; with `is_homogeneous = True` its delta grows in proportion to the one above. Where `problem.normalize` asks
+for it, a solver keeps the mean length of the gradient (`problem.keep_norm`), so that deltas have the same size at any depth.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.credit.code_problem import CodeProblem, CodeSolver, flat, per_sample, square_norm, tiny
+from beyondprop.credit.code_problem import CodeProblem, CodeSolver, flat, per_sample, square_norm, summed, tiny
 
 
 def gradient(problem: CodeProblem) -> Tensor:
@@ -24,17 +25,26 @@ def gradient(problem: CodeProblem) -> Tensor:
 
 gradient.pushes = False  # type: ignore[attr-defined]
 gradient.needs_codes = False  # type: ignore[attr-defined]
+gradient.is_homogeneous = True  # type: ignore[attr-defined]
 
 
 def line_search(problem: CodeProblem) -> Tensor:
     """Return the exact minimiser along the gradient, per sample: `g |g|^2 / (damping |g|^2 + (J g)^T H (J g))`."""
     g = problem.gradient
     squared, curvature = square_norm(g), problem.curvature(problem.pushed())
-    factors = step_factors(squared[None], curvature[None], problem.damping, normalize=problem.normalize)
+    normal = {"normalize": problem.normalize, "group": problem.group}
+    factors = step_factors(squared[None], curvature[None], problem.damping, **normal)
     return g.mul_(per_sample(factors[0], g))
 
 
-def step_factors(squared: Tensor, curvature: Tensor, damping: float | Tensor, *, normalize: bool) -> Tensor:
+def step_factors(
+    squared: Tensor,
+    curvature: Tensor,
+    damping: float | Tensor,
+    *,
+    normalize: bool,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, `(codes, N)`.
 
     Args:
@@ -42,6 +52,7 @@ def step_factors(squared: Tensor, curvature: Tensor, damping: float | Tensor, *,
         curvature: `(J g)^T H (J g)`, `(codes, N)`.
         damping: a number, or a tensor that broadcasts to `(codes, N)`.
         normalize: divide every code's factors by their mean over the samples that have a gradient.
+        group: process group whose ranks have parts of the batch.
     """
     least = tiny(squared)
     if isinstance(damping, Tensor):
@@ -50,12 +61,15 @@ def step_factors(squared: Tensor, curvature: Tensor, damping: float | Tensor, *,
         system = torch.add(curvature, squared, alpha=damping)
     factors = squared / system.add_(least)  # 0 for a sample without gradient
     if normalize:
-        live = squared.count_nonzero(1)
-        factors.mul_((live / factors.sum(1).clamp_min_(least))[:, None])
+        live, total = squared.count_nonzero(1), factors.sum(1)
+        if group is not None:
+            live, total = summed(torch.stack([live.to(total), total]), group).unbind()
+        factors.mul_((live / total.clamp_min_(least))[:, None])
     return factors
 
 
 line_search.needs_codes = False  # type: ignore[attr-defined]
+line_search.is_homogeneous = True  # type: ignore[attr-defined]
 
 
 def cg(iterations: int) -> CodeSolver:
@@ -99,6 +113,7 @@ def cg(iterations: int) -> CodeSolver:
         return problem.keep_norm(d)
 
     solve.needs_codes = False  # type: ignore[attr-defined]
+    solve.is_homogeneous = True  # type: ignore[attr-defined]
     return solve
 
 
@@ -146,6 +161,7 @@ def exact(limit: int = 4096) -> CodeSolver:
                 d = transposed @ torch.linalg.solve(system, flat(problem.delta).to(jacobian.dtype)[..., None])
         return problem.keep_norm(d.to(problem.gradient.dtype).view_as(problem.gradient))
 
+    solve.is_homogeneous = True  # type: ignore[attr-defined]
     return solve
 
 
@@ -174,8 +190,9 @@ def momentum(
         stage, d = problem.stage, torch.zeros_like(problem.gradient)
         own = above = 1.0
         if features_mean:
-            own = 2.0 / d.numel()
-            above = 2.0 / problem.delta.numel() if problem.loss is None else 1.0 / len(d)
+            share = problem.share
+            own = 2.0 * share / d.numel()
+            above = 2.0 * share / problem.delta.numel() if problem.loss is None else share / len(d)
         if problem.loss is not None:
             above /= problem.damping  # Loss / mu
         elif mu_below:

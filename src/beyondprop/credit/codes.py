@@ -22,7 +22,7 @@ float32 such a delta is gone after three layers. Here deltas stay deltas, and `n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,8 +32,12 @@ from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_problem import CodeProblem, CodeSolver, per_sample, square_norm
 from beyondprop.credit.damping import BLOCK_DAMPING, LAYER_DAMPING, Damping, RelativeDamping, checked
+from beyondprop.credit.fitted import FittedLineSearch, length, ratio
 from beyondprop.stages import LossPoint, Pullback, Trace
 from beyondprop.stages.recurrent import RecurrentPullback
+
+SOLVERS: dict[str, Callable[[], CodeSolver]] = {"fitted": FittedLineSearch, **code_solvers.BY_NAME}
+"""Code solvers by the names that `Codes` takes."""
 
 
 class Codes(Credit):
@@ -69,7 +73,7 @@ class Codes(Credit):
         l1: float = 0.0,
     ) -> None:
         if isinstance(solver, str):
-            solver = code_solvers.BY_NAME[_checks.one_of("solver", solver, code_solvers.BY_NAME)]()
+            solver = SOLVERS[_checks.one_of("solver", solver, SOLVERS)]()
         if not callable(solver):
             raise TypeError(f"solver must be a name or a function CodeProblem -> delta, got {type(solver).__name__}.")
         self.solver: CodeSolver = solver
@@ -79,37 +83,49 @@ class Codes(Credit):
         self.l1 = _checks.non_negative("l1", l1)
         self.pushes = getattr(solver, "pushes", True)
         self.needs_codes = self.l1 > 0 or getattr(solver, "needs_codes", True)
+        self.is_homogeneous = not self.l1 and getattr(solver, "is_homogeneous", False)
         if isinstance(damping, RelativeDamping) and not self.pushes:
             raise ValueError(
                 "A RelativeDamping needs a solver that pushes tangents, and this one has pushes = False: use "
                 "'line_search', 'cg', 'exact' or a damping that is a number."
             )
 
+    @property
+    def asks_curvature(self) -> bool:
+        """Whether the top code looks at more of the loss than its gradient."""
+        return self.solver is not code_solvers.gradient
+
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """Yield what `Credit.assign` does; the codes inside the lowest stage have their deltas, too."""
-        top = len(trace.pullbacks) - 1
-        if self.solver is code_solvers.line_search and not self.l1 and trace.lowest < top and trace.is_closed_form:
+        top, solver = len(trace.pullbacks) - 1, self.solver
+        is_search = solver is code_solvers.line_search or isinstance(solver, FittedLineSearch)
+        if is_search and not self.l1 and trace.lowest < top and trace.is_closed_form:
             yield from self._line_search(trace, loss)
-            return
-        for assignment in super().assign(trace, loss):
-            if assignment.input_delta is None:  # the lowest stage, whose input nobody asked for
-                self._sweep_inside(assignment.pullback, assignment.delta, is_top=assignment.loss is not None)
-            yield assignment
-            del assignment  # nothing here holds the stage once the caller is done with it
+        else:
+            yield from super().assign(trace, loss)
+
+    def lowest(self, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> None:
+        self._sweep_inside(pullback, delta, is_top=loss is not None)
 
     def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
-        del index
         self._sweep_inside(pullback, delta, is_top=loss is not None)
-        problem = CodeProblem(pullback, delta, pullback(delta), self.mu, loss, self.normalize, self.mu)
+        problem = CodeProblem(
+            pullback, delta, pullback(delta), self.mu, loss, self.normalize, self.mu, group=self.group
+        )
         if loss is None:
             damping = self._damping(pullback)
             if isinstance(damping, RelativeDamping):
-                damping = damping.number(square_norm(problem.gradient), square_norm(problem.pushed()))
+                damping = damping.number(square_norm(problem.gradient), square_norm(problem.pushed()), None, self.group)
             problem.damping = damping
+        if isinstance(self.solver, FittedLineSearch):
+            top = len(self._chain) - 1
+            return self._shrunk(problem, self.solver.solve(problem, top - index - 1, top - self._chain.lowest - 1))
         return self._solve(problem)
 
     def _solve(self, problem: CodeProblem) -> Tensor:
-        d = self.solver(problem)
+        return self._shrunk(problem, self.solver(problem))
+
+    def _shrunk(self, problem: CodeProblem, d: Tensor) -> Tensor:
         if not self.l1:
             return d
         # prox of l1 |c + d|_1 around d, as a delta: what is shrunk away is at most l1, so nothing cancels.
@@ -127,7 +143,9 @@ class Codes(Credit):
         damping = LAYER_DAMPING if self.damping is None or isinstance(self.damping, RelativeDamping) else self.damping
 
         def solve(moment: Pullback, delta: Tensor, gradient: Tensor) -> Tensor:
-            return self._solve(CodeProblem(moment, delta, gradient, damping, None, self.normalize, self.mu))
+            return self._solve(
+                CodeProblem(moment, delta, gradient, damping, None, self.normalize, self.mu, group=self.group)
+            )
 
         # The delta at a hidden layer's output was damped once. A state that is shown is that output: with this factor it
         # minimises |delta_next - J d|^2 + (1 + damping) |delta - d|^2, and the penalty is not paid twice. Plain gradients are
@@ -145,16 +163,31 @@ class Codes(Credit):
         """
         top = len(trace.pullbacks) - 1
         deltas = [loss.cotangent.neg()]
-        squared, curvature = [], []
+        found, curvature = [], []
+        damping = [self.mu, *(self._damping(trace[index]) for index in range(top - 1, trace.lowest, -1))]
+        fitted = self.solver if isinstance(self.solver, FittedLineSearch) else None
+        if fitted is not None:
+            fitted.begin(len(damping) - 1)
+        is_exact = fitted is None or fitted.is_exact
         for index in range(top, trace.lowest, -1):
             stage = trace[index]
             deltas.append(stage(deltas[-1]))
-            squared.append(square_norm(deltas[-1]))
-            image = stage.push(deltas[-1], gated=True)
-            curvature.append(loss.curvature(image) if index == top else square_norm(image))
-            del stage, image
-        damping = [self.mu, *(self._damping(trace[index]) for index in range(top - 1, trace.lowest, -1))]
-        factors = self._factors(torch.stack(squared), torch.stack(curvature), damping)
+            found.append(length(deltas[-1]))
+            if is_exact or index == top:
+                image = stage.push(deltas[-1], gated=True)
+                curvature.append(loss.curvature(image) if index == top else square_norm(image))
+                del image
+            del stage
+        lengths = torch.stack(found)
+        pushed = len(curvature)
+        each = self._factors(lengths[:pushed].square(), torch.stack(curvature), damping[:pushed])
+        if fitted is not None and len(damping) > 1:
+            features = ratio(lengths[1:], lengths[:-1])
+            if is_exact:
+                fitted.fit(features, each[1:], group=self.group)
+            else:
+                each = torch.cat([each, fitted.factors(features)])
+        factors = each.cumprod(0).unbind()
         for delta, factor in zip(deltas[1:], factors, strict=True):
             delta.mul_(per_sample(factor, delta))
         deltas.reverse()  # the next one is popped from the end
@@ -163,23 +196,24 @@ class Codes(Credit):
             below = deltas[-1] if deltas else None
             yield Assignment(index, trace.take(index), delta, below, loss if index == top else None)
 
-    def _factors(self, squared: Tensor, curvature: Tensor, damping: Sequence[Damping]) -> Sequence[Tensor]:
-        """Return, code by code from the last to the first, what line search multiplies each sample's gradient by.
+    def _factors(self, squared: Tensor, curvature: Tensor, damping: Sequence[Damping]) -> Tensor:
+        """Return what line search multiplies each sample's gradient by, `(codes, N)`, last code first.
 
         `squared` is `|g|^2` of plain gradients and `curvature` `(J g)^T H (J g)`, both `(codes, N)`.
         """
         numbers = [d for d in damping if not isinstance(d, RelativeDamping)]
         if len(numbers) == len(damping):
             each = numbers[0] if len(set(numbers)) == 1 else squared.new_tensor(numbers)[:, None]
-            return code_solvers.step_factors(squared, curvature, each, normalize=self.normalize).cumprod(0).unbind()
+            return code_solvers.step_factors(squared, curvature, each, normalize=self.normalize, group=self.group)
         # A relative damping is of deltas that the factors above have weighted already.
         found: list[Tensor] = []
+        weights: Tensor | None = None
         for value, own, bend in zip(damping, squared, curvature, strict=True):
             if isinstance(value, RelativeDamping):
-                value = value.number(own, bend, found[-1] if found else None)
-            factors = code_solvers.step_factors(own[None], bend[None], value, normalize=self.normalize)[0]
-            found.append(found[-1] * factors if found else factors)
-        return found
+                value = value.number(own, bend, weights, self.group)
+            found += code_solvers.step_factors(own[None], bend[None], value, normalize=self.normalize, group=self.group)
+            weights = found[-1] if weights is None else weights * found[-1]
+        return torch.stack(found)
 
     def energy(self, assignments: Sequence[Assignment]) -> Tensor:
         """Return the relaxed objective at the moved codes: mean over samples of `Loss + mu / 2 * sum |delta - change|^2`.
@@ -204,7 +238,18 @@ class Codes(Credit):
         self.mu = max(self.mu, min(self.mu * self.mu_growth, self.mu_limit))
 
     def state_dict(self) -> dict[str, object]:
-        return {"mu": self.mu}
+        fitted = {"fit": self.solver.state()} if isinstance(self.solver, FittedLineSearch) else {}
+        return {"mu": self.mu, **fitted}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.mu = _checks.positive("mu", float(state["mu"]))  # type: ignore[arg-type]
+        if isinstance(self.solver, FittedLineSearch) and "fit" in state:
+            self.solver.load_state(state["fit"])  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mu": torch.tensor(self.mu, dtype=torch.float64)} if self.mu_growth != 1 else {}
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        super().load_tensors({name: value for name, value in saved.items() if name != "mu"})
+        if "mu" in saved:
+            self.load_state_dict({"mu": float(saved["mu"])})

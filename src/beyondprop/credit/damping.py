@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.credit.code_problem import tiny
+from beyondprop.credit.code_problem import summed, tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +31,29 @@ class RelativeDamping:
     def __post_init__(self) -> None:
         _checks.positive("share", self.share)
 
-    def number(self, squared: Tensor, curvature: Tensor, weights: Tensor | None = None) -> Tensor:
+    def number(
+        self,
+        squared: Tensor,
+        curvature: Tensor,
+        weights: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
         """Return one code's damping, 0-d: nobody waits for the device.
 
-        It is of `|g|^2`, `|J g|^2` and what the samples' gradients are multiplied by, each `(N,)`.
+        It is of `|g|^2`, `|J g|^2` and what the samples' gradients are multiplied by, each `(N,)`; `group` has the ranks that
+        hold parts of the batch.
         """
         least = tiny(squared)
         if weights is not None:  # a ratio: only their proportions count, and the largest may be far below 1
-            shares = (weights / weights.amax().clamp_min(least)).square_()
+            largest = weights.amax()
+            if group is not None:
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            shares = (weights / largest.clamp_min(least)).square_()
             squared, curvature = shares * squared, shares * curvature
-        return self.share * curvature.sum() / squared.sum().clamp_min(least)
+        of_curvature, of_squared = curvature.sum(), squared.sum()
+        if group is not None:
+            of_curvature, of_squared = summed(torch.stack([of_curvature, of_squared]), group).unbind()
+        return self.share * of_curvature / of_squared.clamp_min(least)
 
 
 Damping = float | RelativeDamping

@@ -16,6 +16,7 @@ learning", Nature Communications 7, 2016; Nøkland, "Direct feedback alignment p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -87,6 +88,12 @@ class FeedbackAlignment(Credit):
     def state_dict(self) -> dict[str, object]:
         return {"feedback": self.feedback}
 
+    def tensors(self) -> dict[str, Tensor]:
+        return _named(self.feedback)
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({"feedback": _unnamed(self, saved)})
+
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved: Any = state["feedback"]
         _check_saved(saved, {name: tuple(weight.shape) for name, (_, weight) in self._homes.items()})
@@ -108,6 +115,9 @@ class DirectFeedbackAlignment(Credit):
         seed: >= 0, of the matrices; torch's global random state has no part in it. They are drawn with the first batch,
             whose shape says how large they are, each by its own seed.
     """
+
+    of_batch = ("_error",)
+    reaches_input = False
 
     def __init__(self, *, scale: float = 1.0, seed: int = 0) -> None:
         self.scale = _checks.positive("scale", scale)
@@ -162,11 +172,24 @@ class DirectFeedbackAlignment(Credit):
             del self.feedback[self._drawn.pop()]
 
     def state_dict(self) -> dict[str, object]:
-        """Return the matrices, none before the first batch, and what network they are for."""
-        return {"feedback": dict(self.feedback), "weights": self._shapes}
+        """Return the matrices, none before the first batch, and what network they are for, where a rule has given one."""
+        state: dict[str, object] = {"feedback": dict(self.feedback)}
+        return state | {"weights": self._shapes} if hasattr(self, "_chain") else state
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _named(self.feedback)
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({"feedback": _unnamed(self, saved)})
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved: Any = state["feedback"]
+        if not hasattr(self, "_chain"):
+            if saved:
+                raise ValueError(
+                    "This DirectFeedbackAlignment has no network yet: build a rule with it, and load the rule's state."
+                )
+            return
         known = {stage.name for stage in self._chain.stages[:-1]}
         _check_saved(saved, {name: tuple(saved[name].shape) for name in saved if name in known})
         own = self._shapes
@@ -174,6 +197,19 @@ class DirectFeedbackAlignment(Credit):
             raise ValueError(f"This state holds feedback for weights of {weights}, this network has {own}.")
         self.feedback = {name: matrix.detach().clone() for name, matrix in saved.items()}
         self._drawn.clear()
+
+
+_PREFIX = "feedback."
+
+
+def _named(feedback: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_PREFIX + name: tensor for name, tensor in feedback.items()}
+
+
+def _unnamed(credit: Credit, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if unknown := [name for name in saved if not name.startswith(_PREFIX)]:
+        raise ValueError(f"This state has {', '.join(unknown)}, which {type(credit).__name__} does not know.")
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
 
 
 def _head(stage: Stage) -> BlockStage | None:

@@ -19,6 +19,7 @@ Sources: Bengio, "How auto-encoders could provide credit assignment in deep netw
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from beyondprop.credit.inverses import InverseFactory, apply, mirror
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.stages import Chain, LossPoint, Pullback, Trace
-from beyondprop.stages.stage import add_to_gradient
 
 
 class TargetPropagation(Credit):
@@ -54,6 +54,8 @@ class TargetPropagation(Credit):
         UnsupportedModelError: if a stage has no default inverse; the message names it.
     """
 
+    reaches_input = False
+    is_homogeneous = False
     takes_difference: bool = False
     """Whether a target moves as the inverse moves, so that the inverse's own error cancels."""
 
@@ -107,22 +109,21 @@ class TargetPropagation(Credit):
     def learn(self, trace: Trace, scale: float) -> None:
         """Gather the inverses' gradients of `|g(f(h + noise)) - (h + noise)|^2`, summed over features, mean over the batch."""
         self._is_taught = True
+        super().learn(trace, scale)
+
+    def learned(self, index: int) -> list[nn.Parameter]:
+        inverse = self.inverses.get(self._chain[index].name)
+        return [] if inverse is None else [p for p in inverse.parameters() if p.requires_grad]
+
+    def lesson(self, index: int, pullback: Pullback) -> Sequence[Tensor | None]:
         std = self.noise_now
-        for index in range(len(trace.pullbacks) - 2, trace.lowest, -1):
-            pullback = trace[index]
-            wanted, image = pullback.input, pullback.output
-            if std > 0:
-                wanted = wanted + std * torch.randn_like(wanted)
-                image = pullback.at(wanted).output
-            parameters = [p for p in self.inverses[self._chain[index].name].parameters() if p.requires_grad]
-            if not parameters:
-                continue
-            with torch.enable_grad():
-                error = (self._invert(index, image, wanted) - wanted).square().sum() / len(wanted)
-                found = torch.autograd.grad(error, parameters, allow_unused=True)
-            for p, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
-                    add_to_gradient(p, gradient, scale)
+        wanted, image = pullback.input, pullback.output
+        if std > 0:
+            wanted = wanted + std * torch.randn_like(wanted)
+            image = pullback.at(wanted).output
+        with torch.enable_grad():
+            error = (self._invert(index, image, wanted) - wanted).square().sum() / len(wanted)
+            return torch.autograd.grad(error, self.learned(index), allow_unused=True)
 
     def below(self, index: int, pullback: Pullback, delta: Tensor, loss: LossPoint | None) -> Tensor:
         if loss is not None:
@@ -178,6 +179,13 @@ class TargetPropagation(Credit):
         for name, module in self.inverses.items():
             module.load_state_dict(saved[name])
         self.epoch = int(state["epoch"])  # type: ignore[call-overload]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.noise_halving is None else {"epoch": torch.tensor(self.epoch)}
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        super().load_tensors({name: value for name, value in saved.items() if name != "epoch"})
+        self.epoch = int(saved.get("epoch", self.epoch))
 
 
 class DifferenceTargetPropagation(TargetPropagation):

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from beyondprop.credit import Codes, code_solvers
@@ -68,11 +69,14 @@ class AltMin(LocalRule):
         weight_inputs: str = "old",
         cuts: Cuts = "linear",
         nonfinite: str | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         growth: dict[str, float] = {"mu": mu, "mu_growth": mu_growth, "mu_limit": mu_limit}
         credit = Codes(code_solver, damping=damping, normalize=normalize, l1=code_l1, **growth)
         solver = weight_solver if isinstance(weight_solver, Solver) else Descent(weight_solver)
-        super().__init__(model, loss, credit, solver, cuts=cuts, weight_inputs=weight_inputs, nonfinite=nonfinite)
+        super().__init__(
+            model, loss, credit, solver, cuts=cuts, weight_inputs=weight_inputs, nonfinite=nonfinite, group=group
+        )
 
     @classmethod
     def paper_fc(cls, model: nn.Module, loss: LossFunction, **changes: Any) -> AltMin:

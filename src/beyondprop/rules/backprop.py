@@ -13,6 +13,7 @@ from beyondprop.optim.affine_projection import AffineProjection
 from beyondprop.optim.factories import OptimizerFactory
 from beyondprop.optim.locoprop import LocoProp
 from beyondprop.rules.base import LearningRule, StepResult, trainable
+from beyondprop.rules.refusals import check_optimizers
 from beyondprop.stages.losses import LossFunction
 
 
@@ -58,11 +59,12 @@ class Backprop(LearningRule):
         super().__init__(model, loss, nonfinite=nonfinite)
         trained = trainable(model)
         self.optimizers = (optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trained),)
+        check_optimizers(self.optimizers)
         self.preconditioner = preconditioner
         self.defers_update = preconditioner is None
         self.is_wary = not isinstance(preconditioner, AffineProjection | None)  # that one looks at its gradients itself
 
-    takes_any_input = True
+    takes_any_input = is_autograd = keeps_ranks = True
 
     def can_follow(self, parameters: set[nn.Parameter]) -> bool:
         """Return whether every parameter has its optimizer still: of modules nothing is known here, unless hooks know them."""
@@ -79,12 +81,18 @@ class Backprop(LearningRule):
 
     def _forward(self, x: Any) -> Tensor:
         try:
-            return self.model(x)
+            output = self.model(x)
         except (torch.OutOfMemoryError, NonFiniteError, UnsupportedModelError):  # pyright: ignore[reportPrivateImportUsage]
             raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"The model does not take these inputs, {given}: {error}") from error
+        if not isinstance(output, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} returns a {type(output).__name__}; a rule takes a model that returns one tensor, "
+                "for its loss and metrics. Wrap it in a module that returns that part."
+            )
+        return output
 
     def prepare(self) -> None:
         if self.preconditioner is not None:

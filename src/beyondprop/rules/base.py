@@ -5,41 +5,27 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from itertools import chain as one_after_another
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from beyondprop import _checks
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.nn.functional import check_ranks
+from beyondprop.nn.functional import check_ranks, drop_inert_hooks
+from beyondprop.nn.structure import Structure
 from beyondprop.rules.guard import FiniteGuard, Saved, first_nonfinite, is_finite, put_back
+from beyondprop.rules.ranks import Ranks, unwrapped
+from beyondprop.rules.refusals import check_parameters, explain, shapes, trainable
+from beyondprop.rules.result import StepResult
+from beyondprop.rules.shown import shown
 from beyondprop.rules.watchdog import Watchdog
 from beyondprop.solvers.base import step_all
-from beyondprop.stages.chain import Structure
 from beyondprop.stages.losses import LossFunction, OutputLoss
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step saw. Every tensor is detached and stays on its device; nothing is read to the host.
-
-    Attributes:
-        loss: task loss before the update, 0-d.
-        output: the model's output before the update.
-        energy: relaxed objective after the credit was assigned, 0-d, where the rule has one and diagnostics were asked
-            for; before it, the relaxed objective is `loss`, in an offline rule's first step its output loss.
-        stages: per stage, named 0-d tensors; filled where diagnostics were asked for.
-    """
-
-    loss: Tensor
-    output: Tensor
-    energy: Tensor | None = None
-    stages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class LearningRule(abc.ABC):
@@ -56,6 +42,8 @@ class LearningRule(abc.ABC):
         nonfinite: `"raise"` reads one flag from the device before the weights are written, and raises there;
             `"deferred"` never waits for the device: the update is skipped on the device and the error is raised by one of
             the next calls (needs fused optimizers). Default: `"raise"` on a CPU, else `"deferred"` where possible.
+        group: process group whose ranks have parts of every batch; default: that of a `DistributedDataParallel` given as the
+            model, which is then trained from inside. All ranks make the step of the joint batch.
 
     Raises:
         TypeError: if `model` is no `nn.Module` or `loss` is not callable.
@@ -74,17 +62,35 @@ class LearningRule(abc.ABC):
 
     why_still: str = "Their gradient may vanish on the way down, or they may have no part in the output."
     """What the watchdog says of a stage that stands still though an optimizer steps it."""
+    is_autograd: bool = False
+    """Whether gradients and steps are torch's alone, so that parameters may be sharded or lazy, and gradients sparse."""
+    takes_ranks: bool = False
+    """Whether it sums over a process group what it gathers, so that all ranks make the step of the joint batch."""
+    keeps_ranks: bool = False  # whether all comes from gradients that `DistributedDataParallel` averages
     takes_any_input: bool = False
     """Whether the first part of a batch may be anything that the model takes: a tuple, a dict."""
 
-    def __init__(self, model: nn.Module, loss: LossFunction, *, nonfinite: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        nonfinite: str | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if self.takes_ranks:
+            model, group = unwrapped(model, group)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if nonfinite is not None:
             _checks.one_of("nonfinite", nonfinite, ("raise", "deferred"))
+        if not self.is_autograd:
+            check_parameters(type(self).__name__, model)
         self.model = model
+        self.ranks = Ranks(model, group)
         self.loss = OutputLoss(loss)
         self.optimizers = ()
+        drop_inert_hooks(model)
         self._look()
         self.watchdog = Watchdog()
         self._guard = FiniteGuard(nonfinite)
@@ -93,7 +99,9 @@ class LearningRule(abc.ABC):
         model = self.model
         # Walking the module tree at every step costs more than a small step's products.
         self._parameters = tuple(model.parameters())
-        self._is_wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+        wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+        wrapped = {p for m in wrappers for p in m.parameters()}
+        self._is_averaged = self.keeps_ranks and all(p in wrapped for p in self._parameters)
         self._structure: Structure | None = Structure(model)
         self._asked = self._parameters  # whether they require a gradient
         self._trains = [p.requires_grad for p in self._asked]
@@ -129,14 +137,24 @@ class LearningRule(abc.ABC):
         Called by itself it trusts the gradients; the check for NaN and Inf is `step`'s.
         """
         self.check_model()
+        self.reduce()
         self.write()
         self.settle()
+
+    def reduce(self) -> None:
+        """Sum over the ranks, where there are several, what `backward` gathered."""
+        self.ranks.sum_gradients(self._parameters)
+        self.ranks.broadcast(b for place, name in self._buffers if (b := place[name]) is not None)
 
     def write(self) -> None:
         """Write the weights; `update` without its look at the model."""
         try:
             self.prepare()
             step_all(self.optimizers)
+        except (RuntimeError, TypeError) as error:
+            explain(error, self.optimizers, self.model)
+            self._guard.retell(error, self)
+            raise
         finally:
             torch.clear_autocast_cache()  # where one context is around many steps it holds casts of the old weights
 
@@ -160,15 +178,16 @@ class LearningRule(abc.ABC):
         try:
             result = self.backward(x, y, diagnostics=diagnostics)
             guard.steps += 1
+            self.reduce()
             gradients = [g for p in parameters if (g := p.grad) is not None]
             gradients += self.gathered()
             statistics = [b for _, place, name in self._statistics if (b := place[name]) is not None]
+            gradients += self.ranks.alarm([result.loss, *statistics])
             guard.write(self, (result.loss, gradients, statistics), saved, (x, y))
         except BaseException as error:
             put_back(saved)
             self.discard()
-            if isinstance(error, RuntimeError) and "without overflow" in str(error):
-                raise guard.error(None, "A setting or a step") from error
+            guard.retell(error, self)
             raise
         self.settle()
         for p in parameters:  # also those that no optimizer has
@@ -228,8 +247,8 @@ class LearningRule(abc.ABC):
         A layer that is frozen is left alone from then on, one that is thawed is trained where an optimizer holds it.
         """
         torch.clear_autocast_cache()  # anybody may have written weights since
-        if not self._is_wrapped:
-            check_ranks(type(self).__name__, None)
+        if not self._is_averaged:
+            check_ranks(type(self).__name__, self.ranks.group)
         if self._structure is not None and not self._structure.is_same:
             if not self.can_follow({p for p in self.model.parameters() if p.requires_grad}):
                 self._structure.check()
@@ -311,9 +330,13 @@ class LearningRule(abc.ABC):
         """Wait for the device and raise `NonFiniteError` if a step with deferred checking was skipped."""
         self._guard.wait()
 
+    def __repr__(self) -> str:
+        return shown(self, ("credit", "solver", "optimizers"))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LearningRule:
         twin: LearningRule = object.__new__(type(self))
         memo[id(self)] = twin
+        memo[id(self.ranks.group)] = self.ranks.group  # the same processes
         for key, value in vars(self).items():
             object.__setattr__(twin, key, copy.deepcopy(value, memo))
         for own, copied in zip(self.optimizers, twin.optimizers, strict=True):
@@ -348,7 +371,7 @@ class LearningRule(abc.ABC):
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "watchdog": self.watchdog.state_dict(),
             "steps": self._guard.steps,
-            "shapes": [list(p.shape) for p in self._parameters],
+            "shapes": shapes(self._parameters),
             **self.own_state(),
         }
 
@@ -360,9 +383,9 @@ class LearningRule(abc.ABC):
         """
         if state.get("rule") != type(self).__name__:
             raise ValueError(f"This state is of {state.get('rule')!r}, this rule is {type(self).__name__!r}.")
-        own = [list(p.shape) for p in self._parameters]
-        if (shapes := state.get("shapes", own)) != own:
-            raise ValueError(f"This state is of a model with parameters of shapes {shapes}, this one's are {own}.")
+        own = shapes(self._parameters)
+        if (saved := state.get("shapes", own)) != own:
+            raise ValueError(f"This state is of a model with parameters of shapes {saved}, this one's are {own}.")
         if len(state["optimizers"]) != len(self.optimizers):
             raise ValueError(
                 f"This state holds {len(state['optimizers'])} optimizers, this rule has {len(self.optimizers)}."
@@ -382,11 +405,3 @@ class LearningRule(abc.ABC):
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require a gradient, or raise `ValueError` where there is none."""
-    found = [p for p in model.parameters() if p.requires_grad]
-    if not found:
-        raise ValueError("No parameter of the model requires a gradient; there is nothing to train.")
-    return found

@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from beyondprop import _checks
+from beyondprop.optim._local import sum_over_ranks
 from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.stages.losses import LossFunction
@@ -38,6 +40,7 @@ class OnlineEWC(LearningRule):
         rate: in (0, 1]: weight of the newest batch in the present task's Fisher information.
     """
 
+    takes_ranks = True
     defers_update = False  # the Fisher information changes outside the optimizer
 
     def __init__(
@@ -50,8 +53,9 @@ class OnlineEWC(LearningRule):
         decay: float = 1.0,
         rate: float = 0.01,
         nonfinite: str | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(model, loss, nonfinite=nonfinite)
+        super().__init__(model, loss, nonfinite=nonfinite, group=group)
         if not isinstance(loss, nn.CrossEntropyLoss):
             raise TypeError(
                 f"loss must be nn.CrossEntropyLoss, whose labels OnlineEWC can draw, got {type(loss).__name__}."
@@ -62,7 +66,7 @@ class OnlineEWC(LearningRule):
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
         self.decay = decay
         self.rate = _checks.positive("rate", rate)
-        self._trained = trainable(model)
+        self._trained = trainable(self.model)
         self.optimizers = ((optimizer or adam())(self._trained),)
         self.fisher: list[Tensor] = []  # of past tasks, by trained parameter; empty in the first
         self.anchor: list[Tensor] = []
@@ -81,9 +85,14 @@ class OnlineEWC(LearningRule):
         surprise = nn.functional.cross_entropy(output, drawn)
         now = [p for p in self._trained if p.requires_grad]  # asked anew: layers may be frozen since
         found = torch.autograd.grad(surprise, now, retain_graph=True, materialize_grads=True)
-        squares = {p: len(x) * gradient.square() for p, gradient in zip(now, found, strict=True)}
+        share = self.ranks.share(len(x), x)
+        if self.ranks.group is not None:  # of the joint batch's mean
+            found = [gradient * share for gradient in found]
+            sum_over_ranks(found, self.ranks.group)
+        squares = {p: len(x) / share * gradient.square() for p, gradient in zip(now, found, strict=True)}
         self._pending.append([squares.get(p) for p in self._trained])
         loss = self.loss(output, y)
+        scale *= share
         (loss if scale == 1.0 else loss * scale).backward()
         with torch.no_grad():
             for p, fisher, anchor in zip(self._trained, self.fisher, self.anchor, strict=False):

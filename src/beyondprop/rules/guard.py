@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from beyondprop.errors import NonFiniteError
+from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim.locoprop import LocoProp
 from beyondprop.optim.rmsprop import RMSProp
 
@@ -64,6 +64,8 @@ class FiniteGuard:
     On a CPU the flag is read and the error raised before the update. On an accelerator reading it would make the host
     wait at every step; there the flag goes to the fused optimizers, which skip the update on the device (the protocol
     of `torch.amp.GradScaler`), and the error is raised as soon as the flag has arrived.
+
+    A `KeyboardInterrupt` inside the step of such an optimizer leaves that step half written, for want of a copy.
     """
 
     def __init__(self, mode: str | None) -> None:
@@ -144,7 +146,7 @@ class FiniteGuard:
             if is_tame:
                 return rule.write()
         elif not is_finite((loss, *sizes[1], *sizes[2])):
-            raise self.error(loss, rule.locate_nonfinite(*batch))
+            raise self.error(loss, rule.locate_nonfinite(*batch), y=batch[1])
         kept = Kept(rule)
         try:
             rule.write()
@@ -153,7 +155,7 @@ class FiniteGuard:
         except BaseException as error:
             kept.put_back()
             if bad is not None and bool(bad):
-                raise self.error(loss, rule.locate_nonfinite(*batch)) from error
+                raise self.error(loss, rule.locate_nonfinite(*batch), y=batch[1]) from error
             raise
         kept.put_back()
         raise self.error(loss, rule.locate_nonfinite(*batch), "The update")
@@ -175,18 +177,66 @@ class FiniteGuard:
                 where="loss",
             )
 
-    def error(self, loss: Tensor | None, where: str | None, what: str = "") -> NonFiniteError:
+    def error(self, loss: Tensor | None, where: str | None, what: str = "", y: Any = None) -> NonFiniteError:
         """Return the error of a step that was refused.
 
-        `where` is what was not finite first, where that was found, else `what` or what the loss says.
+        `where` is what was not finite first, where that was found, else `what` or what the loss says. `y` are the labels.
         """
         value = math.nan if loss is None else float(loss)
+        if where is None and math.isnan(value) and (label := _only_label(y)) is not None:
+            return NonFiniteError(
+                f"The loss is not finite at step {self.steps}: all labels are {label}, and where the loss ignores that one, as "
+                "padding, its mean is over nothing. No weight was changed. Leave such a batch out.",
+                where="loss",
+            )
         what = what or ("A gradient" if math.isfinite(value) else "The loss")
         return NonFiniteError(
             f"{what if where is None else named(where)} is not finite at step {self.steps} (loss {value:.4g}). No weight was "
             "changed. Check the inputs, lower the learning rate, or raise the damping.",
             where=where or "loss",
         )
+
+    def retell(self, error: BaseException, rule: Writer) -> None:
+        """Raise in words of ours what a known error of torch in a step is about, with that as its cause.
+
+        Raises:
+            UnsupportedModelError: if the model or a tensor is none that can be trained.
+            ValueError: if there is no gradient to train by.
+            NonFiniteError: if a number has left its range.
+        """
+        if not isinstance(error, RuntimeError | ValueError) or isinstance(
+            error, UnsupportedModelError | NonFiniteError
+        ):
+            return
+        name, said = type(rule).__name__, str(error)
+        if "without overflow" in said:
+            raise self.error(None, "A setting or a step") from error
+        if "nference tensor" in said:
+            raise UnsupportedModelError(
+                "x, y or a parameter of the model was made under torch.inference_mode(), and nothing can be trained with it. "
+                "Clone it outside, such as x.clone()."
+            ) from error
+        if "use_reentrant=True" in said:
+            raise UnsupportedModelError(
+                f"The model is checkpointed with use_reentrant=True, which only loss.backward() can go through; {name} takes "
+                "gradients block by block. Checkpoint with use_reentrant=False."
+            ) from error
+        if "does not require grad and does not have a grad_fn" in said:
+            why = (
+                "the model or the loss detaches its output"
+                if torch.is_grad_enabled()
+                else "torch.no_grad() is on; call step() outside"
+            )
+            raise ValueError(f"{name} has no gradient to train by: {why}.") from error
+        for optimizer in rule.optimizers:
+            for p, held in optimizer.state.items():
+                for value in held.values() if isinstance(held, dict) else ():
+                    if isinstance(value, Tensor) and value.ndim and value.shape == p.shape and value.dtype != p.dtype:
+                        raise UnsupportedModelError(
+                            f"The state of {type(optimizer).__name__} is {value.dtype} and a parameter {p.dtype}: the model "
+                            "was converted after its first step. Convert the state, too: call "
+                            "rule.load_state_dict(rule.state_dict())."
+                        ) from error
 
 
 def are_tame(optimizers: Optimizers) -> bool:
@@ -288,6 +338,14 @@ def _tensors(state: Any) -> list[Tensor]:
     if isinstance(state, list):
         state = [list(each.values()) for each in state]
     return [t for t in tree_leaves(state) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _only_label(y: Any) -> int | None:
+    """Return the class that all labels name, None where they name several or are no classes."""
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or not y.numel():
+        return None
+    first = y.flatten()[0]
+    return int(first) if bool((y == first).all()) else None
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_problem import tiny
+from beyondprop.errors import UnsupportedModelError
 from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.solvers import Descent, Memory, Solver
 from beyondprop.stages import Chain, LossFunction
@@ -28,6 +30,7 @@ class LocalRule(LearningRule):
         cuts: where stages end; see `Chain`.
         weight_inputs: `"old"`: a stage solves for its target at the input that it saw (all stages in parallel);
             `"new"`: at the input that the stage below should send (the published order; one more forward pass).
+        nonfinite, group: of `LearningRule`.
 
     Attributes:
         teaches_credit: whether `backward` also lets the credit `learn`, for the next `update`, its own weights.
@@ -35,6 +38,8 @@ class LocalRule(LearningRule):
     Raises:
         UnsupportedModelError: if the model cannot be cut; the message names the module and the way out.
     """
+
+    takes_ranks = True
 
     def __init__(
         self,
@@ -46,8 +51,10 @@ class LocalRule(LearningRule):
         cuts: Cuts = "linear",
         weight_inputs: str = "old",
         nonfinite: str | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(model, loss, nonfinite=nonfinite)
+        super().__init__(model, loss, nonfinite=nonfinite, group=group)
+        model = self.model
         _checks.one_of("weight_inputs", weight_inputs, ("old", "new"))
         self.chain = Chain(model, cuts)
         self._stages = {stage.name: stage.parameters for stage in self.chain}
@@ -56,6 +63,11 @@ class LocalRule(LearningRule):
         self.solver = solver
         self.weight_inputs = weight_inputs
         self._structure = None  # the chain asks in every pass
+        if self.ranks.group is not None and type(solver).reduce is Solver.reduce and not isinstance(solver, Descent):
+            raise UnsupportedModelError(
+                f"{type(solver).__name__} does not say what it sums over ranks: give it a `reduce`, or train in one process."
+            )
+        credit.group = solver.group = self.ranks.group
         credit.bind(self.chain)
         solver.bind(self.chain)
         self.optimizers = (*solver.optimizers, *credit.optimizers)
@@ -75,11 +87,12 @@ class LocalRule(LearningRule):
     def backward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, diagnostics: bool = False) -> StepResult:
         keep_codes = diagnostics or self.credit.needs_codes or self.solver.needs_codes or self.weight_inputs == "new"
         trace = self.chain.record(x, push=self.credit.pushes, keep_codes=keep_codes)
+        share = self.ranks.share(len(x), x)
         if self.teaches_credit:
-            self.credit.learn(trace, scale)
+            self.credit.learn(trace, scale * share)
         output = trace.output
         loss = self.loss.at(output, y)
-        factor = -loss.scale * scale
+        factor = -loss.scale * scale * (share if self.loss.is_mean else 1.0)
         kept: list[Assignment] = []
         for assignment in self.credit.assign(trace, loss):
             if diagnostics:
@@ -92,6 +105,10 @@ class LocalRule(LearningRule):
             return StepResult(loss.value, output)
         stages = {self.chain[a.index].name: _measure(a) for a in reversed(kept)}
         return StepResult(loss.value, output, self.credit.energy(kept), stages)
+
+    def reduce(self) -> None:
+        super().reduce()
+        self.solver.reduce()
 
     def prepare(self) -> None:
         self.solver.solve()

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from beyondprop import _checks
@@ -27,6 +28,7 @@ from beyondprop.nn.binary import Sign, Threshold
 from beyondprop.optim.factories import OptimizerFactory, centered_rmsprop
 from beyondprop.rules.guard import is_finite, named, put_back
 from beyondprop.rules.local import LocalRule
+from beyondprop.rules.ranks import unwrapped
 from beyondprop.solvers import Descent, Solver
 from beyondprop.solvers.base import step_all
 from beyondprop.stages import LossFunction, Stage
@@ -79,6 +81,7 @@ class DifferenceTargetProp(LocalRule):
         seed: int = 0,
         cuts: Cuts = "activation",
         nonfinite: str | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         _checks.one_of("inverse_training", inverse_training, ("interleaved", "epoch"))
         kind = DifferenceTargetPropagation if difference else TargetPropagation
@@ -92,8 +95,8 @@ class DifferenceTargetProp(LocalRule):
         )
         solver = weight_solver if isinstance(weight_solver, Solver) else Descent(weight_solver)
         if cuts == "activation":
-            cuts = activation_cuts(model)
-        super().__init__(model, loss, credit, solver, cuts=cuts, nonfinite=nonfinite)
+            cuts = activation_cuts(unwrapped(model, group)[0])
+        super().__init__(model, loss, credit, solver, cuts=cuts, nonfinite=nonfinite, group=group)
         self.inverse_training = inverse_training
         self.teaches_credit = inverse_training == "interleaved" and bool(credit.optimizers)
 

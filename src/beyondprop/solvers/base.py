@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from beyondprop.credit.base import Assignment
 from beyondprop.stages.chain import Chain
@@ -21,11 +22,13 @@ class Solver(abc.ABC):
         optimizers: the torch optimizers that write the weights; learning-rate schedulers attach to them.
         defers_update: whether all of its state changes inside optimizers, so that they can skip a step on the device.
         needs_codes: whether it looks at the stages' inputs and outputs; False saves their memory.
+        group: process group whose ranks have parts of the batch.
     """
 
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     defers_update: bool = True
     needs_codes: bool = True
+    group: dist.ProcessGroup | None = None
     _chain: Chain
 
     @abc.abstractmethod
@@ -41,6 +44,9 @@ class Solver(abc.ABC):
             factor: what a sum over samples of `(d output / d weights)^T delta` is multiplied with to become a gradient:
                 negative, minus one over the batch size where the loss is a mean.
         """
+
+    def reduce(self) -> None:
+        """Sum over the ranks what was collected besides gradients; a hook."""
 
     def solve(self) -> None:
         """Forget what was collected, once the gradients say the step to be made; the rule steps `optimizers` right after."""

@@ -7,6 +7,7 @@ import torch
 from beyondprop import _checks
 from beyondprop.credit.base import Assignment, serves_one_rule
 from beyondprop.errors import NonFiniteError
+from beyondprop.optim._local import sum_over_ranks
 from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.solvers.base import Solver, step_all
 from beyondprop.stages.chain import Chain
@@ -70,6 +71,7 @@ class Descent(Solver):
             for assignment, factor in collected:
                 pullback, change = assignment.pullback.relinearize(before)
                 pullback.add_gradients(assignment.remaining(change), factor)
+            sum_over_ranks([p.grad for p in before if p.grad is not None], self.group)
             if not all(bool(p.grad.sum().isfinite()) for p in before if p.grad is not None):
                 for p, value in before.items():
                     p.copy_(value)

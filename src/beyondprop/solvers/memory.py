@@ -18,11 +18,13 @@ import warnings
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beyondprop import _checks
 from beyondprop.credit.base import Assignment, serves_one_rule
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.optim._local import sum_over_ranks
 from beyondprop.optim.factories import OptimizerFactory, adam
 from beyondprop.solvers.base import Solver
 from beyondprop.stages import AffineStage, Chain, PipelineStage, Pullback, Stage
@@ -160,6 +162,18 @@ class Memory(Solver):
             memory.collect(top, -factor)
 
     @torch.no_grad()
+    def reduce(self) -> None:
+        if self.group is None:
+            return
+        for memory in self._stages.values():
+            memory.reduce(self.group)
+        if self._curvatures:  # the largest decides
+            largest = torch.tensor(max(map(float, self._curvatures)), dtype=torch.float64)
+            largest = largest.to(next(iter(self._stages.values())).weight.device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+            self._curvatures = [largest]
+
+    @torch.no_grad()
     def solve(self) -> None:
         lr = self.optimizers[0].param_groups[0]["lr"]
         largest = max((float(h) for h in self._curvatures), default=0.0)
@@ -233,6 +247,13 @@ class StageMemory:
             self.pending, self._samples = torch.zeros_like(self.kept["moments"]), 0
         self._samples += len(pullback.features)
         self.pending.addmm_(rows.t(), rows, alpha=weight)
+
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """Sum over the ranks what the next `solve` takes in."""
+        if self.pending is not None:
+            samples = torch.tensor(float(self._samples), dtype=torch.float64, device=self.pending.device)
+            sum_over_ranks([self.pending, samples], group)
+            self._samples = int(samples)
 
     def prepare(self, shrink: float) -> None:
         """Where it is time to, factorise what the memory will be with the batch, and bound the step; the memory itself stays.

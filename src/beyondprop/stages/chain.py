@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain as one_after_another
-from operator import is_
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.functional import evaluation_mode
 from beyondprop.nn.recurrent import Recurrent
+from beyondprop.nn.structure import Structure
 from beyondprop.stages.affine import RESHAPES, AffineStage
 from beyondprop.stages.block import BlockStage
 from beyondprop.stages.pipeline import PipelineStage
 from beyondprop.stages.recurrent import RecurrentStage
 from beyondprop.stages.stage import NORMS, Pullback, Stage
+from beyondprop.stages.tracing import traced
 
 Cuts = str | Sequence[str] | Sequence[nn.Module]
 """Where stages end: `"linear"`, `"block"`, the names of the modules that end a stage, or the blocks themselves."""
@@ -63,70 +64,21 @@ class Trace:
         return all(p is not None and p.is_closed_form for p in self.pullbacks[self.lowest :])
 
 
-class Structure:
-    """Which modules and parameters a model has, so that a change is noticed: what was built for it would train a ghost.
-
-    Args:
-        model: the model.
-        blocks: modules that need not be in it.
-    """
-
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
-        own = set(model.modules())
-        self._roots = {"": model, **{f"cuts[{i}]": m for i, m in enumerate(blocks) if m not in own}}
-        self._named = self._names()
-        self.modules = list(dict.fromkeys(m for m in self._named.values() if isinstance(m, nn.Module)))
-        # What is compiled has no dictionaries of its own, what is sharded swaps its parameters in every pass.
-        plain = [m for m in self.modules if not isinstance(m, torch.jit.ScriptModule)]
-        whole = [m for m in plain if not any(hasattr(p, "placements") for p in m._parameters.values())]
-        self._places = [*(m._modules for m in plain), *(m._parameters for m in whole)]
-        self._seen = list(self._now())
-
-    @property
-    def is_same(self) -> bool:
-        """Whether no module or parameter was exchanged, added or taken out."""
-        now = list(self._now())
-        return len(now) == len(self._seen) and all(map(is_, now, self._seen))
-
-    def check(self) -> None:
-        """Raise `UnsupportedModelError` where the model is not the same, naming what is not."""
-        if self.is_same:
-            return
-        then, names = self._named, self._names()
-        changed = [n for n in (*names, *then) if names.get(n) is not then.get(n)]
-        name = min(changed, key=lambda n: isinstance(then.get(n, names.get(n)), nn.Parameter), default="")
-        what = "exchanged" if name in names and name in then else "added" if name in names else "taken out"
-        kind, how = "Module", "the rule would train what the model no longer has"
-        if isinstance(then.get(name, names.get(name)), nn.Parameter):
-            kind, how = "Parameter", "by pruning, a parametrization, load_state_dict(assign=True) or an assignment"
-        raise UnsupportedModelError(
-            f"{kind} {name!r} of this {type(self._roots['']).__name__} was {what} after the rule was built ({how}); build the "
-            "rule anew."
-        )
-
-    def _now(self) -> Iterable[object]:
-        return one_after_another.from_iterable(map(dict.values, self._places))  # in C alone: it is asked at every step
-
-    def _names(self) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for prefix, root in self._roots.items():
-            found |= root.named_modules(prefix=prefix, remove_duplicate=False)
-            found |= root.named_parameters(prefix=prefix, remove_duplicate=False)
-        return found
-
-
 class Chain:
     """An ordered list of stages cut from a model.
 
     `"linear"` (the default) cuts a nested `nn.Sequential` so that every stage is: modules without parameters, then one
     Linear or Conv with the normalisation that follows it. Any other module with parameters (residual block, attention
     block) is a stage of its own, together with the modules without parameters before it. Modules after the last weights
-    belong to the last stage.
+    belong to the last stage. A model with a forward pass of its own is traced: functions such as `F.relu` count as their
+    modules, and where it branches and joins, what lies between is one block.
 
     Args:
-        model: `nn.Sequential`, nested as you like; any module where `cuts` names the blocks.
+        model: `nn.Sequential`, nested as you like; a module whose forward pass is a chain of its modules; any module where
+            `cuts` gives the blocks.
         cuts: `"linear"`; `"block"`: every child of the outermost Sequential that has parameters ends a stage; a list of
             dotted module names, each ending a stage; or a list of modules whose composition is the model's forward pass.
+        least: how many stages there must be, >= 1.
 
     Raises:
         UnsupportedModelError: if the model cannot be cut, has fewer than two stages, ties a parameter across stages, or
@@ -140,11 +92,14 @@ class Chain:
         )
     """
 
-    def __init__(self, model: nn.Module, cuts: Cuts = "linear") -> None:
+    def __init__(self, model: nn.Module, cuts: Cuts = "linear", *, least: int = 2) -> None:
         self.model = model
-        self.stages: list[Stage] = [_stage(run) for run in _cut(model, cuts)]
-        self._is_composition_of_model = isinstance(cuts, str) or all(isinstance(c, str) for c in cuts)
-        self._check()
+        runs, self._followers = _cut(model, cuts)
+        self.stages: list[Stage] = [_stage(run) for run in runs]
+        self._is_composition_of_model = _is_plain_sequential(model) and (
+            isinstance(cuts, str) or all(isinstance(c, str) for c in cuts)
+        )
+        self._check(least)
         self.structure = Structure(model, [m for stage in self.stages for m in stage.modules])
         # Nobody calls the model, its Sequentials that were taken apart, and the modules of closed forms: what is put on one
         # later would be passed over in silence.
@@ -153,6 +108,8 @@ class Chain:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         self._hooks = [getattr(m, kind) for m in passed for kind in kinds]
         self._hooked = sum(map(len, self._hooks))
+        self._passed = [vars(m) for m in passed]
+        self._patched = sum("forward" in own for own in self._passed)
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -176,16 +133,14 @@ class Chain:
             push: whether tangents will be pushed through the stages.
             keep_codes: keep every pullback's `input` and `output`; False frees what differentiation does not need.
         """
-        lowest = next((i for i, stage in enumerate(self.stages) if stage.is_trainable), len(self.stages))
-        if not self._is_composition_of_model:
-            self._check_composition(x)
-        self.check_unchanged()
+        lowest = self.lowest
+        self.check(x)
         pullbacks: list[Pullback | None] = []
         z = x
         for index, stage in enumerate(self.stages):
             if index < lowest:
                 pullbacks.append(None)
-                z = stage.run(z) if isinstance(stage, BlockStage) else stage.forward(z)
+                z = passed(stage, z)
             else:
                 pullback = stage.record(z, push=push)
                 z = pullback.output
@@ -196,20 +151,40 @@ class Chain:
                 pullbacks.append(pullback)
         return Trace(pullbacks, lowest, z)
 
+    @property
+    def lowest(self) -> int:
+        """Index of the first stage with a trainable parameter."""
+        return next((i for i, stage in enumerate(self.stages) if stage.is_trainable), len(self.stages))
+
+    def check(self, x: Tensor) -> None:
+        """Raise `UnsupportedModelError` where the stages are not the model that runs on `x` `(N, ...)`."""
+        if not self._is_composition_of_model:
+            self._check_composition(x)
+        for module in self._followers:
+            module.training = self.model.training
+        self.check_unchanged()
+
     def check_unchanged(self) -> None:
         """Raise `UnsupportedModelError` where the model is another, or a module that nobody calls got a hook."""
         self.structure.check()
+        if sum("forward" in own for own in self._passed) > self._patched:
+            raise UnsupportedModelError(
+                f"A module of this {type(self.model).__name__} got another forward pass after the rule was built, which closed "
+                "forms would pass over; build the rule anew."
+            )
         if sum(map(len, self._hooks)) > self._hooked:
             raise UnsupportedModelError(
                 f"A module of this {type(self.model).__name__} got a hook after the rule was built, which closed forms would "
                 "pass over; build the rule anew."
             )
 
-    def _check(self) -> None:
-        if len(self.stages) < 2:
+    def _check(self, least: int) -> None:
+        if len(self.stages) < least:
+            block = next((s for s in self.stages if any(isinstance(m, GraphModule) for m in s.modules)), None)
+            where = "" if block is None else f" It branches around {block.name!r}, which is one block for that."
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has {len(self.stages)} stage(s) with weights; 2 or more are needed for a code "
-                "between them. Add a hidden layer, or use Backprop."
+                f"{type(self.model).__name__} has {len(self.stages)} stage(s) with weights; {least} or more are needed for a "
+                f"code between them.{where} Add a hidden layer, or use Backprop."
             )
         owner: dict[nn.Parameter, str] = {}
         for stage in self.stages:
@@ -241,24 +216,32 @@ class Chain:
                     break
 
     def _check_composition(self, x: Tensor) -> None:
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model, *self._followers):
             expected, z = self.model(x), x
             for stage in self.stages:
                 z = stage.forward(z)
         same = isinstance(expected, Tensor) and expected.shape == z.shape
         if not (same and torch.allclose(expected, z, equal_nan=True)):
             raise UnsupportedModelError(
-                f"The blocks given as cuts, applied one after the other, do not compute what {type(self.model).__name__} "
-                "computes. Give the blocks in the order of its forward pass, with every operation between them in a block."
+                f"The blocks given as cuts or found, applied one after the other, do not compute what "
+                f"{type(self.model).__name__} computes. Give the blocks in the order of its forward pass, with every operation "
+                "between them in a block."
             )
         self._is_composition_of_model = True
+
+
+def passed(stage: Stage, z: Tensor) -> Tensor:
+    """Return the output of a stage that nobody differentiates."""
+    return stage.run(z) if isinstance(stage, BlockStage) else stage.forward(z)
 
 
 def _stage(run: list[Named]) -> Stage:
     carrier = next((name for name, m in reversed(run) if isinstance(m, (*_AFFINE, Recurrent))), None)
     name = carrier or next(n for n, m in reversed(run) if any(True for _ in m.parameters()))
     modules = [m for _, m in run]
-    for kind in (AffineStage, PipelineStage, RecurrentStage):
+    # What has a forward pass of its own is called, and never taken apart.
+    is_called = any("forward" in vars(part) for m in modules for part in m.modules())
+    for kind in () if is_called else (AffineStage, PipelineStage, RecurrentStage):
         if kind.fits(modules):
             return kind(name, run)
     if not any(type(part) is Recurrent for m in modules for part in m.modules()):
@@ -286,45 +269,55 @@ def _children(module: nn.Module) -> list[Named]:
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
-def _cut(model: nn.Module, cuts: Cuts) -> list[list[Named]]:
+def _cut(model: nn.Module, cuts: Cuts) -> tuple[list[list[Named]], list[nn.Module]]:
+    """Return the stages' modules, and those among them that follow the model's mode."""
     if isinstance(cuts, str):
         if cuts not in ("linear", "block"):
             raise ValueError(f"cuts must be 'linear', 'block', a list of names or a list of modules, got {cuts!r}.")
-        return _runs(flatten(model, deep=cuts == "linear"), one_affine=cuts == "linear")
+        modules, followers = _opened(model, deep=cuts == "linear")
+        return _runs(modules, one_affine=cuts == "linear"), followers
     if not cuts:
         raise ValueError("cuts is an empty list; name the modules that end a stage, or give the blocks.")
     if all(isinstance(c, nn.Module) for c in cuts):
         names = {m: n for n, m in model.named_modules()}
         blocks = [(names.get(c, f"cuts[{i}]"), c) for i, c in enumerate(cuts) if isinstance(c, nn.Module)]
-        return _runs(blocks, one_affine=False)
+        return _runs(blocks, one_affine=False), []
     if all(isinstance(c, str) for c in cuts):
-        return _named_runs(flatten(model, deep=True), [str(c) for c in cuts])
+        modules, followers = _opened(model, deep=True)
+        return _named_runs(modules, [str(c) for c in cuts]), followers
     raise TypeError("cuts must be a list of names or a list of modules, not a mixture.")
 
 
 def flatten(model: nn.Module, *, deep: bool) -> list[Named]:
-    """Return the modules of an `nn.Sequential` in order, with their dotted names, as a chain cuts them.
+    """Return the modules that a model applies one after the other, with their dotted names, as a chain cuts them.
 
     Args:
-        model: the Sequential.
+        model: an `nn.Sequential`, or a model whose forward pass is a chain of its modules.
         deep: whether Sequentials inside it are taken apart, too; those with hooks or a forward pass of their own never are.
 
     Raises:
-        UnsupportedModelError: if `model` is none, or has hooks or a forward pass of its own.
+        UnsupportedModelError: if the forward pass cannot be traced, or the model has hooks.
     """
+    return _opened(model, deep=deep)[0]
+
+
+def _opened(model: nn.Module, *, deep: bool) -> tuple[list[Named], list[nn.Module]]:
     if not _is_plain_sequential(model):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has a forward pass of its own and cannot be cut. Pass an nn.Sequential (its blocks may "
-            "be any modules), or cuts=[block, block, ...] with the modules that make up its forward pass."
-        )
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has hooks and cannot be cut, as nobody would call it. Put them on a module inside, or "
+                "pass cuts=[block, block, ...] with the modules that make up its forward pass."
+            )
+        return traced(model, lambda module: deep and _is_plain_sequential(module))
     children = _children(model)
-    return [part for name, child in children for part in _unfold(name, child)] if deep else children
+    return ([part for name, child in children for part in _unfold(name, child)] if deep else children), []
 
 
 def _is_plain_sequential(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )

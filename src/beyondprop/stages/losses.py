@@ -87,6 +87,7 @@ class OutputLoss:
         self.loss: Any = loss
         self.is_mean = reduction != "sum"
         self._cleared: set[tuple[torch.Size, torch.Size]] = set()
+        self.class_dims: dict[torch.Size, int] = {}  # of outputs, where `loss_behind` found them
 
     def __call__(self, output: Tensor, y: Tensor) -> Tensor:
         """Return the user's own `loss(output, y)`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import mlp
+from cases import InterruptAt, mlp
 from torch import Tensor, nn
 
 from beyondprop import BCD, Backprop, data, fit
@@ -20,7 +19,6 @@ from beyondprop.data import Dataset
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.lab import registry
 from beyondprop.lab.comparing.comparison import compare, resume
-from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.recorded import read_rows
 from beyondprop.lab.training.work import work_per_step
@@ -160,16 +158,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class _InterruptAt(Observer):
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def row(self, member: Member, row: dict[str, Any]) -> None:
-        self.count -= 1
-        if self.count == 0:
-            signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.usefixtures("small_digits")
 @pytest.mark.parametrize("at", [4, 13, 20, 30])
 def test_a_mixed_comparison_resumes_to_the_same_rows(at: int, tmp_path: Path) -> None:
@@ -185,7 +173,7 @@ def test_a_mixed_comparison_resumes_to_the_same_rows(at: int, tmp_path: Path) ->
     first = {r["loss"] for r in rows if r["kind"] == "eval" and r["step"] == 0 and r["seed"] == 0}
     assert len(first) == 1  # the same weights, and the same loss is reported
     with pytest.raises(KeyboardInterrupt):
-        compare(settings, out=tmp_path / "part", observer=_InterruptAt(at))
+        compare(settings, out=tmp_path / "part", observer=InterruptAt(at))
     resume(tmp_path / "part")
     assert _comparable(_rows(tmp_path / "part")) == _comparable(rows)
 
