@@ -1,6 +1,6 @@
 """Step time of a rule against autograd with foreach Adam, on the same network, interleaved in one process.
 
-    python benchmarks/step_time.py [--threads 1] [--clock cpu] [--rounds 40] [--net mlp:100x2 ...]
+    python benchmarks/step_time.py [--threads 1] [--clock cpu] [--rounds 40] [--data mnist] [--net mlp:100x2 ...]
 
 Prints the median time of a step (CPU time of the process, or by the wall), and ratios: medians over rounds of the ratio
 within a round. `autograd` is what a user writes by hand: `zero_grad`, `loss.backward()`, foreach Adam, no finite check;
@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from beyondprop import AltMin, Backprop, LearningRule, data
+from beyondprop import AltMin, Backprop, Codes, Credited, LearningRule, data
 from beyondprop.lab import nets
 from beyondprop.lab.training import work_per_step
 
@@ -55,11 +55,15 @@ def contenders(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[dict
         steps[f"autograd, {kind}"] = by_hand(own, adam(own.parameters()))
         work[f"autograd, {kind}"] = 1.0
         rules: dict[str, LearningRule] = {"Backprop": Backprop(copy.deepcopy(model), nn.CrossEntropyLoss(), adam)}
-        for solver in ("gradient", "line_search", "cg"):
+        for solver in ("gradient", "fitted", "line_search", "cg"):
             rules[f"AltMin {solver}"] = AltMin(copy.deepcopy(model), nn.CrossEntropyLoss(), adam, code_solver=solver)
         for name, rule in rules.items():
             steps[f"{name}, {kind}"] = rule.step
             work[f"{name}, {kind}"] = work_per_step(rule, x, y, steps=1)
+        for solver in ("gradient", "fitted", "line_search"):
+            credited = Credited(copy.deepcopy(model), Codes(solver), nn.CrossEntropyLoss())
+            steps[f"Credited {solver}, {kind}"] = by_hand(credited, adam(credited.parameters()))
+            work[f"Credited {solver}, {kind}"] = work[f"AltMin {solver}, {kind}"]
     return steps, work
 
 
@@ -91,19 +95,18 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", nargs="+", default=["mlp:100x2", "mlp:500x2", "mlp:100x8"])
+    parser.add_argument("--data", default="mnist")
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    mnist = data.load("mnist", download=False)
+    rows = data.load(arguments.data, download=False)
     for net in arguments.net:
         torch.manual_seed(0)
-        model = nets.build(net, (1, 28, 28), 10)
-        batches = list(
-            itertools.islice(data.batches(mnist.x_train, mnist.y_train, arguments.batch, generator=None), 10)
-        )
+        model = nets.build(net, rows.input_shape, rows.num_classes)
+        batches = list(itertools.islice(data.batches(rows.x_train, rows.y_train, arguments.batch, generator=None), 10))
         steps, work = contenders(model, *batches[0])
         seconds = measure(steps, batches, arguments.rounds, CLOCKS[arguments.clock])
         milliseconds = statistics.median(seconds["autograd, foreach"]) * 1e3

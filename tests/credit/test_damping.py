@@ -125,7 +125,7 @@ def test_no_factor_is_more_than_promised() -> None:
     curvature = torch.tensor([0.0, 0.1, 1.0, 1.0, 3.9, 0.0], dtype=torch.float64)
     for share in (0.5, 4.0):
         damping = share * float(curvature.mean())
-        (factors,) = code_solvers.step_factors(squared[None], curvature[None], damping, normalize=False)
+        ((factors,), _) = code_solvers.step_factors(squared[None], curvature[None], damping, normalize=False)
         at_mean = 1 / (damping + float(curvature.mean()))
         assert float(factors.max()) / at_mean == pytest.approx(1 + 1 / share)
 

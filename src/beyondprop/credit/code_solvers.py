@@ -33,7 +33,7 @@ def line_search(problem: CodeProblem) -> Tensor:
     g = problem.gradient
     squared, curvature = square_norm(g), problem.curvature(problem.pushed())
     normal = {"normalize": problem.normalize, "group": problem.group}
-    factors = step_factors(squared[None], curvature[None], problem.damping, **normal)
+    factors, _ = step_factors(squared[None], curvature[None], problem.damping, **normal)
     return g.mul_(per_sample(factors[0], g))
 
 
@@ -44,8 +44,8 @@ def step_factors(
     *,
     normalize: bool,
     group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, `(codes, N)`.
+) -> tuple[Tensor, Tensor | float]:
+    """Return the exact line search's factors `|g|^2 / (damping |g|^2 + curvature)`, `(codes, N)`, and 1 over their means.
 
     Args:
         squared: `|g|^2`, `(codes, N)`.
@@ -60,12 +60,13 @@ def step_factors(
     else:
         system = torch.add(curvature, squared, alpha=damping)
     factors = squared / system.add_(least)  # 0 for a sample without gradient
-    if normalize:
-        live, total = squared.count_nonzero(1), factors.sum(1)
-        if group is not None:
-            live, total = summed(torch.stack([live.to(total), total]), group).unbind()
-        factors.mul_((live / total.clamp_min_(least))[:, None])
-    return factors
+    if not normalize:
+        return factors, 1.0
+    live, total = squared.count_nonzero(1), factors.sum(1)
+    if group is not None:
+        live, total = summed(torch.stack([live.to(total), total]), group).unbind()
+    inverse = (live / total.clamp_min_(least))[:, None]
+    return factors.mul_(inverse), inverse
 
 
 line_search.needs_codes = False  # type: ignore[attr-defined]

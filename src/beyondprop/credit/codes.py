@@ -119,7 +119,7 @@ class Codes(Credit):
             problem.damping = damping
         if isinstance(self.solver, FittedLineSearch):
             top = len(self._chain) - 1
-            return self._shrunk(problem, self.solver.solve(problem, top - index - 1, top - self._chain.lowest - 1))
+            return self._shrunk(problem, self.solver.solve(problem, top - index, top - self._chain.lowest))
         return self._solve(problem)
 
     def _solve(self, problem: CodeProblem) -> Tensor:
@@ -167,7 +167,7 @@ class Codes(Credit):
         damping = [self.mu, *(self._damping(trace[index]) for index in range(top - 1, trace.lowest, -1))]
         fitted = self.solver if isinstance(self.solver, FittedLineSearch) else None
         if fitted is not None:
-            fitted.begin(len(damping) - 1)
+            fitted.begin(len(damping))
         is_exact = fitted is None or fitted.is_exact
         for index in range(top, trace.lowest, -1):
             stage = trace[index]
@@ -179,14 +179,14 @@ class Codes(Credit):
                 del image
             del stage
         lengths = torch.stack(found)
-        pushed = len(curvature)
-        each = self._factors(lengths[:pushed].square(), torch.stack(curvature), damping[:pushed])
-        if fitted is not None and len(damping) > 1:
-            features = ratio(lengths[1:], lengths[:-1])
-            if is_exact:
-                fitted.fit(features, each[1:], group=self.group)
-            else:
-                each = torch.cat([each, fitted.factors(features)])
+        if fitted is None or fitted.is_exact:
+            each, scale = self._factors(lengths.square(), torch.stack(curvature), damping)
+            if fitted is not None:
+                fitted.fit(ratio(lengths[1:], lengths[:-1]), each, scale, 0, len(damping), self.group)
+        else:
+            each = fitted.top(lengths[:1].square(), curvature[0][None], damping[0])  # type: ignore[arg-type]
+            if len(damping) > 1:
+                each = torch.cat([each, fitted.factors(ratio(lengths[1:], lengths[:-1]), 1)])
         factors = each.cumprod(0).unbind()
         for delta, factor in zip(deltas[1:], factors, strict=True):
             delta.mul_(per_sample(factor, delta))
@@ -196,8 +196,8 @@ class Codes(Credit):
             below = deltas[-1] if deltas else None
             yield Assignment(index, trace.take(index), delta, below, loss if index == top else None)
 
-    def _factors(self, squared: Tensor, curvature: Tensor, damping: Sequence[Damping]) -> Tensor:
-        """Return what line search multiplies each sample's gradient by, `(codes, N)`, last code first.
+    def _factors(self, squared: Tensor, curvature: Tensor, damping: Sequence[Damping]) -> tuple[Tensor, Tensor | float]:
+        """Return what line search multiplies each sample's gradient by, `(codes, N)`, last code first, and 1 over its means.
 
         `squared` is `|g|^2` of plain gradients and `curvature` `(J g)^T H (J g)`, both `(codes, N)`.
         """
@@ -207,13 +207,18 @@ class Codes(Credit):
             return code_solvers.step_factors(squared, curvature, each, normalize=self.normalize, group=self.group)
         # A relative damping is of deltas that the factors above have weighted already.
         found: list[Tensor] = []
+        scales: list[Tensor | float] = []
         weights: Tensor | None = None
         for value, own, bend in zip(damping, squared, curvature, strict=True):
             if isinstance(value, RelativeDamping):
                 value = value.number(own, bend, weights, self.group)
-            found += code_solvers.step_factors(own[None], bend[None], value, normalize=self.normalize, group=self.group)
+            factors, scale = code_solvers.step_factors(
+                own[None], bend[None], value, normalize=self.normalize, group=self.group
+            )
+            found += factors
+            scales.append(scale)
             weights = found[-1] if weights is None else weights * found[-1]
-        return torch.stack(found)
+        return torch.stack(found), scales[0]
 
     def energy(self, assignments: Sequence[Assignment]) -> Tensor:
         """Return the relaxed objective at the moved codes: mean over samples of `Loss + mu / 2 * sum |delta - change|^2`.

@@ -6,8 +6,8 @@ normalised, and costs one push a code. With n_k the length of a sample's delta k
     1 / f_k = alpha_k + beta_k n_k / n_{k-1}
 
 as `|J g| >= |g|^2 / |delta|` (Cauchy-Schwarz) ties the two. The top code, whose push goes through the narrow last stage, stays
-exact. Every `refit`-th step, and in a few early ones, all are exact, and alpha and beta go half of the way to their
-least-squares fit on that batch.
+exact but for the mean. Every `refit`-th step, and in a few early ones, all are exact, and the mean, alpha and beta go half of
+the way to those of that batch: alpha and beta to their least-squares fit.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class FittedLineSearch:
 
     Attributes:
         steps: how many were begun.
-        coefficients: alpha, beta and the least value of `1 / f` by hidden code, `(codes, 3)`, last one first; None before the
-            first fit.
+        coefficients: by code, last code first, `(codes, 3)`: of the top code 1 over its mean factor, of the others alpha, beta
+            and the least value of `1 / f`; None before the first fit.
     """
 
     needs_codes = False
@@ -52,7 +52,7 @@ class FittedLineSearch:
         self._last: float = math.inf  # code of the sweep under way
 
     def begin(self, codes: int) -> None:
-        """Begin a step with so many hidden codes."""
+        """Begin a step with so many codes."""
         if self.coefficients is not None and len(self.coefficients) != codes:
             self.coefficients = None  # stages were frozen or thawed
         self.is_exact = self.coefficients is None or self.steps in _EARLY or self.steps % self.refit == 0
@@ -63,24 +63,31 @@ class FittedLineSearch:
         return line_search(problem)
 
     def solve(self, problem: CodeProblem, code: int, codes: int) -> Tensor:
-        """Return the delta of a hidden code, one of so many; -1 is the top code, 0 the one below."""
+        """Return the delta of one of so many codes; 0 is the top code."""
         if code <= self._last:  # a rank of a pipeline has some of the codes only
             self.begin(codes)
         self._last = code
-        if code < 0:
-            return line_search(problem)
         g = problem.gradient
-        features = ratio(length(g), length(problem.delta))[None]
+        if not self.is_exact and code:
+            factors = self.factors(ratio(length(g), length(problem.delta))[None], code)
+            return g.mul_(per_sample(factors[0], g))
+        squared, curvature = square_norm(g)[None], problem.curvature(problem.pushed())[None]
         if self.is_exact:
-            squared, curvature = square_norm(g), problem.curvature(problem.pushed())
             normal = {"normalize": problem.normalize, "group": problem.group}
-            factors = step_factors(squared[None], curvature[None], problem.damping, **normal)
-            self.fit(features, factors, code, codes, problem.group)
+            factors, scale = step_factors(squared, curvature, problem.damping, **normal)
+            features = ratio(length(g), length(problem.delta))[None] if code else None
+            self.fit(features, factors, scale, code, codes, problem.group)
         else:
-            factors = self.factors(features, code)
+            factors = self.top(squared, curvature, problem.damping)
         return g.mul_(per_sample(factors[0], g))
 
-    def factors(self, features: Tensor, first: int = 0) -> Tensor:
+    def top(self, squared: Tensor, curvature: Tensor, damping: float | Tensor) -> Tensor:
+        """Return the top code's factors, over their mean at the last fit, `(1, N)` like `|g|^2` and `(J g)^T H (J g)`."""
+        assert self.coefficients is not None
+        found, _ = step_factors(squared, curvature, damping, normalize=False)
+        return found.mul_(self.coefficients[0, 0])
+
+    def factors(self, features: Tensor, first: int) -> Tensor:
         """Return the fit's factors of the hidden codes from `first` on, `(codes, N)` like `features`."""
         assert self.coefficients is not None
         alpha, beta, least = self.coefficients[first : first + len(features)].unsqueeze(-1).unbind(1)
@@ -88,32 +95,38 @@ class FittedLineSearch:
 
     def fit(
         self,
-        features: Tensor,
+        features: Tensor | None,
         factors: Tensor,
-        first: int = 0,
-        codes: int | None = None,
+        scale: Tensor | float,
+        first: int,
+        codes: int,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Let the coefficients of the hidden codes from `first` on follow a batch.
+        """Let the coefficients of the codes from `first` on follow a batch.
 
         Args:
-            features: `(codes, N)`.
-            factors: the exact ones, likewise.
-            first: the code that the first row is of.
-            codes: how many there are; default: those of the rows.
+            features: of the hidden codes among them, `(hidden, N)`; None: there is none.
+            factors: the exact ones of all of them, `(codes, N)`.
+            scale: 1 over their means, `(codes, 1)` or one number.
+            first: the code that the first row is of; 0 is the top code.
+            codes: how many there are in all.
             group: process group whose ranks have parts of the batch.
         """
-        live = factors > 0  # a sample without gradient has the factor 0
-        r = features.to(torch.float64) * live
-        inverse = torch.where(live, factors.to(torch.float64), torch.inf).reciprocal()
-        sums = torch.stack([live, r, inverse, r * r, r * inverse]).sum(2)
-        means = summed(sums, group) / sums[0].clone().clamp_min_(1)
-        r, inverse, squares, products = means[1:].unbind()
-        beta = (products - r * inverse) / (squares - r * r).clamp_min(tiny(r))
-        beta.clamp_(min=0.0)
-        found = torch.stack([inverse - beta * r, beta, _LEAST * inverse], 1).to(features.dtype)
+        found = factors.new_zeros(len(factors), 3)
+        is_top = int(first == 0)
+        found[:is_top, 0] = scale[:is_top, 0] if isinstance(scale, Tensor) else scale
+        if features is not None and len(features):
+            exact = factors[is_top:]
+            live = exact > 0  # a sample without gradient has the factor 0
+            r = features.to(torch.float64) * live
+            inverse = torch.where(live, exact.to(torch.float64), torch.inf).reciprocal()
+            sums = torch.stack([live, r, inverse, r * r, r * inverse]).sum(2)
+            averages = summed(sums, group) / sums[0].clone().clamp_min_(1)
+            r, inverse, squares, products = averages[1:].unbind()
+            beta = ((products - r * inverse) / (squares - r * r).clamp_min(tiny(r))).clamp_(min=0.0)
+            found[is_top:] = torch.stack([inverse - beta * r, beta, _LEAST * inverse], 1).to(found.dtype)
         if self.coefficients is None:
-            self.coefficients = found.new_full((len(found) if codes is None else codes, 3), float("nan"))
+            self.coefficients = found.new_full((codes, 3), float("nan"))
         old = self.coefficients[first : first + len(found)]
         found = torch.where(old.isfinite(), torch.lerp(old, found, 0.5), found)
         self.coefficients[first : first + len(found)] = torch.where(found.isfinite(), found, old)

@@ -94,6 +94,8 @@ class LearningRule(abc.ABC):
         self._look()
         self.watchdog = Watchdog()
         self._guard = FiniteGuard(nonfinite)
+        # Memory that is freed right before a forward pass is taken by it, as in loops that begin by zero_grad.
+        self._spent: list[Tensor] = []
 
     def _look(self) -> None:
         model = self.model
@@ -172,6 +174,7 @@ class LearningRule(abc.ABC):
                 fit the first layer, torch's own error says so.
             NonFiniteError: if a NaN or Inf appears; weights, optimizer state and running statistics stay as they were.
         """
+        self._spent = []
         self.check_batch(x, y)
         self.check_model()
         saved, guard, parameters = self._saved(), self._guard, self._parameters
@@ -192,6 +195,7 @@ class LearningRule(abc.ABC):
         self.settle()
         for p in parameters:  # also those that no optimizer has
             p.grad = None
+        self._spent = gradients
         self.watchdog.tick(self.stage_parameters, self._explain)
         return result
 
@@ -337,6 +341,7 @@ class LearningRule(abc.ABC):
         twin: LearningRule = object.__new__(type(self))
         memo[id(self)] = twin
         memo[id(self.ranks.group)] = self.ranks.group  # the same processes
+        self._spent = []
         for key, value in vars(self).items():
             object.__setattr__(twin, key, copy.deepcopy(value, memo))
         for own, copied in zip(self.optimizers, twin.optimizers, strict=True):
