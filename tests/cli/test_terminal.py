@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,14 @@ def test_names_are_no_markup_for_the_bars() -> None:
     assert "mine[/b]xxx" in out.getvalue()
     assert "\x1b]" not in out.getvalue()
     assert "x" * 100 not in out.getvalue()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["list", "--json"]])
+def test_a_full_disk_behind_the_output_is_told(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "beyondprop", *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("beyondprop: The standard output cannot be written: ")
+    assert "Traceback" not in done.stderr

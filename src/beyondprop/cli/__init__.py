@@ -19,8 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output is gone, as in `beyondprop list | head`; nothing is left to say, or to flush at exit.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # whatever is about a file was told; a full disk behind `>` is left
+            sys.stderr.write(f"beyondprop: The standard output cannot be written: {error}\n")
+        # The reader of our output may be gone, as in `beyondprop list | head`; nothing is left to flush at exit.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -6,6 +6,7 @@ Whatever imports torch is imported when a command runs: help is there at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import signal
 import socket
@@ -49,6 +50,8 @@ def _run(command: Any, pressed: Callable[[], bool]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            raise  # files are named where they are written: this is the standard output
         # In the middle of an import, packages make errors of their own of Ctrl-C.
         if pressed() and not isinstance(error, OSError):
             raise KeyboardInterrupt from error
