@@ -17,7 +17,7 @@ from beyondprop.cli import main
 from beyondprop.data import Dataset
 from beyondprop.errors import DataUnavailableError
 from beyondprop.lab import registry
-from beyondprop.lab.comparing import comparison
+from beyondprop.lab.comparing import comparison, train
 
 QUICK = ["--net", "mlp:8x2", "--epochs", "2", "--seeds", "1", "--threads", "1"]
 PACKAGE = Path(comparison.__file__).parent
@@ -191,7 +191,7 @@ def test_unexpected_errors_are_short_unless_debugged(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("lost")
 
-    monkeypatch.setattr(comparison, "fit", fail)
+    monkeypatch.setattr(train, "fit", fail)
     assert main(["compare", *QUICK, "--out", "r"]) == 1
     assert capsys.readouterr().err == "beyondprop: KeyError: 'lost'\n--debug shows where it comes from.\n"
     with pytest.raises(KeyError, match="lost"):

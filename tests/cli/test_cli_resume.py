@@ -44,7 +44,7 @@ def start(*argv: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(comparison.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(comparison.__file__).parents[3])},
     )
 
 

@@ -129,6 +129,32 @@ def test_messages_of_errors_and_warnings_command_no_terminal(
         rules.rows.update(before)
 
 
+def test_every_training_that_goes_on_has_a_bar() -> None:
+    out = io.StringIO()
+    rules.names()
+    members = [Member(Contender("mlp:5x1", rules.get("sgd")), seed, 0.1, 2.0) for seed in (0, 1)]
+    bars = Bars(Terminal(file=out, width=100, force_terminal=True))
+    bars.start(Path("r"), members)
+    for member, share in zip(members, (1, 3), strict=True):
+        bars.begin(member)
+        bars.row(member, {"kind": "eval", "accuracy": share / 4, "seconds": 0.1})
+        bars.progress(member, share, 4)
+    tasks = {task.description.strip(): task for task in bars._bars.tasks}
+    assert {name: task.completed for name, task in tasks.items()} == {
+        "all": 2.0,
+        "sgd seed 0": 0.25,
+        "sgd seed 1": 0.75,
+    }
+    bars.begin(members[1])  # again, after its worker was killed
+    bars.end(members[0])
+    assert {task.description.strip(): task.completed for task in bars._bars.tasks} == {"all": 3.5, "sgd seed 1": 0.0}
+    bars.progress(members[1], 2, 4)
+    bars.end(members[1])
+    bars.stop()
+    assert [task.completed for task in bars._bars.tasks] == [4.0]
+    assert "1/2  sgd seed 0  acc.  25.00%" in out.getvalue()
+
+
 def test_names_are_no_markup_for_the_bars() -> None:
     out = io.StringIO()
     rules.names()  # loads them

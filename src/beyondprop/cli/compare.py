@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import OmitArgPrefixes
 
 from beyondprop.cli.report import show
-from beyondprop.cli.usage import Debug, Flag, Folder, Json, usage, warnings_to
+from beyondprop.cli.usage import Debug, Flag, Folder, Json, Workers, usage, warnings_to
 from beyondprop.lab.comparing.settings import Settings, untrusted
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Compare:
     """Go on with a run that was stopped, with the settings recorded there; plugins and nets of files are given again."""
     trust: Flag = False
     """Execute the Python files that the directory of --resume names; a received one may name anything."""
+    workers: Workers = None
+    """Train in N processes at once, each with --threads, or by `ray` on the Ray cluster that runs; equal but for seconds."""
     json: Json = False
     quiet: Flag = False
     """No progress."""
@@ -74,7 +76,15 @@ class Compare:
                     command = shlex.join(["beyondprop", "report", str(path)])
                     observer.command("Stopped; all is trained, the report is missing. Make it by:", command)
                 elif observer.path is not None:
-                    command = shlex.join(["beyondprop", "compare", "--resume", str(observer.path), *settings.code])
+                    workers = [] if self.workers is None else ["--workers", str(self.workers)]
+                    command = shlex.join([
+                        "beyondprop",
+                        "compare",
+                        "--resume",
+                        str(observer.path),
+                        *settings.code,
+                        *workers,
+                    ])
                     observer.command("Stopped; the state is saved. Go on with:", command)
                 raise
 
@@ -98,7 +108,7 @@ class Compare:
                 plan = prepare(settings, progress=progress)
         if self.resume is not None:
             try:
-                return comparison.go_on(plan, self.resume, observer)
+                return comparison.go_on(plan, self.resume, observer, self.workers)
             except ValueError as error:
                 if not str(error).startswith("The state is"):
                     raise
@@ -106,7 +116,7 @@ class Compare:
                     f"{str(self.resume / 'config.toml')!r} and a file of checkpoints/ do not belong together: {error} Put the "
                     "original back, or delete that checkpoint: its training begins again then."
                 ) from error
-        return comparison.run(plan, self.out, observer)
+        return comparison.run(plan, self.out, observer, self.workers)
 
     def _recorded(self, path: Path) -> Settings:
         from beyondprop.lab.runs.config import naming

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from beyondprop.cli.usage import say
@@ -32,8 +32,8 @@ class Lines(Observer):
         self.console, self.quiet = console, quiet
         self.path: Path | None = None
         self._count = self._done = self._width = 0
-        self._last: Row = {}
-        self._printed = 0.0
+        self._last: dict[Member, Row] = {}  # of the trainings that go on
+        self._printed: dict[Member, float] = {}
 
     def note(self, text: str, style: str = "yellow") -> None:
         """Print a line that matters even in quiet mode."""
@@ -54,27 +54,31 @@ class Lines(Observer):
         count = f"{len(members)} training{'s' * (len(members) > 1)} to do" if members else "Nothing is left to train"
         self._say(f"{count}, recorded in {path}")
 
+    def said(self, text: str) -> None:
+        self._say(text)
+
     def begin(self, member: Member) -> None:
-        self._last, self._printed = {}, time.monotonic()
+        self._last[member], self._printed[member] = {}, time.monotonic()
 
     def progress(self, member: Member, step: int, steps: int) -> None:
-        if self._last and time.monotonic() - self._printed > _PAUSE:
-            self._printed = time.monotonic()
-            self._say(f"{self._padded(member)}  {step / steps:4.0%}  {_result(self._last)}")
+        if self._last.get(member) and time.monotonic() - self._printed[member] > _PAUSE:
+            self._printed[member] = time.monotonic()
+            self._say(f"{self._padded(member)}  {step / steps:4.0%}  {_result(self._last[member])}")
 
     def row(self, member: Member, row: Row) -> None:
         if row["kind"] == "failed" or (row.get("message") and row["kind"] == "tuning"):
             self.note(f"{_name(member)} failed: {row['message']}", style="red")
         if row["kind"] in ("eval", "tuning", "failed"):
-            self._last = row if row["kind"] != "failed" else {}
+            self._last[member] = row if row["kind"] != "failed" else {}
 
     def end(self, member: Member) -> None:
         self._done += 1
-        if self._last:
-            seconds = self._last.get("seconds")
+        self._printed.pop(member, None)
+        if last := self._last.pop(member, {}):
+            seconds = last.get("seconds")
             took = "" if seconds is None else f"  {seconds:.1f} s"
             place = f"{self._done:{len(str(self._count))}}/{self._count}"
-            self._say(f"{place}  {self._padded(member)}  {_result(self._last)}{took}")
+            self._say(f"{place}  {self._padded(member)}  {_result(last)}{took}")
 
     def _padded(self, member: Member) -> str:
         return _name(member).ljust(self._width)
@@ -85,7 +89,7 @@ class Lines(Observer):
 
 
 class Bars(Lines):
-    """The same with two bars below the lines: all trainings, and the one that is going on."""
+    """The same with bars below the lines: of all trainings, and of each that is going on."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -100,27 +104,36 @@ class Bars(Lines):
             transient=True,
         )
         self._epochs = 0.0
+        self._of: dict[Member, TaskID] = {}
+        self._shares: dict[Member, float] = {}  # done of the trainings that go on
 
     def start(self, path: Path, members: Sequence[Member]) -> None:
         super().start(path, members)
         total = sum(member.epochs for member in members)
         self._all = self._bars.add_task("all".ljust(self._width), total=total, result=f"0/{self._count}")
-        self._one = self._bars.add_task("", total=1.0, result="", visible=False)
         self._bars.start()
 
     def begin(self, member: Member) -> None:
         super().begin(member)
-        self._bars.reset(self._one, total=1.0, description=self._padded(member), result="", visible=True)
+        if member not in self._of:
+            self._of[member] = self._bars.add_task("", total=1.0, result="")
+        self._bars.reset(self._of[member], total=1.0, description=self._padded(member), result="")
 
     def progress(self, member: Member, step: int, steps: int) -> None:
-        result = _result(self._last) if self._last else ""
-        self._bars.update(self._one, completed=step / steps, result=result)
-        self._bars.update(self._all, completed=self._epochs + member.epochs * step / steps)
+        last = self._last.get(member)
+        self._shares[member] = member.epochs * step / steps
+        self._bars.update(self._of[member], completed=step / steps, result=_result(last) if last else "")
+        self._bars.update(self._all, completed=self._epochs + sum(self._shares.values()))
 
     def end(self, member: Member) -> None:
         super().end(member)
         self._epochs += member.epochs
-        self._bars.update(self._all, completed=self._epochs, result=f"{self._done}/{self._count}")
+        self._shares.pop(member, None)
+        if member in self._of:
+            self._bars.remove_task(self._of.pop(member))
+        self._bars.update(
+            self._all, completed=self._epochs + sum(self._shares.values()), result=f"{self._done}/{self._count}"
+        )
 
     def stop(self) -> None:
         self._bars.stop()

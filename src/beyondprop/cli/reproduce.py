@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from beyondprop.cli.usage import Debug, Flag, Folder, Json, UsageError, fields, say, usage, warnings_to, write_json
+from beyondprop.cli.usage import (
+    Debug,
+    Flag,
+    Folder,
+    Json,
+    UsageError,
+    Workers,
+    fields,
+    say,
+    usage,
+    warnings_to,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +47,8 @@ class Reproduce:
     """Where each recipe has its directory; one that was stopped goes on from what is there."""
     record: Folder = None
     """Copy results and figures to this directory, as the ledger wants them."""
+    workers: Workers = None
+    """Train the comparisons that recipes are made of in N processes at once, or by `ray` on the Ray cluster that runs."""
     json: Json = False
     quiet: Flag = False
     """No progress."""
@@ -66,6 +80,7 @@ class Reproduce:
                 except KeyboardInterrupt:
                     rest = ["--quick"] * self.quick + ["--out", str(self.out)]
                     rest += [] if self.record is None else ["--record", str(self.record)]
+                    rest += [] if self.workers is None else ["--workers", str(self.workers)]
                     left = self.recipe[self.recipe.index(name) :]
                     say(console, "Stopped; what was measured is kept. Go on with:", "dim")
                     say(console, shlex.join(["beyondprop", "reproduce", *left, *rest]), "dim")
@@ -85,7 +100,7 @@ class Reproduce:
             if not self.quiet:
                 say(console, f"{name}: {line}", "dim")
 
-        result = recipe.run(name, Context(path, self.quick, tell))
+        result = recipe.run(name, Context(path, self.quick, tell, self.workers))
         figure, page = path / "figure.png", path / "result.json"
         if self.record is not None:
             result.write(self.record / f"{name}.json")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from beyondprop.errors import DataIntegrityError, DataUnavailableError
-from beyondprop.lab.comparing.settings import Flag
+from beyondprop.lab.comparing.settings import Flag, check_workers
 from beyondprop.lab.runs.text import cleaned
 
 if TYPE_CHECKING:
@@ -22,6 +23,28 @@ if TYPE_CHECKING:
 Debug = Annotated[Flag, arg(help="Show where an error comes from.")]
 Json = Annotated[Flag, arg(help="Print the results as JSON; progress goes to the error stream.")]
 Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
+
+
+def _workers(texts: list[str]) -> int | str:
+    workers = int(texts[0]) if texts[0].lstrip("-").isdecimal() else texts[0]
+    check_workers(workers)
+    return workers
+
+
+if TYPE_CHECKING:
+    Workers = int | str | None
+else:
+    Workers = Annotated[
+        Any,
+        PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="N|ray",
+            instance_from_str=_workers,
+            is_instance=lambda value: value is None or isinstance(value, int | str),
+            str_from_instance=lambda value: [str(value)],
+        ),
+        arg(help_behavior_hint="(default: this process)"),
+    ]
 
 
 class UsageError(Exception):

@@ -17,7 +17,7 @@ from beyondprop import data
 from beyondprop.data import Dataset
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.lab import registry, report
-from beyondprop.lab.comparing import comparison, tuning
+from beyondprop.lab.comparing import train, tuning
 from beyondprop.lab.comparing.comparison import compare, resume
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
@@ -147,7 +147,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(comparison, "fit", fail)
+    monkeypatch.setattr(train, "fit", fail)
     monkeypatch.setattr(tuning, "fit", fail)
     resume(path)
     assert rows_of(path) == before

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from beyondprop.lab import registry
 from beyondprop.lab.comparing import tuning
-from beyondprop.lab.comparing.member import Contender, Member, Observer, seeded
-from beyondprop.lab.comparing.plan import Nets, Plan, at_seed, prepare
-from beyondprop.lab.comparing.settings import Settings, untrusted
+from beyondprop.lab.comparing.member import Member, Observer
+from beyondprop.lab.comparing.plan import Nets, Plan, prepare
+from beyondprop.lab.comparing.settings import Settings, check_workers, untrusted
+from beyondprop.lab.comparing.train import train
 from beyondprop.lab.registry import RuleSpec
 from beyondprop.lab.runs.config import naming
-from beyondprop.lab.runs.context import deferred_interrupt, recorded_warnings
 from beyondprop.lab.runs.directory import RunDirectory, check_free, default_path
 from beyondprop.lab.runs.environment import environment
-from beyondprop.lab.runs.recorded import WARM_START, Row, read_config
+from beyondprop.lab.runs.recorded import read_config
 from beyondprop.lab.tasks import Task
-from beyondprop.lab.training import Failed, History, State, fit
+
+if TYPE_CHECKING:
+    from beyondprop.lab.comparing.workers import Crew
 
 
 def compare(
@@ -36,6 +38,7 @@ def compare(
     rules: Sequence[RuleSpec] = (),
     out: str | Path | None = None,
     observer: Observer | None = None,
+    workers: int | str | None = None,
 ) -> Path:
     """Run a comparison and return its run directory.
 
@@ -49,9 +52,11 @@ def compare(
         rules: likewise rules of one's own, beside those that are registered.
         out: the run directory, which must be free; default: one in `runs/` named by time, task and net.
         observer: who is told how it goes.
+        workers: train in so many processes of this machine, or in `"ray"`, on the Ray cluster that runs; the recorded numbers
+            are the same but for seconds. Default: in this process, one training after the other.
 
     Raises:
-        ValueError: if a setting is wrong; the message says what is accepted.
+        ValueError: if a setting is wrong, or something cannot be handed to workers; the message says what is accepted.
         UnsupportedModelError: if one of the rules cannot train a net.
         FileExistsError: if there is something at `out` already.
         KeyboardInterrupt: after Ctrl-C, with the state saved.
@@ -64,7 +69,8 @@ def compare(
         settings = replace(settings, nets=tuple(nets))
     if rules and not {spec.name for spec in rules} & set(settings.rules):
         settings = replace(settings, rules=tuple(spec.name for spec in rules))
-    return run(prepare(settings, task=task, nets=nets, rules=rules), path, observer)
+    check_workers(workers)
+    return run(prepare(settings, task=task, nets=nets, rules=rules), path, observer, workers)
 
 
 def resume(
@@ -75,6 +81,7 @@ def resume(
     rules: Sequence[RuleSpec] = (),
     observer: Observer | None = None,
     trust: bool = False,
+    workers: int | str | None = None,
 ) -> Path:
     """Go on with a comparison that was stopped; what is done is not done again.
 
@@ -86,12 +93,14 @@ def resume(
         observer: who is told how it goes.
         trust: whether Python code that the directory names, and this process has not loaded yet, may be executed: plugins,
             and nets of the form FILE.py:FUNCTION.
+        workers: as in `compare`; it may be another number than before.
 
     Raises:
         FileNotFoundError: if there is no run directory at `path`.
         ValueError: if a file in it is damaged, or it names code without `trust`.
         RuntimeError: if another process is writing it.
     """
+    check_workers(workers)
     with naming(Path(path)):
         settings = Settings.from_config(read_config(Path(path)))
     code = [flag for flag in settings.code if flag.removeprefix("--net=") not in (nets or {}) and not is_loaded(flag)]
@@ -99,7 +108,7 @@ def resume(
         raise ValueError(untrusted(path, code, "Load them first if you know them, or pass trust=True."))
     with naming(Path(path)):
         plan = prepare(settings, task=task, nets=nets, rules=rules)
-    return go_on(plan, Path(path), observer)
+    return go_on(plan, Path(path), observer, workers)
 
 
 def is_loaded(flag: str) -> bool:
@@ -111,15 +120,21 @@ def is_loaded(flag: str) -> bool:
     return path.is_file() and f"{path.resolve()}@{path.stat().st_mtime_ns}" in registry._files
 
 
-def run(plan: Plan, path: Path | None = None, observer: Observer | None = None) -> Path:
+def run(
+    plan: Plan, path: Path | None = None, observer: Observer | None = None, workers: int | str | None = None
+) -> Path:
     """Run a prepared comparison in a new run directory; see `compare`."""
-    with _threads(plan.settings.threads), _created(plan, path) as directory:
-        _run(plan, directory, observer or Observer())
+    with _threads(plan.settings.threads), _crew(plan, workers) as crew:
+        if crew is not None:
+            # What cannot be handed over is refused before anything is written.
+            crew.open(len(plan.contenders) * len(plan.settings.seeds))
+        with _created(plan, path) as directory:
+            _run(plan, directory, observer or Observer(), crew)
     return directory.path
 
 
 def _created(plan: Plan, path: Path | None) -> RunDirectory:
-    config, env = _config(plan), environment(plan.settings.device)
+    config, env = plan.config(), environment(plan.settings.device)
     while path is None:
         free = default_path(plan.task.name, plan.settings.nets[0] if len(plan.settings.nets) == 1 else "nets")
         try:
@@ -131,29 +146,54 @@ def _created(plan: Plan, path: Path | None) -> RunDirectory:
     return RunDirectory.create(path, config, env)
 
 
-def go_on(plan: Plan, path: Path, observer: Observer | None = None) -> Path:
+def go_on(plan: Plan, path: Path, observer: Observer | None = None, workers: int | str | None = None) -> Path:
     """Go on with a prepared comparison in its run directory; see `resume`."""
     with _threads(plan.settings.threads), RunDirectory.open(path) as directory:
         _warn_of_other_versions(path, plan.settings.device)
-        _run(replace(plan, begun=_begun(directory.config)), directory, observer or Observer())
+        plan = replace(plan, begun=_begun(directory.config))
+        with _crew(plan, workers) as crew:
+            _run(plan, directory, observer or Observer(), crew)
     return path
 
 
-def _run(plan: Plan, directory: RunDirectory, observer: Observer) -> None:
+@contextmanager
+def _crew(plan: Plan, workers: int | str | None) -> Iterator[Crew | None]:
+    """Yield who trains the members beside this process; None: nobody."""
+    if workers is None:
+        yield None
+        return
+    from beyondprop.lab.comparing.scheduler import crew_of
+
+    with crew_of(plan, workers) as crew:
+        yield crew
+
+
+def _run(plan: Plan, directory: RunDirectory, observer: Observer, crew: Crew | None) -> None:
     # Tuning done before is read from its rows, so the list of what is left is the same whoever asks.
     done = {(r["contender"], r["lr"], r["seed"]) for r in directory.rows if r.get("kind") == "tuning"}
     candidates = [m for m in tuning.candidates(plan) if (m.name, m.lr, m.seed) not in done]
     left = list(_left(plan, directory))
     observer.start(directory.path, [*candidates, *left])
-    warm_start = cache(partial(tuning.warm_start, plan=plan))
-    for member in candidates:
-        tuning.tune(member, plan, directory, observer, warm_start(member.contender.net, member.seed))
+    if crew is None:
+        train_all: Callable[[Sequence[Member]], None] = partial(_one_by_one, plan, directory, observer)
+    else:
+        from beyondprop.lab.comparing.scheduler import Scheduler
+
+        train_all = Scheduler(plan, directory, observer, crew).train
+    train_all(candidates)
     chosen = tuning.chosen(plan, directory)
-    directory.config = _config(plan, chosen)
+    directory.config = plan.config(chosen)
     directory.write_config()
-    for member in left:
-        tuned = member if member.warm_start else replace(member, lr=chosen.get(member.name, member.lr))
-        _train(tuned, plan, directory, observer)
+    train_all([m if m.warm_start else replace(m, lr=chosen.get(m.name, m.lr)) for m in left])
+
+
+def _one_by_one(plan: Plan, directory: RunDirectory, observer: Observer, members: Sequence[Member]) -> None:
+    warm_start = cache(partial(tuning.warm_start, plan=plan))
+    for member in members:
+        if member.tuning:
+            tuning.tune(member, plan, directory, observer, warm_start(member.contender.net, member.seed))
+        else:
+            train(member, plan, directory, observer)
 
 
 def _left(plan: Plan, directory: RunDirectory) -> Iterator[Member]:
@@ -171,78 +211,6 @@ def _left(plan: Plan, directory: RunDirectory) -> Iterator[Member]:
             yield Member(
                 contender, seed, plan.rate(contender.rule), plan.epochs_of(contender.rule) - plan.settings.warm_epochs
             )
-
-
-def _train(member: Member, plan: Plan, directory: RunDirectory, observer: Observer) -> None:
-    device, name, seed = plan.settings.device, member.name, member.seed
-
-    def log(row: Row) -> None:
-        row = {"kind": row["kind"], "contender": name, "seed": seed, **row}
-        directory.append(row)
-        observer.row(member, row)
-
-    observer.begin(member)
-    start: State | None = None
-    after: History | None = None
-    if plan.warm_spec is not None and not member.warm_start:
-        before = WARM_START + plan.warm(member.contender).name
-        after = History([r for r in directory.rows if (r.get("contender"), r.get("seed")) == (before, seed)])
-        failure = next((r for r in after.rows if r["kind"] == "failed"), None)
-        if failure is not None:
-            log({**failure, "contender": name, "message": f"The warm start failed: {failure['message']}"})
-            observer.end(member)
-            return
-        start = directory.load(before, seed)
-        if start is None:
-            raise FileNotFoundError(
-                f"There is no checkpoint {str(directory.checkpoint(before, seed))!r} to start from."
-            )
-    state = directory.load(name, seed)
-    seen: list[str] = []
-    task = at_seed(plan.task, seed, device)
-    with seeded(seed, device), deferred_interrupt() as interrupted:
-        with recorded_warnings(
-            seen, lambda text: None if state else log({"kind": "warning", "step": 0, "epoch": 0.0, "message": text})
-        ):
-            rule = plan.build(member, task, start)
-        with suppress(*Failed):  # recorded by then
-            fit(
-                rule,
-                task,
-                plan.training(member),
-                after=after,
-                log=log,
-                progress=lambda step, steps: observer.progress(member, step, steps),
-                save=lambda tree: directory.save(name, seed, tree),
-                resume=state,
-                interrupted=interrupted,
-            )
-    observer.end(member)
-
-
-def _config(plan: Plan, chosen: dict[str, float] | None = None) -> dict[str, Any]:
-    warm = {}
-    if plan.warm_spec is not None:
-        warm = {"warm_start_rule": _described(plan, Contender("", plan.warm_spec), {})}
-    return {
-        **plan.settings.to_config(),
-        "name": plan.task.name,
-        "sample": plan.task.sample,
-        **warm,
-        "metrics": [asdict(metric) for metric in plan.task.metrics],
-        "contenders": [_described(plan, contender, chosen or {}) for contender in plan.contenders],
-    }
-
-
-def _described(plan: Plan, contender: Contender, chosen: dict[str, float]) -> dict[str, Any]:
-    spec, lr = contender.rule, chosen.get(contender.name)
-    values = {"lr": plan.rate(spec) if lr is None else lr, "schedule": spec.schedule or plan.settings.schedule}
-    if spec.cost != 1.0:
-        values["cost"] = spec.cost
-    if lr is not None:
-        values["lr_tuned_over"] = list(plan.grid(spec))
-    named = {"name": contender.name, "title": contender.title, "summary": spec.summary}
-    return named | {"rule": spec.name, "net": contender.net, "settings": values}
 
 
 def _begun(config: dict[str, Any]) -> dict[str, float]:

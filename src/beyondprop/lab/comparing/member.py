@@ -75,8 +75,11 @@ class Observer:
     def start(self, path: Path, members: Sequence[Member]) -> None:
         """The run directory is there; these trainings are to be done, first of all the tuning ones."""
 
+    def said(self, text: str) -> None:
+        """Who trains, and what became of a worker, in a line."""
+
     def begin(self, member: Member) -> None:
-        """A training begins, or goes on from its checkpoint."""
+        """A training begins, or goes on from its checkpoint; with workers, beside others that go on."""
 
     def progress(self, member: Member, step: int, steps: int) -> None:
         """So many of its steps are done; some times a second."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -47,6 +47,7 @@ class Plan:
         warm_spec: the rule that every training starts with; None where there is no warm start.
         nets: networks that were handed over.
         begun: learning rates by rule that a run which goes on was begun with, and were the rules' own then.
+        handed: the task, the networks and the rules that were handed over, as `prepare` takes them.
     """
 
     settings: Settings
@@ -56,6 +57,7 @@ class Plan:
     warm_spec: RuleSpec | None = None
     nets: Nets = field(default_factory=dict)
     begun: Mapping[str, float] = field(default_factory=dict)
+    handed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def epochs(self) -> float:
@@ -110,6 +112,30 @@ class Plan:
             whole_set=spec.whole_set or None,
             **watched,
         )
+
+    def config(self, chosen: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Return what `config.toml` has of the comparison, with the learning rates that tuning chose."""
+        warm = {}
+        if self.warm_spec is not None:
+            warm = {"warm_start_rule": self._described(Contender("", self.warm_spec), {})}
+        return {
+            **self.settings.to_config(),
+            "name": self.task.name,
+            "sample": self.task.sample,
+            **warm,
+            "metrics": [asdict(metric) for metric in self.task.metrics],
+            "contenders": [self._described(contender, chosen or {}) for contender in self.contenders],
+        }
+
+    def _described(self, contender: Contender, chosen: Mapping[str, float]) -> dict[str, Any]:
+        spec, lr = contender.rule, chosen.get(contender.name)
+        values = {"lr": self.rate(spec) if lr is None else lr, "schedule": spec.schedule or self.settings.schedule}
+        if spec.cost != 1.0:
+            values["cost"] = spec.cost
+        if lr is not None:
+            values["lr_tuned_over"] = list(self.grid(spec))
+        named = {"name": contender.name, "title": contender.title, "summary": spec.summary}
+        return named | {"rule": spec.name, "net": contender.net, "settings": values}
 
     def build(self, member: Member, task: Task, start: State | None = None) -> LearningRule:
         """Build a training's network and rule, from the global random state or from the state that a warm start left."""
@@ -225,7 +251,8 @@ def prepare(
         raise ValueError(
             f"{found.name} shows its rows in batches of its own; {', '.join(whole)} takes the whole set a step."
         )
-    plan = Plan(settings, contenders, evaluated, tuning_task, warm_spec, nets)
+    handed = {"task": task, "nets": nets, "rules": tuple(rules)}
+    plan = Plan(settings, contenders, evaluated, tuning_task, warm_spec, nets, handed=handed)
     _check_contenders(plan, trained)
     return plan
 

@@ -230,6 +230,14 @@ def _at_most(name: str, value: Any, most: float) -> Any:
     return value
 
 
+def check_workers(workers: int | str | None) -> None:
+    """Raise `ValueError` unless these are workers that a comparison can have."""
+    if workers in (None, "ray"):
+        return
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= _MOST_THREADS:
+        raise ValueError(f"workers must be a whole number from 1 to {_MOST_THREADS}, or 'ray', got {workers!r}.")
+
+
 def untrusted(path: object, code: Sequence[str], remedy: str) -> str:
     """Return why a directory that names code is not gone on with."""
     return f"{str(path)!r} names Python code, which would be executed: {', '.join(map(repr, code))}. {remedy}"

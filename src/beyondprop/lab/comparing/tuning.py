@@ -13,6 +13,7 @@ import torch
 
 from beyondprop.lab.comparing.member import Contender, Member, Observer, seeded
 from beyondprop.lab.comparing.plan import Plan, at_seed
+from beyondprop.lab.comparing.train import Recorder
 from beyondprop.lab.runs.context import deferred_interrupt
 from beyondprop.lab.runs.directory import RunDirectory
 from beyondprop.lab.runs.recorded import Row, number
@@ -54,7 +55,7 @@ def warm_start(net: str, seed: int, plan: Plan) -> WarmStart:
     return WarmStart(state, history)
 
 
-def tune(member: Member, plan: Plan, directory: RunDirectory, observer: Observer, start: WarmStart) -> None:
+def tune(member: Member, plan: Plan, directory: Recorder, observer: Observer, start: WarmStart) -> None:
     """Train with one learning rate on what the test rows are not in, and record how well it does."""
     device, seed, failure = plan.settings.device, member.seed, start.failure
     observer.begin(member)

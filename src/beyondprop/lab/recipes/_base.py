@@ -186,11 +186,13 @@ class Context:
         out: its directory; a recipe that was stopped goes on from what is there.
         quick: the short version is wanted.
         say: told in one line how it goes.
+        workers: who trains where the recipe is made of comparisons, as `compare` takes it.
     """
 
     out: Path
     quick: bool
     say: Callable[[str], None]
+    workers: int | str | None = None
 
 
 @dataclass(frozen=True)

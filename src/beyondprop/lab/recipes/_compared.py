@@ -36,6 +36,9 @@ class _Said(Observer):
     def start(self, path: Path, members: Sequence[Member]) -> None:
         self.total = len(members)
 
+    def said(self, text: str) -> None:
+        self.context.say(f"{self.part}: {text}")
+
     def end(self, member: Member) -> None:
         self.done += 1
         what = "tuning" if member.tuning else f"seed {member.seed}"
@@ -50,12 +53,12 @@ def usual(context: Context, seeds: int = 3, **own: Any) -> Settings:
 
 def recorded_rules(names: Sequence[str]) -> tuple[RuleSpec, ...]:
     """Return registered rules, AM-mem with the steps that recorded runs have: without a bound on its gain."""
-
-    def unbounded(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
-        return AltMin(model, loss, Memory(lr=lr, max_gain=None))
-
     specs = map(registry.rules.get, names)
-    return tuple(replace(spec, build=unbounded) if spec.name == "am-mem" else spec for spec in specs)
+    return tuple(replace(spec, build=_unbounded) if spec.name == "am-mem" else spec for spec in specs)
+
+
+def _unbounded(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
+    return AltMin(model, loss, Memory(lr=lr, max_gain=None))
 
 
 def compared(context: Context, part: str, settings: Settings, rules: Sequence[RuleSpec] = (), **own: Any) -> Run:
@@ -79,9 +82,9 @@ def compared(context: Context, part: str, settings: Settings, rules: Sequence[Ru
         recorded = Settings.from_config(read_run(path).config)
         if recorded != replace(settings, device=recorded.device):
             raise ValueError(f"{str(path)!r} holds a run with other settings; choose another directory, or remove it.")
-        comparison.resume(path, rules=rules, observer=observer, **own)
+        comparison.resume(path, rules=rules, observer=observer, workers=context.workers, **own)
     else:
-        comparison.compare(settings, out=path, rules=rules, observer=observer, **own)
+        comparison.compare(settings, out=path, rules=rules, observer=observer, workers=context.workers, **own)
     return read_run(path)
 
 

@@ -29,6 +29,11 @@ def _published(model: nn.Module, loss: LossFunction, lr: float) -> LearningRule:
     return DifferenceTargetProp.paper_discrete(model, loss, seed=torch.initial_seed())
 
 
+def _signs(input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+    del input_shape, outputs
+    return discrete_network()
+
+
 RULE = RuleSpec("dtp-discrete", "DTP, discrete", "", "", _published, lr=1.0, grid=(1.0,))
 
 
@@ -38,7 +43,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     own: dict[str, Any] = {"data": "mnist", "batch_size": 100, "schedule": "constant", "tune": False}
     settings = usual(context, nets=("signs",), epochs=float(epochs), **own)
     task = tasks.of_dataset(first_rows(data.load("mnist", standardize=False), rows))
-    run = compared(context, "comparison", settings, (RULE,), task=task, nets={"signs": lambda *_: discrete_network()})
+    run = compared(context, "comparison", settings, (RULE,), task=task, nets={"signs": _signs})
     _draw(context, run)
     return [
         Row(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from beyondprop.lab.runs.files import write_atomically
@@ -41,6 +41,20 @@ def save_checkpoint(path: Path, tree: Any, **notes: str) -> None:
     checksum = hashlib.sha256(header)
     checksum.update(rest)
     write_atomically(path, _with_sum(header, _UNSUMMED, checksum.hexdigest()), rest)
+
+
+def dumped(tree: Any) -> bytes:
+    """Return a tree as `save_checkpoint` takes it in bytes, for another process; `restored` reads them."""
+    tensors: dict[str, Tensor] = {}
+    shape = _pack(tree, "", tensors)
+    return save(tensors, {"tree": json.dumps(shape)})
+
+
+def restored(content: bytes) -> Any:
+    """Return the tree that `dumped` was given, its tensors on the CPU."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    tensors = {key: tensor.clone() for key, tensor in load(content).items()}  # as in `load_checkpoint`
+    return _unpack(json.loads(header["__metadata__"]["tree"]), tensors)
 
 
 def load_checkpoint(path: Path) -> Any:

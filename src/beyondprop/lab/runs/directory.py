@@ -165,6 +165,20 @@ class RunDirectory:
                 "the others as they are."
             ) from error
 
+    def rewind(self, contender: str, seed: int) -> None:
+        """Drop what a training wrote after its last checkpoint, as `open` does: the process that trained it was killed."""
+        state, file = self.load(contender, seed), self._file({"contender": contender, "seed": seed})
+        content = file.read_bytes() if file.is_file() else b""
+        before, _ = rows_before_checkpoints(self.path)
+        until = 0 if state is None else before.get(file.stem, _size_until(content, state.get("step", 0)))
+        if until < len(content):
+            write_atomically(file, content[:until])
+            self._sums.pop(file, None)
+            kept = [json.loads(line) for line in content[:until].split(b"\n")[:-1]]
+            by = ("tuning", contender, seed)  # rows of tuning have the same names, and files of their own
+            others = [r for r in self.rows if r.get("kind") == by[0] or (r.get("contender"), r.get("seed")) != by[1:]]
+            self.rows = [*others, *kept]
+
     def write_config(self) -> None:
         """Write `config` anew."""
         config = cleaned(self.config, encodable)
