@@ -89,7 +89,7 @@ def _rank(rank: int, folder: str, options: argparse.Namespace, pieces: int) -> N
         trainer.step()
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-        losses.append(sum(map(float, found)) / max(len(found), 1))
+        losses.append(sum(loss.item() for loss in found) / max(len(found), 1))
     if rank:
         torch.save((seconds, losses), f"{folder}/found.pt")
     dist.destroy_process_group()

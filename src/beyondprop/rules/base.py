@@ -94,7 +94,7 @@ class LearningRule(abc.ABC):
         self._look()
         self.watchdog = Watchdog()
         self._guard = FiniteGuard(nonfinite)
-        # Memory that is freed right before a forward pass is taken by it, as in loops that begin by zero_grad.
+        # Of a step by autograd: memory freed right before a forward pass is taken by it, as in loops that begin by zero_grad.
         self._spent: list[Tensor] = []
 
     def _look(self) -> None:
@@ -195,7 +195,7 @@ class LearningRule(abc.ABC):
         self.settle()
         for p in parameters:  # also those that no optimizer has
             p.grad = None
-        self._spent = gradients
+        self._spent = gradients if self.is_autograd else []
         self.watchdog.tick(self.stage_parameters, self._explain)
         return result
 
