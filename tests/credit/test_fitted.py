@@ -11,7 +11,7 @@ from cases import CE, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beyondprop import AltMin, Codes, Credited, data
+from beyondprop import AltMin, Codes, Credited, NonFiniteError, alignment, data
 from beyondprop.credit import code_solvers
 from beyondprop.credit.fitted import FittedLineSearch
 
@@ -117,3 +117,18 @@ def test_samples_without_gradient_and_frozen_stages() -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     with pytest.raises(ValueError, match="refit must be"):
         FittedLineSearch(0)
+
+
+def test_what_only_looks_or_is_refused_changes_nothing() -> None:
+    torch.manual_seed(0)
+    start = mlp(12, 16, 16, 16, 3).double()
+    one, two = (_rule(copy.deepcopy(start), "fitted") for _ in range(2))
+    for step in range(24):
+        for rule in (one, two):
+            rule.step(*_batch(step))
+        alignment(two, *_batch(100 + step))
+        x, y = _batch(step)
+        with pytest.raises(NonFiniteError):
+            two.step(x * float("nan"), y)
+    for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -11,7 +11,7 @@ from cases import CE, SGD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beyondprop import AltMin, DifferenceTargetProp
+from beyondprop import AltMin, Credited, DifferenceTargetProp
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.rules.targetprop import activation_cuts
 from beyondprop.stages.chain import Chain, flatten
@@ -179,3 +179,17 @@ def test_a_mode_of_its_own_is_left_to_the_model() -> None:
     model = Functional().eval()
     Chain(model)
     assert not model.training
+
+
+def test_parts_follow_the_mode_too() -> None:
+    made = Credited(Functional(), "fa")
+    parts = [made.part(0, 2), made.part(2, 4)]
+    x = torch.randn(6, 1, 4, 4)
+    for part in parts:
+        part.eval()
+    with torch.no_grad():
+        expected = made.model.eval()(x)
+        assert torch.equal(parts[1](parts[0](x)), expected)
+    torch.testing.assert_close(parts[1](parts[0](x)), expected)
+    parts[1].train()
+    assert made.model.training

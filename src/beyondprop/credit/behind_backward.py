@@ -46,9 +46,9 @@ _OWN = "_credit"
 class Credited(nn.Module):
     """A model whose `loss.backward()` carries the deltas of a credit in place of gradients; your loop stays as it is.
 
-    It has the model's parameters, buffers and modules under their own names, and its `state_dict`; a checkpoint of either is
-    one of the other. What the credit learns or draws itself comes beside them, under `_credit`. Without gradients (evaluation
-    under `torch.no_grad`) the model itself runs.
+    It has the model's parameters, buffers and modules under their own names, and in its `state_dict`, which a plain model's
+    checkpoint can take the place of; what the credit learns or draws itself comes beside them, under `_credit`. Without
+    gradients (evaluation under `torch.no_grad`) the model itself runs.
 
     Args:
         model: `nn.Sequential`, or any module with `cuts` naming its blocks; it stays yours and is trained in place.
@@ -154,9 +154,8 @@ class Credited(nn.Module):
             self.chain.check_unchanged()
         group = running_group()
         if group is not None and self.credit.group is None:
-            for (
-                tensor
-            ) in self.credit.tensors().values():  # drawn by what each rank's weights were before they were made equal
+            # Drawn by what each rank's weights were before they were made equal.
+            for tensor in self.credit.tensors().values():
                 dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
         self.credit.group = group
         lowest, batch = first if x.requires_grad else self.chain.lowest, Batch(self, x.device.type, end - 1)
@@ -273,10 +272,16 @@ class _Part(nn.Module):
         self.__dict__["owner"], self.first, self.end = owner, first, end
         self.stages = nn.ModuleList(nn.ModuleList(stage.modules) for stage in owner.chain.stages[first:end])
 
+    def train(self, mode: bool = True) -> _Part:
+        super().train(mode)
+        self.owner.model.training = mode  # which functions between the modules ask
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Return what the stages make of `x` `(N, ...)`."""
         if torch.is_grad_enabled():
             return self.owner._run(x, self.first, self.end)
+        self.owner.chain.check_unchanged()
         for stage in self.owner.chain.stages[self.first : self.end]:
             x = passed(stage, x)
         return x

@@ -239,6 +239,14 @@ class Codes(Credit):
             total = total + 0.5 * self.mu * scale * far.sum()
         return total
 
+    def update(self) -> None:
+        if isinstance(self.solver, FittedLineSearch):
+            self.solver.keep()
+
+    def discard(self) -> None:
+        if isinstance(self.solver, FittedLineSearch):
+            self.solver.take_back()
+
     def end_epoch(self) -> None:
         self.mu = max(self.mu, min(self.mu * self.mu_growth, self.mu_limit))
 

@@ -50,9 +50,12 @@ class FittedLineSearch:
         self.coefficients: Tensor | None = None
         self.is_exact = True
         self._last: float = math.inf  # code of the sweep under way
+        self._before: tuple[int, Tensor | None] | None = None  # what `take_back` returns to
 
     def begin(self, codes: int) -> None:
         """Begin a step with so many codes."""
+        if self._before is None:
+            self._before = self.steps, None if self.coefficients is None else self.coefficients.clone()
         if self.coefficients is not None and len(self.coefficients) != codes:
             self.coefficients = None  # stages were frozen or thawed
         self.is_exact = self.coefficients is None or self.steps in _EARLY or self.steps % self.refit == 0
@@ -130,6 +133,16 @@ class FittedLineSearch:
         old = self.coefficients[first : first + len(found)]
         found = torch.where(old.isfinite(), torch.lerp(old, found, 0.5), found)
         self.coefficients[first : first + len(found)] = torch.where(found.isfinite(), found, old)
+
+    def keep(self) -> None:
+        """Know that the steps begun were made."""
+        self._before = None
+
+    def take_back(self) -> None:
+        """Return to what was before the steps begun, which were not made: somebody looked, or they were refused."""
+        if self._before is not None:
+            self.steps, self.coefficients = self._before
+            self._before, self._last = None, math.inf
 
     def state(self) -> dict[str, Any]:
         """Return the count of steps and the coefficients."""

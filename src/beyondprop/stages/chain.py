@@ -160,12 +160,15 @@ class Chain:
         """Raise `UnsupportedModelError` where the stages are not the model that runs on `x` `(N, ...)`."""
         if not self._is_composition_of_model:
             self._check_composition(x)
-        for module in self._followers:
-            module.training = self.model.training
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Raise `UnsupportedModelError` where the model is another, or a module that nobody calls got a hook."""
+        """Raise `UnsupportedModelError` where the model is another, or a module that nobody calls got a hook.
+
+        Functions that ask for the model's mode get it as it is now.
+        """
+        for module in self._followers:
+            module.training = self.model.training
         self.structure.check()
         if sum("forward" in own for own in self._passed) > self._patched:
             raise UnsupportedModelError(
