@@ -136,7 +136,8 @@ class LearningRule(Kept, abc.ABC):
     def update(self) -> None:
         """Change the weights by what `backward` gathered, and forget it.
 
-        Called by itself it trusts the gradients; the check for NaN and Inf is `step`'s.
+        Called by itself it trusts the gradients; the check for NaN and Inf is `step`'s. With a group it is here that the ranks'
+        parts are summed: a `.grad` seen before, such as for clipping, is this rank's part.
         """
         self.check_model()
         self.reduce()
