@@ -5,43 +5,26 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cases import blobs, difference, equal, mlp, state
+from local_runs import RUNS, Run, every_run, update
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from beyondprop import AffineProjection, LocoProp, UnsupportedModelError
+from beyondprop import LocoProp, UnsupportedModelError
 
 D = torch.float64
 CE = nn.CrossEntropyLoss()
 X, Y = blobs(12, dtype=D)
-Run = LocoProp | AffineProjection
-RUNS: dict[str, Callable[..., Run]] = {
-    "matching": partial(LocoProp, lr=1e-3, local_optimizer=SGD),
-    "quadratic": partial(LocoProp, lr=1e-3, local_optimizer=SGD, loss="quadratic"),
-    "direct": partial(LocoProp, lr=1e-3, local_optimizer=SGD, loss="squared", gram=False),
-    "gram": partial(LocoProp, lr=1e-3, local_optimizer=SGD, loss="squared", gram=True),
-    "smaller": AffineProjection,
-    "inputs": partial(AffineProjection, side="inputs"),
-    "samples": partial(AffineProjection, side="samples"),
-}
-every_run = pytest.mark.parametrize("kind", list(RUNS))
 
 
 def _net() -> nn.Sequential:
     torch.manual_seed(0)
     return mlp(6, 8, 5, 3, activation="tanh").double()
-
-
-def _update(model: nn.Module, run: Run) -> None:
-    run.step()
-    if isinstance(run, AffineProjection):
-        SGD(model.parameters(), lr=0.1).step()
 
 
 def _trained(kind: str, passes: Callable[[nn.Module, Run], Any]) -> dict[str, Tensor]:
@@ -50,7 +33,7 @@ def _trained(kind: str, passes: Callable[[nn.Module, Run], Any]) -> dict[str, Te
     start = state(model)
     run = RUNS[kind](model)
     passes(model, run)
-    _update(model, run)
+    update(model, run)
     assert all(difference([p], [start[n]]) > 1e-7 for n, p in model.named_parameters())
     if kind in ("matching", "quadratic"):
         assert isinstance(run, LocoProp)
@@ -88,7 +71,7 @@ def test_gradients_may_be_cleared_anywhere_before_the_backward_pass(kind: str, w
                 elif call == "b":
                     loss.backward()
                 else:
-                    _update(model, run)
+                    update(model, run)
         ends.append(state(model))
         if kind == "matching":
             assert isinstance(run, LocoProp)
@@ -322,7 +305,7 @@ def test_clear_forgets_passes_whose_gradients_are_used_otherwise(kind: str) -> N
         p.grad = None
     assert not any(unit.calls for unit in run._capture.units)
     CE(model(X), Y).backward()
-    _update(model, run)
+    update(model, run)
     assert difference(state(model).values(), _trained(kind, _plain).values()) == 0
 
 

@@ -152,7 +152,7 @@ class Capture:
         for unit in pending:
             if all(p.grad is None for p in unit.parameters):
                 unit.calls.clear()
-        if not any(p.grad is not None and bool(p.grad.any()) for unit in pending for p in unit.parameters):
+        if not any(p.grad is not None and _is_any(p.grad) for unit in pending for p in unit.parameters):
             for unit in pending:
                 unit.calls.clear()
 
@@ -362,6 +362,12 @@ class _Hook:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_any(gradient: Tensor) -> bool:
+    """Whether a gradient has an entry that is not 0: its first row tells mostly, and the whole takes as long as a product."""
+    is_long = gradient.layout is torch.strided and gradient.ndim > 1
+    return (is_long and bool(gradient[:1].any())) or bool(gradient.any())
 
 
 def _sum(gradient: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,12 +68,13 @@ class LocalProblem:
                 count, curved = float(votes[0]), bool(votes[1])
             elif not calls:
                 continue
+            found = together(calls, rows)
             if loss == "quadratic" and curved:
-                self.grams.append(_Gram(layer, calls, f, before, rows, group))
+                self.grams.append(_Gram(layer, found, f, before, rows, group))
             elif not curved and _pays(layer, count, local_steps, gram):
-                self.grams.append(_Gram(layer, calls, None, before, rows, group))
+                self.grams.append(_Gram(layer, found, None, before, rows, group))
             else:
-                self.direct += [_Direct(call, f if curved else None, before, rows) for call in calls]
+                self.direct += [_Direct(alike, f if curved else None, before, rows) for alike in found]
 
     def add_corrections(self, gradients: Buffers, step: int) -> None:
         """Add the corrections at the present weights to `gradients`; those that are missing are not wanted.
@@ -91,30 +92,65 @@ class LocalProblem:
                 g.add_(own[p])
 
 
-class _Direct:
-    """One call whose corrections are found from its rows; squared loss where there is no transfer function."""
+class Alike(NamedTuple):
+    """Calls of one layer whose rows are looked at as one."""
 
-    def __init__(self, call: Call, f: Transfer | None, before: Buffers, rows: float | int) -> None:
-        self.layer, self.f, self.before, self.rows = call.layer, f, before, rows
-        self.x = call.prepared()
-        if f is not None:
-            self.z = _output(call, self.x, before)
+    calls: list[Call]
+    inputs: list[Tensor]  # theirs, prepared
+    is_part: bool  # whether a local step looks at a block of each; they are then of one length
+
+
+def together(calls: Iterable[Call], rows: float | int) -> list[Alike]:
+    """Return the calls of one layer, joined where they may be: a few large products take less time than many small ones.
+
+    The local objective is a sum over rows, whichever call they are of; only blocks are a share of their own call.
+    """
+    found: dict[Any, Alike] = {}
+    for call in calls:
+        x = call.prepared()
+        is_part = block(len(x), rows, 1) != slice(None)
+        alike = found.setdefault((x.shape if is_part else x.shape[1:], x.dtype, is_part), Alike([], [], is_part))
+        alike.calls.append(call)
+        alike.inputs.append(x)
+    return list(found.values())
+
+
+def _joined(parts: list[Tensor], part: slice | None = None) -> Tensor:
+    """Return tensors, or the same part of each, as one; what is one already is not copied."""
+    if len(parts) > 1:
+        return torch.cat(parts if part is None else [each[part] for each in parts])
+    return parts[0] if part is None else parts[0][part]
+
+
+class _Direct:
+    """Calls whose corrections are found from their rows; squared loss where there is no transfer function."""
+
+    def __init__(self, alike: Alike, f: Transfer | None, before: Buffers, rows: float | int) -> None:
+        calls, self.inputs, self.is_part = alike
+        self.layer, self.f, self.before, self.rows = calls[0].layer, f, before, rows
+        self.outputs = [] if f is None else [_output(*each, before) for each in zip(calls, self.inputs, strict=True)]
+        if len(calls) > 1 and not self.is_part:  # blocks change from step to step, so each joins its own
+            self.inputs = [torch.cat(self.inputs)]
+            self.outputs = [torch.cat(self.outputs)] if self.outputs else []
+        self.samples = sum(map(len, self.inputs))
         self._h: Tensor | None = None
 
     def add(self, gradients: Buffers, step: int) -> None:
-        own, part = self.layer, block(len(self.x), self.rows, step)
-        x = self.x[part]
+        own, x, part = self.layer, self.inputs[0], None
+        if self.is_part:
+            part = block(len(x), self.rows, step)
+            x = _joined(self.inputs, part)
         if self.f is None:
             r = own(x, _change(own.weight, self.before), _change(own.bias, self.before))
         else:
             r = self.f.value_(own(x, own.weight, own.bias), own.features)
-            if len(x) < len(self.x):
-                r.sub_(self.f.value(self.z[part], own.features))
+            if part is not None:
+                r.sub_(self.f.value(_joined(self.outputs, part), own.features))
             else:
                 if self._h is None:
-                    self._h = self.f.value(self.z, own.features)
+                    self._h = self.f.value(self.outputs[0], own.features)
                 r.sub_(self._h)
-        factor = len(self.x) / max(len(x), 1)
+        factor = self.samples / max(len(x), 1)
         own.add_gradients(x, r, gradients.get(own.weight), gradients.get(own.bias), factor)
 
 
@@ -127,21 +163,21 @@ class _Gram:
     def __init__(
         self,
         layer: LayerMap,
-        calls: list[Call],
+        found: list[Alike],
         f: Transfer | None,
         before: Buffers,
         rows: float | int,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.layer, self.before = layer, before
-        inputs = [call.prepared() for call in calls]
-        self.moments = total_moments(layer, inputs, rows)
+        self.moments = total_moments(layer, found, rows)
         sum_over_ranks(self.moments, group)
         self.slopes = None
         if f is not None:
             slopes = layer.weight.new_zeros(layer.units + 1)
-            for call, x in zip(calls, inputs, strict=True):
-                slope = f.slope(_output(call, x, before), layer.features).movedim(layer.features, 0).flatten(1)
+            for calls, inputs, _ in found:
+                z = _joined([_output(*each, before) for each in zip(calls, inputs, strict=True)])
+                slope = f.slope(z, layer.features).movedim(layer.features, 0).flatten(1)
                 slopes += torch.cat([slope.sum(1), slope.new_tensor([slope.shape[1]])])
             sum_over_ranks([slopes], group)
             self.slopes = (slopes[:-1] / slopes[-1].clamp_min(1)).view(layer.groups, -1, 1)
@@ -163,18 +199,19 @@ class _Gram:
                 gradients[p].add_(own.unmatrix(correction) if p is own.weight else correction.view(p.shape))
 
 
-def total_moments(layer: LayerMap, inputs: list[Tensor], rows: float | int, *, mirror: bool = True) -> RowMoments:
-    """Return the moments of the prepared inputs of a layer's calls, estimated from the first `rows` of each.
+def total_moments(layer: LayerMap, found: list[Alike], rows: float | int, *, mirror: bool = True) -> RowMoments:
+    """Return the moments of the inputs of a layer's calls, estimated from the first `rows` of each.
 
     `rows`: a share or a number; `mirror` as for `projection.gram`.
     """
-    found = []
-    for x in inputs:
+    sums = []
+    for alike in found:
         # A token that is not looked at would count as never seen; counting is cheap.
-        part = x if layer.one_hot else x[block(len(x), rows, 1)]
-        moments = layer.moments(part, mirror=mirror)
-        found.append(moments.scaled(len(x) / max(len(part), 1)) if len(part) < len(x) else moments)
-    return reduce(operator.add, found) if found else layer.no_moments()
+        is_part = alike.is_part and not layer.one_hot
+        x = _joined(alike.inputs, block(len(alike.inputs[0]), rows, 1) if is_part else None)
+        moments = layer.moments(x, mirror=mirror)
+        sums.append(moments.scaled(sum(map(len, alike.inputs)) / len(x)) if is_part else moments)
+    return reduce(operator.add, sums) if sums else layer.no_moments()
 
 
 def _looked_at(calls: list[Call], rows: float | int) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.optim._capture import Capture
-from beyondprop.optim._local import sum_over_ranks, total_moments
+from beyondprop.optim._local import sum_over_ranks, together, total_moments
 from beyondprop.optim._samples import refusal
 from beyondprop.optim._units import Unit
 from beyondprop.optim.projection import RowMoments, joined, parted, solve_dual, solve_primal, widened
@@ -213,8 +213,8 @@ class AffineProjection:
         """Return X^T X of the batch, or its running average."""
         found = []
         for layer in unit.layers:
-            inputs = [call.prepared() for call in unit.calls if call.layer is layer]
-            found.append(total_moments(layer, inputs, self.rows, mirror=False))
+            calls = together((call for call in unit.calls if call.layer is layer), self.rows)
+            found.append(total_moments(layer, calls, self.rows, mirror=False))
         total = reduce(operator.add, found)
         sum_over_ranks(total, self._capture.group)
         if self.forgetting == 1:
