@@ -207,7 +207,7 @@ def test_what_is_shown() -> None:
         f"Backprop(model=Sequential, loss=cross_entropy, preconditioner={projection!r}, optimizers=[SGD(lr=0.1)])"
     )
     plain = AltMin(mlp(6, 5, 3), CE, damping=0.25, mu=0.5)
-    assert "credit=Codes(solver=line_search, damping=0.25, mu=0.5, " in repr(plain)
+    assert "credit=Codes(solver=FittedLineSearch(refit=20), damping=0.25, mu=0.5, " in repr(plain)
     assert "solver=Descent(local_steps=1), optimizers=[Adam(lr=" in repr(plain)
     assert "LocoProp (\nParameter Group 0" in repr(LocoProp(model))
     assert os.linesep not in repr(plain)

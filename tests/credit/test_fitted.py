@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beyondprop import AltMin, Codes, Credited, NonFiniteError, alignment, data
-from beyondprop.credit import code_solvers
+from beyondprop.credit import code_solvers, fitted
 from beyondprop.credit.fitted import FittedLineSearch
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -84,6 +84,27 @@ def test_a_backward_pass_makes_the_steps_of_the_rule() -> None:
         optimizer.step()
     for p, q in zip(rule.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_factors_one_by_one_are_those_of_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    solver = FittedLineSearch()
+    solver.coefficients = torch.tensor([[1.3, 0.0], [0.4, 0.7], [0.9, 0.0], [0.2, 1.5]], dtype=torch.float64)
+    lengths = [torch.rand(6, dtype=torch.float64) for _ in range(4)]
+    for k in range(4):
+        lengths[k][: max(0, k - 1)] = 0.0  # samples whose gradient ends on the way down
+    curvature = torch.rand(6, dtype=torch.float64)
+    found = []
+    for most in (0, 4):
+        monkeypatch.setattr(fitted, "_SHALLOW", most)
+        found.append(torch.stack([*solver.products(lengths, curvature, 0.5)]))
+    assert torch.isfinite(found[0]).all()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-14, atol=0)
+    square = lengths[0].square()
+    product = 1.3 * square / (0.5 * square + curvature)
+    for k, (alpha, beta) in enumerate([(0.4, 0.7), (0.9, 0.0), (0.2, 1.5)], 1):
+        product = product / (alpha + beta * lengths[k] / lengths[k - 1])
+        live = lengths[k - 1] > 0
+        torch.testing.assert_close(found[0][k][live], product[live], rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -54,7 +54,7 @@ def test_every_stage_moves_under_line_search(spec: str) -> None:
     torch.manual_seed(0)
     model: Any = nets.build(spec, (1, 16, 16), 4).double()
     before = copy.deepcopy(model.state_dict())
-    rule = AltMin(model, nn.CrossEntropyLoss(), SGD)
+    rule = AltMin(model, nn.CrossEntropyLoss(), SGD, code_solver="line_search")
     losses = [float(rule.step(*_batch()).loss) for _ in range(12)]
     assert losses[-1] < losses[0]
     for name, parameters in rule.stage_parameters().items():

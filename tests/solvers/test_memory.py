@@ -23,7 +23,7 @@ def _batches(count: int, rows: int = 8) -> list[tuple[Tensor, Tensor]]:
 
 
 def _rule(model: nn.Module, memory: Memory) -> AltMin:
-    return AltMin(model.double(), nn.CrossEntropyLoss(), memory, normalize=False)
+    return AltMin(model.double(), nn.CrossEntropyLoss(), memory, code_solver="line_search", normalize=False)
 
 
 def _deltas(model: nn.Module, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -57,6 +57,22 @@ def test_value_gradient_and_curvature_are_autograds(name: str, reduction: str) -
         torch.testing.assert_close(point.again(moved).value, loss(moved, y))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_samples_in_half_precision(dtype: torch.dtype) -> None:
+    """bfloat16 counts to 256, and squares of float16 end at 65504."""
+    torch.manual_seed(0)
+    output, y, v = torch.randn(1001, 4), torch.arange(1001) % 4, 400 * torch.randn(1001, 4)
+    y[::7] = -100
+    narrow, wide = (OutputLoss(nn.CrossEntropyLoss()).at(output.to(kind), y) for kind in (dtype, torch.float32))
+    for of in ("cotangent", "scale"):
+        torch.testing.assert_close(getattr(narrow, of), getattr(wide, of), rtol=2e-2, atol=2e-2, check_dtype=False)
+    assert torch.isfinite(narrow.curvature(v.to(dtype))).all()
+    sums = [point.cotangent.double().abs().sum() for point in (narrow, wide)]
+    assert abs(float(sums[0] / sums[1]) - 1) < torch.finfo(dtype).eps
+    bends = [point.curvature(v.to(point.cotangent.dtype)).double().sum() for point in (narrow, wide)]
+    assert abs(float(bends[0] / bends[1]) - 1) < 1e-2
+
+
 def _triple(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     del module, inputs
     return 3 * output

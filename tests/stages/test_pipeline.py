@@ -118,9 +118,11 @@ def test_output_pullback_and_gradients_are_autograds(name: str, training: bool) 
         pullback.add_gradients(v, 2.0)  # of the one that was
         v.mul_(2.0)
         pullback.add_gradients(v, -0.25)  # of the same tensor with another value
+    largest = max(float(g.norm()) for g in gradients)
     for p, g in zip(stage.parameters, gradients, strict=True):
         assert p.grad is not None
-        assert relative(p.grad, g) < 1e-11
+        # Normalisation takes away what a bias before it adds: its gradient is 0, and what is seen of it rounding.
+        assert float((p.grad - g).norm()) < 1e-11 * max(float(g.norm()), 1e-3 * largest)
     for m, n in zip(stage.modules, twin.modules, strict=True):
         for found, expected in zip(m.buffers(), n.buffers(), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -58,7 +58,9 @@ class Credit:
         modules: those weights, each module by the name that an error gives it; there after `bind`.
         of_batch: names of attributes that `below` leaves for the stages further down.
         reaches_input: whether `below` knows a way through the lowest stage, too.
+        is_inside: whether units of the same network come into the chain, as into a `CreditBlock`; there before `bind`.
         group: process group whose ranks have parts of the batch.
+        asks_curvature: whether it looks at more of the loss than its gradient.
         is_homogeneous: whether deltas grow in proportion to the loss, so that nobody need know what it was multiplied with.
     """
 
@@ -68,7 +70,9 @@ class Credit:
     modules: Mapping[str, nn.Module] = {}
     of_batch: tuple[str, ...] = ()
     reaches_input: bool = True
+    is_inside: bool = False
     is_homogeneous: bool = True
+    asks_curvature: bool = True
     group: dist.ProcessGroup | None = None
     _chain: Chain
 

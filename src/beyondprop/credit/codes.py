@@ -32,7 +32,7 @@ from beyondprop.credit import code_solvers
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.code_problem import CodeProblem, CodeSolver, per_sample, square_norm
 from beyondprop.credit.damping import BLOCK_DAMPING, LAYER_DAMPING, Damping, RelativeDamping, checked
-from beyondprop.credit.fitted import FittedLineSearch, length, ratio
+from beyondprop.credit.fitted import FittedLineSearch, length
 from beyondprop.stages import LossPoint, Pullback, Trace
 from beyondprop.stages.recurrent import RecurrentPullback
 
@@ -44,7 +44,7 @@ class Codes(Credit):
     """Alternating-minimization codes: one linearised problem per code, last code first.
 
     Args:
-        solver: `"line_search"`, `"gradient"`, `"cg"`, `"exact"`, or a function `CodeProblem -> delta`, such as
+        solver: `"line_search"`, `"fitted"`, `"gradient"`, `"cg"`, `"exact"`, or a function `CodeProblem -> delta`, such as
             `code_solvers.cg(3)` or `code_solvers.momentum(5, lr=0.3)`.
         damping: r, the weight of a hidden code's own penalty: a number >= 0, or a `RelativeDamping` for the codes between
             stages, with 1 for those of a recurrent layer's time steps. None: 1 below a stage with one layer, as published,
@@ -81,6 +81,7 @@ class Codes(Credit):
         self.mu, self.mu_growth, self.mu_limit = _checks.growing("mu", mu, mu_growth, mu_limit)
         self.normalize = normalize
         self.l1 = _checks.non_negative("l1", l1)
+        self.asks_curvature = solver is not code_solvers.gradient
         self.pushes = getattr(solver, "pushes", True)
         self.needs_codes = self.l1 > 0 or getattr(solver, "needs_codes", True)
         self.is_homogeneous = not self.l1 and getattr(solver, "is_homogeneous", False)
@@ -89,11 +90,6 @@ class Codes(Credit):
                 "A RelativeDamping needs a solver that pushes tangents, and this one has pushes = False: use "
                 "'line_search', 'cg', 'exact' or a damping that is a number."
             )
-
-    @property
-    def asks_curvature(self) -> bool:
-        """Whether the top code looks at more of the loss than its gradient."""
-        return self.solver is not code_solvers.gradient
 
     def assign(self, trace: Trace, loss: LossPoint) -> Iterator[Assignment]:
         """Yield what `Credit.assign` does; the codes inside the lowest stage have their deltas, too."""
@@ -163,31 +159,29 @@ class Codes(Credit):
         """
         top = len(trace.pullbacks) - 1
         deltas = [loss.cotangent.neg()]
-        found, curvature = [], []
-        damping = [self.mu, *(self._damping(trace[index]) for index in range(top - 1, trace.lowest, -1))]
+        lengths, curvature = [], []
         fitted = self.solver if isinstance(self.solver, FittedLineSearch) else None
         if fitted is not None:
-            fitted.begin(len(damping))
+            fitted.begin(top - trace.lowest)
         is_exact = fitted is None or fitted.is_exact
         for index in range(top, trace.lowest, -1):
             stage = trace[index]
             deltas.append(stage(deltas[-1]))
-            found.append(length(deltas[-1]))
+            lengths.append(length(deltas[-1]))
             if is_exact or index == top:
                 image = stage.push(deltas[-1], gated=True)
                 curvature.append(loss.curvature(image) if index == top else square_norm(image))
                 del image
             del stage
-        lengths = torch.stack(found)
         if fitted is None or fitted.is_exact:
-            each, scale = self._factors(lengths.square(), torch.stack(curvature), damping)
+            damping = [self.mu, *(self._damping(trace[index]) for index in range(top - 1, trace.lowest, -1))]
+            found = torch.stack(lengths)
+            each, scale = self._factors(found.square(), torch.stack(curvature), damping)
             if fitted is not None:
-                fitted.fit(ratio(lengths[1:], lengths[:-1]), each, scale, 0, len(damping), self.group)
+                fitted.fit(found, each, scale, 0, len(damping), self.group)
+            factors = each.cumprod(0).unbind()
         else:
-            each = fitted.top(lengths[:1].square(), curvature[0][None], damping[0])  # type: ignore[arg-type]
-            if len(damping) > 1:
-                each = torch.cat([each, fitted.factors(ratio(lengths[1:], lengths[:-1]), 1)])
-        factors = each.cumprod(0).unbind()
+            factors = fitted.products(lengths, curvature[0], self.mu)
         for delta, factor in zip(deltas[1:], factors, strict=True):
             delta.mul_(per_sample(factor, delta))
         deltas.reverse()  # the next one is popped from the end

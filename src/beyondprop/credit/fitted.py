@@ -1,7 +1,8 @@
 """A line search whose step factors follow from the lengths of deltas, which a sweep has anyway.
 
 The exact factor of a sample is `f = 1 / (damping + |J g|^2 / |g|^2)`, divided by its mean over the batch where deltas are
-normalised, and costs one push a code. With n_k the length of a sample's delta k stages below the loss, hidden codes take
+normalised, and costs one push a code. With n_k the length of the gradient of a sample's code k, last code first, hidden codes
+take
 
     1 / f_k = alpha_k + beta_k n_k / n_{k-1}
 
@@ -13,7 +14,7 @@ the way to those of that batch: alpha and beta to their least-squares fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.credit.code_problem import CodeProblem, flat, per_sample, square_norm, summed, tiny
+from beyondprop.credit.code_problem import CodeProblem, flat, per_sample, summed, tiny
 from beyondprop.credit.code_solvers import line_search, step_factors
 
 _EARLY = (0, 1, 2, 5, 10)
 _LEAST = 0.05
-"""Share of the mean of `1 / f` that an estimate of it is at least."""
+"""Share of the mean of `1 / f` that alpha, and so every estimate, is at least."""
+_SHALLOW = 4
+"""Codes up to which a few small operations each cost less than those for all together."""
 
 
 class FittedLineSearch:
@@ -37,8 +40,8 @@ class FittedLineSearch:
 
     Attributes:
         steps: how many were begun.
-        coefficients: by code, last code first, `(codes, 3)`: of the top code 1 over its mean factor, of the others alpha, beta
-            and the least value of `1 / f`; None before the first fit.
+        coefficients: by code, last code first, `(codes, 2)`: of the top code 1 over its mean factor, of the others alpha and
+            beta; None before the first fit.
     """
 
     needs_codes = False
@@ -49,13 +52,14 @@ class FittedLineSearch:
         self.steps = 0
         self.coefficients: Tensor | None = None
         self.is_exact = True
+        self._read: Any = None  # the coefficients as numbers
         self._last: float = math.inf  # code of the sweep under way
         self._before: tuple[int, Tensor | None] | None = None  # what `take_back` returns to
 
     def begin(self, codes: int) -> None:
         """Begin a step with so many codes."""
         if self._before is None:
-            self._before = self.steps, None if self.coefficients is None else self.coefficients.clone()
+            self._before = self.steps, self.coefficients
         if self.coefficients is not None and len(self.coefficients) != codes:
             self.coefficients = None  # stages were frozen or thawed
         self.is_exact = self.coefficients is None or self.steps in _EARLY or self.steps % self.refit == 0
@@ -72,33 +76,61 @@ class FittedLineSearch:
         self._last = code
         g = problem.gradient
         if not self.is_exact and code:
-            factors = self.factors(ratio(length(g), length(problem.delta))[None], code)
-            return g.mul_(per_sample(factors[0], g))
-        squared, curvature = square_norm(g)[None], problem.curvature(problem.pushed())[None]
-        if self.is_exact:
-            normal = {"normalize": problem.normalize, "group": problem.group}
-            factors, scale = step_factors(squared, curvature, problem.damping, **normal)
-            features = ratio(length(g), length(problem.delta))[None] if code else None
-            self.fit(features, factors, scale, code, codes, problem.group)
-        else:
-            factors = self.top(squared, curvature, problem.damping)
+            lengths = length(g)
+            return g.mul_(per_sample(self.below(torch.ones_like(lengths), lengths, length(problem.delta), code), g))
+        lengths, curvature = length(g), problem.curvature(problem.pushed())
+        if not self.is_exact:
+            return g.mul_(per_sample(self.top(lengths, curvature, problem.damping), g))
+        normal = {"normalize": problem.normalize, "group": problem.group}
+        factors, scale = step_factors(lengths.square()[None], curvature[None], problem.damping, **normal)
+        above = length(problem.delta) if code else lengths
+        self.fit(torch.stack([above, lengths])[1 - bool(code) :], factors, scale, code, codes, problem.group)
         return g.mul_(per_sample(factors[0], g))
 
-    def top(self, squared: Tensor, curvature: Tensor, damping: float | Tensor) -> Tensor:
-        """Return the top code's factors, over their mean at the last fit, `(1, N)` like `|g|^2` and `(J g)^T H (J g)`."""
-        assert self.coefficients is not None
-        found, _ = step_factors(squared, curvature, damping, normalize=False)
-        return found.mul_(self.coefficients[0, 0])
+    def top(self, lengths: Tensor, curvature: Tensor, damping: float | Tensor) -> Tensor:
+        """Return the top code's factors, over their mean at the last fit, `(N,)` like `|g|` and `(J g)^T H (J g)`."""
+        squared = lengths * lengths
+        system = torch.add(curvature, squared, alpha=damping).add_(tiny(squared))  # type: ignore[arg-type]
+        return squared.div_(system).mul_(self._numbers()[0][0])  # 0 for a sample without gradient
 
-    def factors(self, features: Tensor, first: int) -> Tensor:
-        """Return the fit's factors of the hidden codes from `first` on, `(codes, N)` like `features`."""
+    def below(self, product: Tensor, lengths: Tensor, above: Tensor, code: int) -> Tensor:
+        """Return `product` times the fit's factors of one hidden code, `(N,)` like the lengths of its gradient and above."""
+        alpha, beta = self._numbers()[code]
+        line = (above * alpha).add_(lengths * beta).add_(tiny(above))
+        return (product * above).div_(line)
+
+    def products(self, lengths: Sequence[Tensor], curvature: Tensor, damping: float | Tensor) -> Sequence[Tensor]:
+        """Return for every code the product of the factors down to it, each `(N,)`, last code first.
+
+        Args:
+            lengths: of the codes' gradients, each `(N,)`.
+            curvature: of the top code, `(N,)`.
+            damping: of the top code.
+        """
+        top = self.top(lengths[0], curvature, damping)
+        if len(lengths) <= _SHALLOW and top.device.type == "cpu":
+            found = [top]
+            for code in range(1, len(lengths)):
+                found.append(self.below(found[-1], lengths[code], lengths[code - 1], code))
+            return found
         assert self.coefficients is not None
-        alpha, beta, least = self.coefficients[first : first + len(features)].unsqueeze(-1).unbind(1)
-        return torch.addcmul(alpha, features, beta).clamp_(min=least).reciprocal_()
+        alpha, beta = self.coefficients[1:, :, None].unbind(1)
+        every = torch.stack([*lengths])
+        above = every[:-1]
+        line = (above * alpha).addcmul_(every[1:], beta).add_(tiny(above))
+        return top, *(above / line).cumprod(0).mul_(top).unbind()
+
+    def _numbers(self) -> Any:
+        """Return the coefficients by code; as Python's numbers, which cost less, where reading them waits for nobody."""
+        if self._read is None:
+            assert self.coefficients is not None
+            found = self.coefficients
+            self._read = found.tolist() if found.device.type == "cpu" else [row.unbind() for row in found.unbind()]
+        return self._read
 
     def fit(
         self,
-        features: Tensor | None,
+        lengths: Tensor,
         factors: Tensor,
         scale: Tensor | float,
         first: int,
@@ -108,31 +140,38 @@ class FittedLineSearch:
         """Let the coefficients of the codes from `first` on follow a batch.
 
         Args:
-            features: of the hidden codes among them, `(hidden, N)`; None: there is none.
+            lengths: of their gradients, `(codes, N)`; where the first is a hidden one, that of the delta above before it.
             factors: the exact ones of all of them, `(codes, N)`.
             scale: 1 over their means, `(codes, 1)` or one number.
             first: the code that the first row is of; 0 is the top code.
             codes: how many there are in all.
             group: process group whose ranks have parts of the batch.
         """
-        found = factors.new_zeros(len(factors), 3)
+        found = factors.new_zeros(len(factors), 2)
         is_top = int(first == 0)
         found[:is_top, 0] = scale[:is_top, 0] if isinstance(scale, Tensor) else scale
-        if features is not None and len(features):
+        if len(lengths) > 1:
             exact = factors[is_top:]
             live = exact > 0  # a sample without gradient has the factor 0
-            r = features.to(torch.float64) * live
+            r = (lengths[1:] / lengths[:-1].clamp_min(tiny(lengths))).to(torch.float64) * live
             inverse = torch.where(live, exact.to(torch.float64), torch.inf).reciprocal()
             sums = torch.stack([live, r, inverse, r * r, r * inverse]).sum(2)
             averages = summed(sums, group) / sums[0].clone().clamp_min_(1)
             r, inverse, squares, products = averages[1:].unbind()
+            least = _LEAST * inverse
             beta = ((products - r * inverse) / (squares - r * r).clamp_min(tiny(r))).clamp_(min=0.0)
-            found[is_top:] = torch.stack([inverse - beta * r, beta, _LEAST * inverse], 1).to(found.dtype)
-        if self.coefficients is None:
-            self.coefficients = found.new_full((codes, 3), float("nan"))
+            alpha = inverse - beta * r
+            # A line through the least intercept, where the free one would fall below it: no estimate falls below it then.
+            steep = ((products - least * r) / squares.clamp_min(tiny(r))).clamp_(min=0.0)
+            beta = torch.where(alpha < least, steep, beta)
+            found[is_top:] = torch.stack([torch.maximum(alpha, least), beta], 1).to(found.dtype)
+        # A new tensor: there may be a way back to the old one.
+        before = found.new_full((codes, 2), float("nan")) if self.coefficients is None else self.coefficients
+        self.coefficients = before.to(found, copy=True)  # the model may have been converted
         old = self.coefficients[first : first + len(found)]
         found = torch.where(old.isfinite(), torch.lerp(old, found, 0.5), found)
         self.coefficients[first : first + len(found)] = torch.where(found.isfinite(), found, old)
+        self._read = None
 
     def keep(self) -> None:
         """Know that the steps begun were made."""
@@ -142,7 +181,7 @@ class FittedLineSearch:
         """Return to what was before the steps begun, which were not made: somebody looked, or they were refused."""
         if self._before is not None:
             self.steps, self.coefficients = self._before
-            self._before, self._last = None, math.inf
+            self._before, self._read, self._last = None, None, math.inf
 
     def state(self) -> dict[str, Any]:
         """Return the count of steps and the coefficients."""
@@ -153,13 +192,11 @@ class FittedLineSearch:
         self.steps = int(state["steps"])
         found = state["coefficients"]
         self.coefficients = None if found is None else found.detach().clone()
+        self._read, self._last = None, math.inf
 
 
 def length(values: Tensor) -> Tensor:
     """Return every sample's length, `(N,)`; in float32 at least."""
+    if values.ndim == 2 and values.dtype in (torch.float32, torch.float64):
+        return torch.linalg.vector_norm(values, 2, 1)
     return torch.linalg.vector_norm(flat(values), dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
-
-
-def ratio(lengths: Tensor, above: Tensor) -> Tensor:
-    """Return lengths over those of the stage above; 0 where there is no delta."""
-    return lengths / above.clamp_min(tiny(above))

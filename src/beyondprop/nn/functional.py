@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,3 +77,10 @@ def drop_inert_hooks(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if getattr(hook, "is_inert", False)]:
                 del hooks[key]
                 extra.pop(key, None)
+
+
+@lru_cache(32)
+def ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ones, `(count,)`, made once and not to be written: a sum by them and its factor are one operation."""
+    with torch.inference_mode(False):
+        return torch.ones(count, dtype=dtype, device=device)

@@ -37,7 +37,8 @@ class AltMin(LocalRule):
         model: `nn.Sequential`, or any module with `cuts` naming its blocks; it stays yours and is trained in place.
         loss: `loss(output, y)`, mean or sum over the batch.
         weight_solver: a solver, or an optimizer factory for `Descent`; default Adam, lr 3e-3, one step.
-        code_solver: `"line_search"`, `"gradient"` (the exact backpropagation limit), `"cg"`, `"exact"` or a function.
+        code_solver: `"fitted"` (a line search that is exact in every 20th step), `"line_search"`, `"gradient"` (the exact
+            backpropagation limit), `"cg"`, `"exact"` or a function.
         damping, mu, mu_growth, mu_limit, normalize: of `credit.Codes`.
         code_l1: lambda_C >= 0, sparsity of the codes; `l1` of `credit.Codes`.
         weight_inputs: `"old"` (parallel stages) or `"new"` (the published order).
@@ -59,7 +60,7 @@ class AltMin(LocalRule):
         loss: LossFunction,
         weight_solver: Solver | OptimizerFactory | None = None,
         *,
-        code_solver: str | CodeSolver = "line_search",
+        code_solver: str | CodeSolver = "fitted",
         damping: Damping | None = None,
         mu: float = 1.0,
         mu_growth: float = 1.0,

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyondprop.nn.activations import Activation, closed_form
-from beyondprop.nn.functional import patches
+from beyondprop.nn.functional import ones, patches
 from beyondprop.stages.stage import Pullback, Stage, add_to_gradient
 
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _GATE = torch.ops.aten.threshold_backward.grad_input  # zero where the value is not positive, in one pass
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -119,10 +120,11 @@ class AffinePullback(Pullback):
         weight, bias = stage.weight, stage.bias
         rows, features = cotangent, self.features
         if not stage.is_linear:
-            if weight.requires_grad:
-                add_to_gradient(weight, self._convolution_backward(rows, weight, [False, True, False])[1], factor)
-            if bias is not None and bias.requires_grad:
-                add_to_gradient(bias, rows.flatten(2).sum((0, 2)), factor)
+            wanted = [False, weight.requires_grad, bias is not None and bias.requires_grad]
+            _, *found = self._convolution_backward(rows, weight, wanted)
+            for p, gradient in zip((weight, bias), found, strict=True):
+                if p is not None and p.requires_grad:
+                    add_to_gradient(p, gradient, factor)
             return
         if rows.ndim != 2:
             rows, features = rows.reshape(-1, rows.shape[-1]), features.reshape(-1, features.shape[-1])
@@ -133,7 +135,11 @@ class AffinePullback(Pullback):
                 grad = weight.grad = torch.empty_like(weight)
             grad.addmm_(rows.t(), features, beta=float(keep), alpha=factor)
         if bias is not None and bias.requires_grad:
-            add_to_gradient(bias, rows.sum(0), factor)
+            if keep := bias.grad is not None:
+                grad = bias.grad
+            else:
+                grad = bias.grad = torch.empty_like(bias)
+            grad.addmv_(rows.t(), ones(len(rows), rows.dtype, rows.device), beta=float(keep), alpha=factor)
 
     @property
     def is_closed_form(self) -> bool:
@@ -161,7 +167,8 @@ class AffinePullback(Pullback):
     def _convolution_backward(self, cotangent: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
         m = self.map.affine
         settings = (m.stride, m.padding, m.dilation, False, m.output_padding, m.groups)
-        return torch.ops.aten.convolution_backward(cotangent, self.features, weight, None, *settings, wanted)
+        sizes = None if m.bias is None else m.bias.shape
+        return _CONVOLUTION_BACKWARD(cotangent, self.features, weight, sizes, *settings, wanted)
 
 
 def whole(values: Tensor, like: Tensor) -> Tensor:

@@ -6,16 +6,15 @@ the gradient from one output to another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.stages.losses import LossPoint, OutputLoss
+from beyondprop.stages.losses import LossPoint, Map, OutputLoss, hessian_at
 
-Map = Callable[[Tensor], Tensor]
 _SUMS_TO_ZERO = 1e-2
 """How far a cross-entropy's gradient may be from a sum of 0 over classes, relative to its size: half precision rounds."""
 
@@ -38,7 +37,7 @@ def unknown_loss(output: Tensor, gradient: Tensor) -> LossPoint:
     def refuse(_: Tensor) -> Any:
         raise ValueError("This credit asks for the curvature of the loss: pass loss=, such as nn.CrossEntropyLoss().")
 
-    return LossPoint(output.new_full((), float("nan")), gradient, 1.0 / len(output), refuse, refuse)
+    return LossPoint(_nothing(output.dtype, output.device), gradient, 1.0 / len(output), refuse, refuse)
 
 
 @torch.no_grad()
@@ -50,29 +49,40 @@ def loss_behind(loss: OutputLoss, output: Tensor, gradient: Tensor) -> LossPoint
         output: `(N, ...)`.
         gradient: of each sample's loss there, no 1/N inside.
     """
-    hessian, slope, curved = _maps(loss, output, gradient)
+    hessian, slope, curved, bend = _maps(loss, output, gradient)
 
     def again(moved: Tensor) -> LossPoint:
         # A small move is not lost in the difference of two slopes where these are linear.
         change = hessian(moved - output) if curved else slope(moved) - slope(output)
         return loss_behind(loss, moved, gradient + change)
 
-    nothing = output.new_full((), float("nan"))
-    return LossPoint(nothing, gradient, loss.scale(output), hessian, again, curved)
+    nothing = _nothing(output.dtype, output.device)
+    return LossPoint(nothing, gradient, loss.scale(output), hessian, again, curved, bend)
 
 
-def _maps(loss: OutputLoss, output: Tensor, gradient: Tensor) -> tuple[Map, Map, float | None]:
-    """Return a sample's Hessian, what of its gradient depends on the output, and its curvature as of `LossPoint`."""
-    factor = 1.0 / output[0].numel() if loss.is_mean else 1.0
+@lru_cache(32)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), float("nan"), dtype=dtype, device=device)
+
+
+def _maps(loss: OutputLoss, output: Tensor, gradient: Tensor) -> tuple[Map, Map, float | None, Map | None]:
+    """Return a sample's Hessian, what of its gradient depends on the output, and curvature and bend as of `LossPoint`."""
+    factor = len(output) / output.numel() if loss.is_mean else 1.0
     if isinstance(loss.loss, nn.NLLLoss):  # linear in the log-probabilities
-        return torch.zeros_like, torch.zeros_like, None
+        return torch.zeros_like, torch.zeros_like, None, None
     if isinstance(loss.loss, nn.MSELoss):
-        return (lambda v: v * (2 * factor)), (lambda moved: moved * (2 * factor)), 2 * factor
+        return (lambda v: v * (2 * factor)), (lambda moved: moved * (2 * factor)), 2 * factor, None
     if isinstance(loss.loss, nn.BCEWithLogitsLoss):
         p = torch.sigmoid(output)
-        return (lambda v: v * p * (1 - p) * factor), (lambda moved: torch.sigmoid(moved) * factor), 0.0
+        return (lambda v: v * p * (1 - p) * factor), (lambda moved: torch.sigmoid(moved) * factor), 0.0, None
     dim = _classes(loss, output, gradient)
-    q, weight = torch.softmax(output, dim), _seen(gradient, dim).to(output.dtype)
+    q = torch.softmax(output, dim)
+    # In a row that has a part, no class has a gradient of 0, short of underflow.
+    if output.ndim == 2 and output.device.type == "cpu" and int(gradient[:, 0].count_nonzero()) == len(output):
+        of_all, bend = hessian_at(q)
+        return of_all, (lambda moved: torch.softmax(moved, 1)), 0.0, bend
+    weight = _seen(gradient, dim).to(output.dtype)
     if loss.is_mean:
         weight *= len(output) / weight.sum().clamp_min(1)
 
@@ -80,7 +90,7 @@ def _maps(loss: OutputLoss, output: Tensor, gradient: Tensor) -> tuple[Map, Map,
         qv = q * v
         return torch.addcmul(qv, q, qv.sum(dim, keepdim=True), value=-1.0).mul_(weight)
 
-    return hessian, (lambda moved: torch.softmax(moved, dim) * weight), 0.0
+    return hessian, (lambda moved: torch.softmax(moved, dim) * weight), 0.0, None
 
 
 @torch.no_grad()

@@ -16,16 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from beyondprop.nn.functional import ones
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 _aten = torch.ops.aten
 _CLOSED = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
+_NLL, _NLL_BACKWARD = _aten.nll_loss_forward.default, _aten.nll_loss_backward.default
 _EQUAL_DTYPES = (nn.MSELoss, nn.BCEWithLogitsLoss, nn.BCELoss)
 _EQUAL_SHAPES = (
     *_EQUAL_DTYPES,
     *(nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.KLDivLoss),
     *(nn.SoftMarginLoss, nn.MultiLabelSoftMarginLoss, nn.HingeEmbeddingLoss),
 )
-Evaluated = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+Map = Callable[[Tensor], Tensor]
+Evaluated = tuple[Tensor, Tensor, Map, Map | None]
 
 
 @dataclass(slots=True)
@@ -40,17 +44,21 @@ class LossPoint:
         again: evaluates the loss of the same targets at another output.
         curved: its curvature, where that is one number; 0 for cross-entropies in closed form, whose falls to 0 as targets are
             met; None: not known before it is asked for.
+        bend: maps a tangent to `v^T H v` for every sample, never negative, where that takes less than `hessian`.
     """
 
     value: Tensor
     cotangent: Tensor
     scale: float
-    hessian: Callable[[Tensor], Tensor]
+    hessian: Map
     again: Callable[[Tensor], LossPoint]
     curved: float | None = None
+    bend: Map | None = None
 
     def curvature(self, tangent: Tensor) -> Tensor:
         """Return `v^T H v` for every sample, shape `(N,)`, never negative."""
+        if self.bend is not None:
+            return self.bend(tangent)
         product = tangent * self.hessian(tangent)
         return product.reshape(len(product), -1).sum(1).clamp_min_(0.0)
 
@@ -104,13 +112,14 @@ class OutputLoss:
         Raises:
             ValueError: if `y` does not fit `output` (device, dtype, shape), saying what is accepted.
         """
-        self.check(output, y)
         form = self._form(output, y)
-        value, cotangent, hessian = form(output, y)
+        if form != self._cross_entropy or output.device.type != "cpu":
+            self.check(output, y)
+        value, cotangent, hessian, bend = form(output, y)
         curved = None if form == self._generic else 0.0
         if form == self._mean_squared_error:
             curved = 2.0 / output[0].numel() if self.is_mean else 2.0
-        return LossPoint(value, cotangent, self.scale(output), hessian, lambda moved: self.at(moved, y), curved)
+        return LossPoint(value, cotangent, self.scale(output), hessian, lambda moved: self.at(moved, y), curved, bend)
 
     def _form(self, output: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], Evaluated]:
         loss, kind = self.loss, type(self.loss)
@@ -119,11 +128,11 @@ class OutputLoss:
             return self._generic
         if kind is nn.MSELoss:
             return self._mean_squared_error
-        if loss.weight is not None:
+        if loss._buffers["weight"] is not None:  # without the search that an attribute of a module takes
             return self._generic
         if kind is nn.BCEWithLogitsLoss:
             return self._binary_cross_entropy if loss.pos_weight is None else self._generic
-        is_plain = loss.label_smoothing == 0.0 and output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+        is_plain = loss.label_smoothing == 0.0 and output.ndim == 2 and y.ndim == 1 and y.dtype is torch.int64
         return self._cross_entropy if is_plain else self._generic
 
     def check(self, output: Tensor, y: Tensor) -> None:
@@ -193,31 +202,34 @@ class OutputLoss:
     def _cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
         # Autograd's own kernels, called directly: rows with ignore_index have no part in value, mean and gradient.
         reduction, ignore = (1 if self.is_mean else 2), self.loss.ignore_index
-        rows = y.shape[0] if self.is_mean else 1
         log_p = torch.log_softmax(output, 1)
-        value, total = _aten.nll_loss_forward(log_p, y, None, reduction, ignore)
-        picked = _aten.nll_loss_backward(torch.ones_like(value), log_p, y, None, reduction, ignore, total)
-        cotangent = _aten._log_softmax_backward_data(picked, log_p, 1, log_p.dtype).mul_(rows)
-
-        def hessian(v: Tensor) -> Tensor:
-            p = log_p.exp()
-            pv = p * v
-            weight = picked.sum(1, keepdim=True).mul_(-rows)  # 0 for ignored rows
-            return torch.addcmul(pv, p, pv.sum(1, keepdim=True), value=-1.0).mul_(weight)
-
-        return value, cotangent, hessian
+        try:
+            value, total = _NLL(log_p, y, None, reduction, ignore)
+        except (RuntimeError, IndexError):
+            self.check(output, y)
+            raise
+        one, p = ones(1, total.dtype, total.device), log_p.exp()
+        picked = _NLL_BACKWARD(one, log_p, y, None, 2, ignore, total)  # -1 at the label, nothing in ignored rows
+        if output.device.type == "cpu" and float(total) == len(y):
+            return value, picked.add_(p), *hessian_at(p)
+        seen = picked.sum(1, keepdim=True).neg_()
+        counted = seen.sum(dtype=torch.promote_types(seen.dtype, torch.float32))  # bfloat16 counts to 256
+        weight = seen * (len(y) / counted.clamp_min_(1)) if self.is_mean else seen
+        hessian, bend = hessian_at(p)
+        cotangent = picked.addcmul_(p, seen).mul_(weight)
+        return value, cotangent, lambda v: hessian(v).mul_(weight), lambda v: bend(v).mul_(weight[:, 0])
 
     def _mean_squared_error(self, output: Tensor, y: Tensor) -> Evaluated:
         residual = output - y
         value = residual.square().mean() if self.is_mean else residual.square().sum()
         factor = 2.0 / residual[0].numel() if self.is_mean else 2.0
-        return value, residual * factor, lambda v: v * factor
+        return value, residual * factor, lambda v: v * factor, None
 
     def _binary_cross_entropy(self, output: Tensor, y: Tensor) -> Evaluated:
         value = F.binary_cross_entropy_with_logits(output, y, reduction="mean" if self.is_mean else "sum")
         p = torch.sigmoid(output)
         factor = 1.0 / output[0].numel() if self.is_mean else 1.0
-        return value, (p - y) * factor, lambda v: v * p * (1 - p) * factor
+        return value, (p - y) * factor, lambda v: v * p * (1 - p) * factor, None
 
     def _generic(self, output: Tensor, y: Tensor) -> Evaluated:
         leaf = output.detach().requires_grad_()
@@ -243,7 +255,24 @@ class OutputLoss:
             (product,) = torch.autograd.grad(gradient, leaf, v, retain_graph=True, allow_unused=True)
             return torch.zeros_like(v) if product is None else product / scale
 
-        return value.detach(), gradient.detach() / scale, hessian
+        return value.detach(), gradient.detach() / scale, hessian, None
+
+
+def hessian_at(p: Tensor) -> tuple[Map, Map]:
+    """Return the Hessian of cross-entropy at probabilities `(N, classes)`, and `v^T H v` for every sample, by functions."""
+
+    def hessian(v: Tensor) -> Tensor:
+        pv = p * v
+        return pv.addcmul_(p, pv.sum(1, keepdim=True), value=-1.0)
+
+    wide = p.float() if p.dtype in (torch.float16, torch.bfloat16) else p  # a sum in float16 ends at 65504
+
+    def bend(v: Tensor) -> Tensor:
+        v = v.to(wide.dtype)
+        centred = v - (wide * v).sum(1, keepdim=True)
+        return torch.linalg.vecdot(wide * centred, centred)
+
+    return hessian, bend
 
 
 class _Shapes(TorchDispatchMode):

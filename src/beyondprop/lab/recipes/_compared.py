@@ -12,16 +12,18 @@ from torch import nn
 
 from beyondprop.data import Dataset
 from beyondprop.lab import registry
+from beyondprop.lab.built_in import nesterov
 from beyondprop.lab.comparing import comparison
 from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes._base import Context
-from beyondprop.lab.registry import RuleSpec
+from beyondprop.lab.registry import Build, RuleSpec
 from beyondprop.lab.report._curves import Curve, curve
 from beyondprop.lab.report._figures import draw
 from beyondprop.lab.report._style import entries
 from beyondprop.lab.runs.files import write_atomically
 from beyondprop.lab.runs.recorded import Run, number, read_run
+from beyondprop.optim.factories import adam
 from beyondprop.rules import AltMin
 from beyondprop.solvers import Memory
 from beyondprop.stages import LossFunction
@@ -51,14 +53,30 @@ def usual(context: Context, seeds: int = 3, **own: Any) -> Settings:
     return Settings(**{"seeds": tuple(range(count)), "tune": not context.quick, "alignment": False} | own)
 
 
-def recorded_rules(names: Sequence[str]) -> tuple[RuleSpec, ...]:
-    """Return registered rules, AM-mem with the steps that recorded runs have: without a bound on its gain."""
-    specs = map(registry.rules.get, names)
-    return tuple(replace(spec, build=_unbounded) if spec.name == "am-mem" else spec for spec in specs)
+def _adam(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
+    return AltMin(model, loss, adam(lr), code_solver="line_search")
+
+
+def _adam_unit(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
+    return AltMin(model, loss, adam(lr), damping=1.0, code_solver="line_search")
+
+
+def _sgd(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
+    return AltMin(model, loss, nesterov(lr), code_solver="line_search")
 
 
 def _unbounded(model: nn.Module, loss: LossFunction, lr: float) -> AltMin:
-    return AltMin(model, loss, Memory(lr=lr, max_gain=None))
+    return AltMin(model, loss, Memory(lr=lr, max_gain=None), code_solver="line_search")
+
+
+EXACT: dict[str, Build] = {"am-adam": _adam, "am-adam-unit": _adam_unit, "am-sgd": _sgd, "am-mem": _unbounded}
+"""Alternating minimization as recorded runs have it: every line search is exact, and the gain of a memory has no bound."""
+
+
+def recorded_rules(names: Sequence[str]) -> tuple[RuleSpec, ...]:
+    """Return registered rules as recorded runs have them."""
+    specs = map(registry.rules.get, names)
+    return tuple(replace(spec, build=EXACT.get(spec.name, spec.build)) for spec in specs)
 
 
 def compared(context: Context, part: str, settings: Settings, rules: Sequence[RuleSpec] = (), **own: Any) -> Run:
@@ -68,7 +86,8 @@ def compared(context: Context, part: str, settings: Settings, rules: Sequence[Ru
         context: whose directory has the run's, named `part`.
         part: what the run goes by.
         settings: what is compared.
-        rules: rules of the recipe's own; where there are any, they are what is compared.
+        rules: rules of the recipe's own; where there are any, they are what is compared. Default: those of the settings, as
+            `recorded_rules` has them.
         **own: its own `task` and `nets`, as `compare` takes them.
 
     Raises:
@@ -76,8 +95,8 @@ def compared(context: Context, part: str, settings: Settings, rules: Sequence[Ru
     """
     path = context.out / part
     observer = _Said(context, part)
-    if rules:
-        settings = replace(settings, rules=tuple(spec.name for spec in rules))
+    rules = rules or recorded_rules(settings.rules)
+    settings = replace(settings, rules=tuple(spec.name for spec in rules))
     if (path / "config.toml").is_file():
         recorded = Settings.from_config(read_run(path).config)
         if recorded != replace(settings, device=recorded.device):

@@ -27,7 +27,11 @@ GATED = next(iter(CELLS))
 RULES = tuple(
     replace(registry.rules.get(name), title=title, build=build, lr=1e-3)
     for name, title, build in (
-        ("am-adam", "AM-Adam", lambda model, loss, lr: AltMin(model, loss, partial(torch.optim.Adam, lr=lr))),
+        (
+            "am-adam",
+            "AM-Adam",
+            lambda model, loss, lr: AltMin(model, loss, partial(torch.optim.Adam, lr=lr), code_solver="line_search"),
+        ),
         (
             "adam",
             "Backprop through time, Adam",

@@ -9,7 +9,7 @@ from typing import Any
 from beyondprop import data
 from beyondprop.lab import registry, tasks
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import at_epoch, chosen, compared, curves, first_rows, usual
+from beyondprop.lab.recipes._compared import EXACT, at_epoch, chosen, compared, curves, first_rows, usual
 from beyondprop.lab.recipes._drawing import OURS, THEIRS, panels
 from beyondprop.lab.report._curves import draw_band
 from beyondprop.lab.runs.recorded import Run
@@ -25,7 +25,7 @@ NETS = {
 }
 PUBLISHED_NET = next(iter(NETS))
 RULES = (
-    replace(registry.rules.get("am-adam"), grid=RATES, lr=RATES[1]),
+    replace(registry.rules.get("am-adam"), grid=RATES, lr=RATES[1], build=EXACT["am-adam"]),
     replace(registry.rules.get("adam"), grid=RATES, lr=RATES[1], title="straight-through"),
 )
 AM, BACKPROP = RULES

@@ -14,7 +14,7 @@ from torch import Tensor
 from beyondprop import data
 from beyondprop.lab import registry, tasks
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import at_epoch, chosen, compared, usual
+from beyondprop.lab.recipes._compared import EXACT, at_epoch, chosen, compared, usual
 from beyondprop.lab.recipes._drawing import panels
 from beyondprop.lab.registry import RuleSpec
 from beyondprop.lab.runs.recorded import Run, number
@@ -38,14 +38,16 @@ def _rule(name: str, title: str, grid: tuple[float, ...], **own: Any) -> RuleSpe
 
 
 ONLINE = (
-    _rule("am-adam", "AM-Adam", _ADAM),
-    _rule("am-sgd", "AM-SGD", _SGD),
+    _rule("am-adam", "AM-Adam", _ADAM, build=EXACT["am-adam"]),
+    _rule("am-sgd", "AM-SGD", _SGD, build=EXACT["am-sgd"]),
     # Without a bound on its gain a memory of few rows overflows at small batches and the default damping of 0.5.
     _rule(
         "am-mem",
         "AM-mem",
         (0.1, 0.3, 1.0, 2.0),
-        build=lambda model, loss, lr: AltMin(model, loss, Memory(lr=lr, max_gain=None, damping=2.0)),
+        build=lambda model, loss, lr: AltMin(
+            model, loss, Memory(lr=lr, max_gain=None, damping=2.0), code_solver="line_search"
+        ),
     ),
     _rule("adam", "Backprop, Adam", _ADAM),
     _rule("sgd", "Backprop, SGD", _SGD),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from beyondprop.lab import registry, tasks
 from beyondprop.lab.recipes._base import Context, Recipe, Row
-from beyondprop.lab.recipes._compared import chosen, compared, first_rows, usual
+from beyondprop.lab.recipes._compared import EXACT, chosen, compared, first_rows, usual
 from beyondprop.lab.recipes._drawing import panels
 from beyondprop.lab.registry import Build, RuleSpec
 from beyondprop.lab.report._curves import Curve, draw_band
@@ -58,7 +58,7 @@ _ROWS: tuple[tuple[str, str, Build, tuple[float, ...]], ...] = (
     ("adam", "Adam", registry.rules.get("adam").build, _ADAM),
     ("ewc-100", "online EWC, strength 100", _ewc(100.0), _ADAM),
     ("ewc-1000", "online EWC, strength 1000", _ewc(1000.0), _ADAM),
-    ("am-adam", "AM-Adam", registry.rules.get("am-adam").build, _ADAM),
+    ("am-adam", "AM-Adam", EXACT["am-adam"], _ADAM),
     ("am-mem", "AM-mem, forgetting 0", _memory(0.0), _MEMORY),
     ("am-mem-0.01", "AM-mem, forgetting 0.01", _memory(0.01), _MEMORY),
     ("am-mem-0.1", "AM-mem, forgetting 0.1", _memory(0.1), _MEMORY),
