@@ -108,6 +108,24 @@ def test_steps_are_those_of_the_rule(net: str, credit: str, loss: str) -> None:
     assert _apart(rule.model, model.model) < 1e-12
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_one_sweep_over_all_stages_is_one_stage_after_the_other(net: str) -> None:
+    torch.manual_seed(0)
+    start = NETS[net][0]().double()
+    x, y = torch.randn(9, *NETS[net][1], dtype=torch.float64), torch.arange(9) % 5
+    found: list[list[Tensor]] = []
+    for asks in (False, True):  # where the input asks for a gradient, deltas come down stage by stage
+        model = Credited(copy.deepcopy(start), Codes(), CE)
+        torch.manual_seed(1)
+        output = model(x.clone().requires_grad_(asks))
+        assert ("Swept" in repr(output.grad_fn)) is not asks
+        loss = CE(output, y)
+        found += [[*torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)] for _ in range(2)]
+    for gradients in found[1:]:
+        for g, h in zip(found[0], gradients, strict=True):
+            torch.testing.assert_close(g, h, rtol=1e-11, atol=1e-14)
+
+
 @pytest.mark.parametrize("loss", ["ce_sum", "ce_ignored"])
 @pytest.mark.parametrize("credit", ["line_search", "published", "sparse", "tp"])
 def test_sums_and_ignored_targets(credit: str, loss: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from beyondprop.credit.asynchronous import AsynchronousPipeline
 from beyondprop.credit.base import Assignment, Credit
 from beyondprop.credit.behind_backward import CreditBlock, Credited
 from beyondprop.credit.code_problem import CodeProblem
@@ -12,6 +13,7 @@ from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropaga
 
 __all__ = [
     "Assignment",
+    "AsynchronousPipeline",
     "CodeProblem",
     "Codes",
     "Credit",

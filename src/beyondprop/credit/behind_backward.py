@@ -16,16 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
 from beyondprop import _checks
 from beyondprop.credit.base import Credit
 from beyondprop.credit.codes import Codes
 from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
-from beyondprop.credit.recorded import Batch, Recorded
+from beyondprop.credit.recorded import Batch, Recorded, Swept
 from beyondprop.credit.targets import DifferenceTargetPropagation, TargetPropagation
+from beyondprop.credit.wrapped import check_plain, group_of, make_alike
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.optim._units import running_group
 from beyondprop.stages.chain import Chain, Cuts, passed
@@ -115,8 +115,11 @@ class Credited(nn.Module):
         elif self.is_top and isinstance(credit, Codes) and credit.asks_curvature:
             raise ValueError("Codes ask for the curvature of the loss: pass loss=, such as nn.CrossEntropyLoss().")
         self.loss_scale: float | Callable[[], float] = loss_scale
+        check_plain(model)
         self.chain = Chain(model, cuts, least=2 if self.is_top else 1)
+        credit.is_inside = not self.is_top
         credit.bind(self.chain)
+        self._is_alike = False  # the credits of all ranks
         # Not as submodules: the model's own names are those of this module.
         self.__dict__["model"], self.__dict__["credit"] = model, credit
         self._parameters, self._buffers = model._parameters, model._buffers
@@ -127,13 +130,23 @@ class Credited(nn.Module):
         self.training = model.training
         self._seen = list(model._modules.items())
         self._own = tuple(model.parameters())  # walking the modules takes longer than a small net
+        self._sweeps = (
+            self.is_top and not (credit.of_batch or credit.modules) and type(credit).learned is Credit.learned
+        )
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         """Return the model's output on `x` `(N, ...)`."""
+        if isinstance(x, fx.Proxy):
+            raise UnsupportedModelError(
+                f"a {type(self).__name__} has its credit; give a rule the module inside, `model`"
+            )
         is_recorded = torch.is_grad_enabled() and (
             (isinstance(x, Tensor) and x.requires_grad) or any(p.requires_grad for p in self._own)
         )
-        return self._credited(x, *rest, **named) if is_recorded else self.model(x, *rest, **named)
+        if is_recorded:
+            return self._credited(x, *rest, **named)
+        self.credit.group = running_group() or self.credit.group  # a checkpoint runs without gradients first
+        return self.model(x, *rest, **named)
 
     @_disable_dynamo
     def _credited(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -142,22 +155,29 @@ class Credited(nn.Module):
                 f"{type(self).__name__} takes one tensor, as a chain of stages does, got "
                 f"{', '.join([type(part).__name__ for part in (x, *rest)] + list(named))}."
             )
+        if torch._C._is_tracing() or torch.compiler.is_exporting():
+            raise UnsupportedModelError(
+                "A trace or an export of a model keeps plain gradients in place of a credit's deltas; make it under "
+                "torch.no_grad(), where the model itself runs, or of the attribute `model`."
+            )
         if [*self.model._modules.items()] != self._seen or any(self._modules.get(n) is not m for n, m in self._seen):
             raise UnsupportedModelError("A module of the model was exchanged, added or taken out; build Credited anew.")
         return self._run(x, 0, len(self.chain))
 
     def _run(self, x: Tensor, first: int, end: int) -> Tensor:
         """Return what the stages from `first` to the one before `end` make of `x`."""
-        if first == 0 and end == len(self.chain):
+        group, is_whole = group_of(self.credit), first == 0 and end == len(self.chain)
+        self.credit.group = group
+        # Ranks exchange gradients stage by stage.
+        if is_whole and self._sweeps and group is None and not x.requires_grad:
+            return Swept.apply(x, Batch(self, x.device.type, end - 1), *(p for p in self._own if p.requires_grad))
+        if is_whole:
             self.chain.check(x)
         else:
             self.chain.check_unchanged()
-        group = running_group()
-        if group is not None and self.credit.group is None:
-            # Drawn by what each rank's weights were before they were made equal.
-            for tensor in self.credit.tensors().values():
-                dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
-        self.credit.group = group
+        if group is not None and not self._is_alike:
+            make_alike(self.credit, self.chain, group)
+            self._is_alike = True
         lowest, batch = first if x.requires_grad else self.chain.lowest, Batch(self, x.device.type, end - 1)
         z = x
         for index in range(first, end):
@@ -186,7 +206,7 @@ class Credited(nn.Module):
                 f"{type(self.credit).__name__} keeps more than deltas, which another part does not know; parts take codes or "
                 "feedback alignment."
             )
-        return _Part(self, first, end)
+        return Part(self, first, end)
 
     def train(self, mode: bool = True) -> Credited:
         super().train(mode)
@@ -223,6 +243,12 @@ class Credited(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("A Credited cannot be pickled, because its stages hold functions; save its state_dict().")
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UnsupportedModelError(
+            "nn.DataParallel copies a module to every device, and a credit's stages are those of one; use "
+            "DistributedDataParallel."
+        )
 
     def extra_repr(self) -> str:
         return f"credit={type(self.credit).__name__}"
@@ -262,7 +288,7 @@ class CreditBlock(Credited):
         super().__init__(block, credit, cuts=cuts, loss_scale=loss_scale)
 
 
-class _Part(nn.Module):
+class Part(nn.Module):
     """Some stages of a `Credited`."""
 
     owner: Credited
@@ -272,7 +298,7 @@ class _Part(nn.Module):
         self.__dict__["owner"], self.first, self.end = owner, first, end
         self.stages = nn.ModuleList(nn.ModuleList(stage.modules) for stage in owner.chain.stages[first:end])
 
-    def train(self, mode: bool = True) -> _Part:
+    def train(self, mode: bool = True) -> Part:
         super().train(mode)
         self.owner.model.training = mode  # which functions between the modules ask
         return self

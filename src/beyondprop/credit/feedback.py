@@ -40,10 +40,11 @@ _CELLS = (ElmanCell, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 class FeedbackAlignment(Credit):
     """Deltas go down through fixed random tensors instead of the weights; slopes are those of the forward pass.
 
-    Every weight of two or more dimensions that deltas go through has a feedback tensor of its shape, normally distributed:
-    all but those that only the network's input meets (the first layer; in a recurrent one its input weights), embeddings,
-    and the gains of normalisations, which are no map between units. A block (attention, recurrence, BatchNorm, a residual
-    block), be it the first stage, sends deltas through the feedback of its weights and keeps its skips, which have none.
+    Every weight of two or more dimensions that deltas go through has a feedback tensor of its shape, normally distributed: all
+    but those that only the network's input meets (the first layer, unless it is a `CreditBlock`'s; in a recurrent one its input
+    weights), embeddings, and the gains of normalisations, which are no map between units. A block (attention, recurrence,
+    BatchNorm, a residual block), be it the first stage, sends deltas through the feedback of its weights and keeps its skips,
+    which have none.
 
     Args:
         scale: > 0; standard deviation of the feedback, in units of the root mean square of the weights when the rule is
@@ -69,7 +70,7 @@ class FeedbackAlignment(Credit):
         names = {p: name for name, p in chain.model.named_parameters()}
         for index, stage in enumerate(chain):
             generator = _generator(self.seed, index)
-            aside = _never_crossed(stage) | (set() if index else _met_by_data_alone(stage))
+            aside = _never_crossed(stage) | (set() if index or self.is_inside else _met_by_data_alone(stage))
             for number, weight in enumerate(stage.parameters):
                 if weight.ndim >= 2 and weight not in aside:
                     name = names.get(weight, f"{stage.name}.{number}")  # a block may have what the model does not list

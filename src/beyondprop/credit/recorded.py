@@ -1,20 +1,24 @@
-"""One stage behind a backward pass, and what the stages of one forward pass have in common."""
+"""Stages behind a backward pass, one by one or all at once, and what those of one forward pass have in common."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as autograd  # type: ignore[attr-defined]
 
 from beyondprop.credit.base import Credit
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.stages.chain import Chain
+from beyondprop.stages.chain import Chain, Trace
 from beyondprop.stages.loss_behind import factor_of, loss_behind, unknown_loss
 from beyondprop.stages.losses import LossPoint, OutputLoss
-from beyondprop.stages.stage import Pullback
+from beyondprop.stages.stage import Pullback, Stage
+
+_HOOKS = attrgetter("_backward_hooks")
 
 
 class Owner(Protocol):
@@ -45,12 +49,13 @@ class Batch:
         owner: whose pass it is.
         device: the type of its device.
         last: index of the last stage that has part in it.
+        group: process group whose ranks have parts of it.
         factor: on a sum over samples in the gradients that come down, as far as the credit must know it.
         scale: of the loss, likewise.
     """
 
     def __init__(self, owner: Owner, device: str, last: int) -> None:
-        self.owner, self.device, self.last = owner, device, last
+        self.owner, self.device, self.last, self.group = owner, device, last, owner.credit.group
         self.factor: float | Tensor = 1.0
         self.scale: float | Tensor = 1.0
         self._kept: dict[str, Any] = {}
@@ -58,6 +63,7 @@ class Batch:
 
     def surroundings(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context as the forward pass was in: its autocast, and what the credit remembers of this batch."""
+        self.owner.credit.group = self.group  # another pass may have come between
         is_on = torch.is_autocast_enabled(self.device)
         if not self.owner.credit.of_batch and not is_on and self._autocast is None:
             return contextlib.nullcontext()
@@ -73,14 +79,14 @@ class Batch:
 
     def look(self, output: Tensor, cotangent: Tensor) -> LossPoint:
         """Return the loss as it is seen from the gradient at the output, and note its factor."""
-        loss = self.owner.output_loss
+        loss, credit = self.owner.output_loss, self.owner.credit
         self.assume(len(output))
-        if loss is not None and not self.owner.credit.is_homogeneous:
+        if loss is not None and not credit.is_homogeneous:
             shown = factor_of(loss, output, cotangent)
             if shown is not None:
                 self.factor, self.scale = shown, shown / loss.scale(output)
-        gradient = cotangent / self.factor
-        return unknown_loss(output, gradient) if loss is None else loss_behind(loss, output, gradient)
+        gradient = cotangent if self.factor == 1.0 else cotangent / self.factor
+        return loss_behind(loss, output, gradient) if loss and credit.asks_curvature else unknown_loss(output, gradient)
 
     def assume(self, samples: int) -> None:
         """Take the loss for what it was said to be, where the credit must know."""
@@ -98,17 +104,14 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, batch: Batch, index: int, count: int, *parameters: Tensor) -> Tensor:
         credit, chain = batch.owner.credit, batch.owner.chain
-        pullback = chain[index].record(z.detach(), push=credit.pushes)
+        with _unseen_by_hooks():
+            pullback = chain[index].record(z.detach(), push=credit.pushes)
         output = pullback.output.detach()  # not the tensor itself, which would hold the graph that holds it
         if not credit.needs_codes:
             pullback.forget("input")
             if index + 1 < len(chain):
                 pullback.forget("output")
-        # The pullback hangs on a tensor that is saved for the backward pass: it lives as long as autograd keeps such, and a
-        # checkpoint makes it anew.
-        ticket = torch.empty(0)
-        ticket.untyped_storage().pullback = pullback  # type: ignore[attr-defined]
-        ctx.save_for_backward(ticket)
+        _hang(ctx, pullback)
         ctx.batch, ctx.index, ctx.count, ctx.parameters, ctx.version = batch, index, count, parameters, output._version
         return output
 
@@ -117,23 +120,14 @@ class Recorded(torch.autograd.Function):
         batch, index = ctx.batch, ctx.index
         owner = batch.owner
         credit, stage = owner.credit, owner.chain[index]
-        if torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                f"A backward pass with create_graph=True reached stage {stage.name!r}: the deltas of "
-                f"{type(credit).__name__} have no derivative. Differentiate without it."
-            )
-        (ticket,) = ctx.saved_tensors
-        pullback: Pullback = ticket.untyped_storage().pullback
-        with batch.surroundings():
+        _check_first_order(credit, stage)
+        pullback: Pullback = _hung(ctx, stage)
+        with batch.surroundings(), _silent(ctx.parameters):
             loss: LossPoint | None = None
             if index == batch.last and (index + 1 < len(owner.chain) or not owner.is_top):
                 batch.assume(len(cotangent))
             elif index == batch.last:
-                if pullback.output._version != ctx.version:
-                    raise RuntimeError(
-                        f"The output of stage {stage.name!r} was written over in place before the backward pass; use an "
-                        "operation that returns a new tensor."
-                    )
+                _check_output(pullback.output, ctx.version, stage)
                 loss = batch.look(pullback.output, cotangent)
             factor = batch.factor
             delta = cotangent.neg() if factor == 1.0 else cotangent / -factor
@@ -144,21 +138,117 @@ class Recorded(torch.autograd.Function):
             else:
                 credit.lowest(pullback, delta, loss)
                 below = pullback(delta) if ctx.needs_input_grad[0] else None
-            found = _gradients(pullback, delta, -factor, ctx.parameters[: ctx.count])
+            with _gathered(ctx.parameters[: ctx.count]) as found:
+                pullback.add_gradients(delta, float(-factor))
             found += [None if g is None else g * batch.scale for g in lessons]
             if below is not None:
                 below = below.neg() if factor == 1.0 else below * -factor
         return (below, None, None, None, *found)
 
 
-def _gradients(pullback: Pullback, delta: Tensor, factor: Any, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return what a pullback would add to the parameters' `.grad`, which stay as they are."""
-    kept = [p.grad for p in parameters]
+class Swept(torch.autograd.Function):
+    """All stages of a network at once, by the sweep of the credit's `assign`: what lies between them asks for no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: Batch, *parameters: Tensor) -> Tensor:
+        credit = batch.owner.credit
+        with _unseen_by_hooks():
+            trace = batch.owner.chain.record(x.detach(), push=credit.pushes, keep_codes=credit.needs_codes)
+        output = trace.output.detach()
+        _hang(ctx, trace)
+        ctx.batch, ctx.parameters, ctx.version = batch, parameters, output._version
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        batch: Batch = ctx.batch
+        credit, stage = batch.owner.credit, batch.owner.chain[batch.last]
+        _check_first_order(credit, stage)
+        kept: Trace = _hung(ctx, stage)
+        _check_output(kept.output, ctx.version, stage)
+        trace = Trace([*kept.pullbacks], kept.lowest, kept.output)  # the graph may be retained, and swept again
+        with batch.surroundings(), _silent(ctx.parameters), _gathered(ctx.parameters) as found:
+            loss = batch.look(trace.output, cotangent)
+            factor = float(-batch.factor)
+            for assignment in credit.assign(trace, loss):
+                assignment.pullback.add_gradients(assignment.delta, factor)
+                del assignment
+        return (None, None, *found)
+
+
+def _hang(ctx: Any, kept: Any) -> None:
+    """Hang something on a tensor that is saved for the backward pass.
+
+    It lives as long as autograd keeps such, and a checkpoint makes it anew.
+    """
+    ticket = torch.empty(0)
+    ticket.untyped_storage().kept = kept  # type: ignore[attr-defined]
+    ctx.save_for_backward(ticket)
+
+
+def _hung(ctx: Any, stage: Stage) -> Any:
+    (ticket,) = ctx.saved_tensors
+    kept = getattr(ticket.untyped_storage(), "kept", None)
+    if kept is None:
+        raise UnsupportedModelError(
+            f"Hooks on saved tensors gave stage {stage.name!r} a copy of what it saved, and a stage is more than a tensor. "
+            "Checkpoints around it work; where tensors are copied (save_on_cpu with pinned memory, compression), leave it out."
+        )
+    return kept
+
+
+def _unseen_by_hooks() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a stage's own graph is not shown to hooks on saved tensors, which have the ticket.
+
+    A checkpoint counts what it sees in both of its runs, and a stage looks at itself more closely in the first.
+    """
+    if autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved)
+
+
+def _silent(parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which parameters' own hooks are silent: autograd calls them with what the stage returns."""
+    return _without_hooks(parameters) if any(map(_HOOKS, parameters)) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    kept = [*map(_HOOKS, parameters)]
+    for p in parameters:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in zip(parameters, kept, strict=True):
+            p._backward_hooks = hooks
+
+
+def _check_first_order(credit: Credit, stage: Stage) -> None:
+    if torch.is_grad_enabled():
+        raise UnsupportedModelError(
+            f"A backward pass with create_graph=True reached stage {stage.name!r}: the deltas of "
+            f"{type(credit).__name__} have no derivative. Differentiate without it."
+        )
+
+
+def _check_output(output: Tensor, version: int, stage: Stage) -> None:
+    if output._version != version:
+        raise RuntimeError(
+            f"The output of stage {stage.name!r} was written over in place before the backward pass; use an operation that "
+            "returns a new tensor."
+        )
+
+
+@contextlib.contextmanager
+def _gathered(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """Give a list that has, behind the block, what was added to the parameters' `.grad` in it; these stay as they were."""
+    kept, found = [p.grad for p in parameters], []
     try:
         for p in parameters:
             p.grad = None
-        pullback.add_gradients(delta, float(factor))
-        return [p.grad for p in parameters]
+        yield found
+        found += [p.grad for p in parameters]
     finally:
         for p, gradient in zip(parameters, kept, strict=True):
             p.grad = gradient

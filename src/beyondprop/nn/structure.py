@@ -47,7 +47,10 @@ class Structure:
         what = "exchanged" if name in names and name in then else "added" if name in names else "taken out"
         kind, how = "Module", f"the {built} would train what the model no longer has"
         if isinstance(then.get(name, names.get(name)), nn.Parameter):
-            kind, how = "Parameter", "by pruning, a parametrization, load_state_dict(assign=True) or an assignment"
+            kind, how = (
+                "Parameter",
+                "by sharding, pruning, a parametrization, load_state_dict(assign=True) or an assignment",
+            )
         raise UnsupportedModelError(
             f"{kind} {name!r} of this {type(self._roots['']).__name__} was {what} after the {built} was built ({how}); "
             f"build the {built} anew."

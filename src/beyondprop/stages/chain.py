@@ -158,9 +158,9 @@ class Chain:
 
     def check(self, x: Tensor) -> None:
         """Raise `UnsupportedModelError` where the stages are not the model that runs on `x` `(N, ...)`."""
+        self.check_unchanged()
         if not self._is_composition_of_model:
             self._check_composition(x)
-        self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """Raise `UnsupportedModelError` where the model is another, or a module that nobody calls got a hook.
@@ -218,6 +218,7 @@ class Chain:
                 if not isinstance(module, RESHAPES):
                     break
 
+    @torch.no_grad()  # a checkpoint around the first batch would miss what autograd saves here in its second run
     def _check_composition(self, x: Tensor) -> None:
         with evaluation_mode(self.model, *self._followers):
             expected, z = self.model(x), x

@@ -103,7 +103,8 @@ def _chain(model: nn.Module, is_open: Callable[[nn.Module], bool], mode: bool) -
             raise UnsupportedModelError(
                 f"{type(model).__name__} has a forward pass of its own that cannot be traced ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}). Pass an nn.Sequential (its blocks may be any modules), or "
-                "cuts=[block, block, ...] with the modules that make up its forward pass."
+                "cuts=[block, block, ...] with the modules that make up its forward pass; a CreditBlock serves any part of it "
+                "that takes one tensor and returns one."
             ) from error
     for node in [n for n in graph.nodes if n.op == "placeholder" and n.args]:
         _erase(graph, node)  # an argument with a default, whose value is in the graph: what is left only asserts it
@@ -112,7 +113,8 @@ def _chain(model: nn.Module, is_open: Callable[[nn.Module], bool], mode: bool) -
     if len(inputs) != 1 or not isinstance(end.args[0], fx.Node):
         raise UnsupportedModelError(
             f"{type(model).__name__} has a forward pass of its own with {len(inputs)} tensor(s) in and {end.args[0]} out; a "
-            "chain has one in and one out. Wrap it in a module that does, or pass cuts=[block, block, ...]."
+            "chain has one in and one out. Wrap it in a module that does, or pass cuts=[block, block, ...]; a CreditBlock "
+            "serves any part of it that takes one tensor and returns one."
         )
     return [_module(model, *segment) for segment in _segments(graph, inputs[0])]
 
