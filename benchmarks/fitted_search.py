@@ -23,11 +23,17 @@ from beyondprop.optim.factories import adam
 from beyondprop.solvers import Memory
 from beyondprop.stages import LossFunction
 
+
+def memory(lr: float) -> Memory:
+    """Return damped recursive least squares."""
+    return Memory(lr=lr)
+
+
 SOLVERS = ("fitted", "line_search", "gradient")
 WEIGHTS = {
     "Adam": (adam, (1e-3, 3e-3, 8e-3)),
     "SGD": (nesterov, (0.01, 0.03, 0.1)),
-    "memory": (Memory, (0.5, 1.0, 2.0)),
+    "memory": (memory, (0.5, 1.0, 2.0)),
 }
 # The net, batch size, epochs, what steps the weights.
 ROWS = {
