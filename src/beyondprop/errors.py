@@ -7,6 +7,7 @@ __all__ = [
     "DataUnavailableError",
     "FrozenStageWarning",
     "NonFiniteError",
+    "ReconstructionWarning",
     "UnsupportedModelError",
 ]
 
@@ -29,6 +30,10 @@ class NonFiniteError(RuntimeError):
 
 class FrozenStageWarning(UserWarning):
     """A stage with trainable weights does not move while others do."""
+
+
+class ReconstructionWarning(UserWarning):
+    """A reversible block's input is reconstructed with an error that spoils the gradients below it."""
 
 
 class DataUnavailableError(FileNotFoundError):

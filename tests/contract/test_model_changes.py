@@ -23,7 +23,7 @@ every_rule = pytest.mark.parametrize("name", registry.rules.names())
 by_steps = pytest.mark.parametrize("name", [n for n in registry.rules.names() if not registry.rules.get(n).whole_set])
 
 CE = nn.CrossEntropyLoss()
-RATES = {"sgd": 0.03, "am-sgd": 0.03, "fa": 0.01, "dfa": 0.01}
+RATES = {"sgd": 0.03, "sgd-decay": 0.03, "am-sgd": 0.03, "fa": 0.01, "dfa": 0.01}
 
 
 def _rule(name: str, frozen: int | None = None) -> LearningRule:
@@ -66,7 +66,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 PARAMETERS_STAY = ("another activation", "appended", "inserted", "taken out", "bias taken out", "pruned")
-CALL_THE_MODEL = ("sgd", "adam")
+CALL_THE_MODEL = ("sgd", "sgd-decay", "adam")
 
 
 @every_rule

@@ -23,6 +23,8 @@ EXAMPLES: dict[str, tuple[str, tuple[int, ...], int]] = {
     "rnn": ("rnn:8:gru", (6, 5), 4),
     "transformer": ("transformer:32x1:patch=4", (1, 8, 8), 4),
     "resnet": ("resnet8", (3, 8, 8), 4),
+    "revnet": ("revnet14", (3, 8, 8), 4),
+    "revtransformer": ("revtransformer:32x1:patch=4", (1, 8, 8), 4),
     "autoencoder": ("autoencoder", (1, 8, 8), 64),
 }
 every_net = pytest.mark.parametrize("name", list(EXAMPLES))

@@ -26,7 +26,7 @@ NETS: dict[str, tuple[Callable[[], nn.Sequential], Callable[..., tuple[Tensor, T
 }
 
 # For small nets and few steps. Random feedback takes a while until the weights have turned toward it.
-RATES = {"sgd": 0.03, "am-sgd": 0.03, "fa": 0.01, "dfa": 0.01}
+RATES = {"sgd": 0.03, "sgd-decay": 0.03, "am-sgd": 0.03, "fa": 0.01, "dfa": 0.01}
 
 
 def _rule(name: str, net: str = "mlp", **changes: Any) -> LearningRule:

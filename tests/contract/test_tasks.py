@@ -20,6 +20,7 @@ from beyondprop.lab.training import fit
 EXAMPLES = {
     "classification": ("classification:digits", "mlp:16x1"),
     "regression": ("regression:diabetes", "mlp:16x1"),
+    "images": ("images:digits:centered:pad=1:flip", "mlp:16x1"),
     "autoencoder": ("autoencoder:digits", "mlp:16x1"),
     "adding": ("adding:20", "rnn:8:gru"),
     "split": ("split:digits", "mlp:16x1"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.activations import closed_form
+from beyondprop.stages.reversible import ReversibleStage
 from beyondprop.stages.stage import NORMS, Stage
 
 InverseFactory = Callable[[Stage, Stage], nn.Module]
@@ -26,6 +27,8 @@ _CONVS: dict[type[nn.Module], tuple[Callable[..., nn.Module], str]] = {
 def mirror(below: Stage, stage: Stage) -> nn.Module:
     """Return one Linear or transposed convolution, then a copy of the nonlinearity that the stage's input went through.
 
+    A coupling has an inverse that is exact and learns nothing: `Undone`.
+
     Weights start orthogonal, biases at 0. A convolution's pooling is undone by interpolation. The nonlinearity is the last
     one of the stage below where its output is what came out of it (pooling and dropout may follow), none where codes are
     pre-activations.
@@ -37,6 +40,8 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
     Raises:
         UnsupportedModelError: if the stage has another form; the message names it and the way out.
     """
+    if isinstance(stage, ReversibleStage):
+        return Undone(stage)
     modules = stage.modules
     carriers = [m for m in modules if list(m.parameters()) and not isinstance(m, NORMS)]
     affine = carriers[0] if len(carriers) == 1 else None
@@ -58,6 +63,37 @@ def mirror(below: Stage, stage: Stage) -> nn.Module:
     if activation is not None:
         inverse.append(copy.deepcopy(activation))
     return nn.Sequential(*inverse) if len(inverse) > 1 else inverse[0]
+
+
+class Undone(nn.Module):
+    """A coupling backwards, without weights of its own: its functions are the stage's.
+
+    Args:
+        stage: the coupling's stage.
+    """
+
+    stage: ReversibleStage
+
+    def __init__(self, stage: ReversibleStage) -> None:
+        super().__init__()
+        self.__dict__["stage"] = stage  # its weights are the model's
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the coupling's output to its input, running statistics as they are.
+
+        Raises:
+            UnsupportedModelError: if a function draws random numbers, which are not those of the way up.
+        """
+        stage = self.stage
+        if stage.is_stochastic and stage.coupling.training:
+            raise UnsupportedModelError(
+                f"Stage {stage.name!r} draws random numbers, and its inverse would draw others: take out dropout, or pass "
+                "inverse=factory."
+            )
+        with stage.replayed(None, h.device):
+            found = stage.coupling.inverse(h)
+        assert isinstance(found, Tensor)
+        return found
 
 
 class TransposedConvolution(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from beyondprop.errors import UnsupportedModelError
 from beyondprop.stages.chain import Chain, Trace
 from beyondprop.stages.loss_behind import factor_of, loss_behind, unknown_loss
 from beyondprop.stages.losses import LossPoint, OutputLoss
+from beyondprop.stages.reversible import ReversiblePullback, swept_once
 from beyondprop.stages.stage import Pullback, Stage
 
 _HOOKS = attrgetter("_backward_hooks")
@@ -59,7 +61,15 @@ class Batch:
         self.factor: float | Tensor = 1.0
         self.scale: float | Tensor = 1.0
         self._kept: dict[str, Any] = {}
+        self._placed: weakref.ref[Pullback] | None = None
         self._autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+
+    def place(self, pullback: Pullback) -> None:
+        """Know the pullback of the next stage; one that can be undone gives the one below it its output."""
+        below = None if self._placed is None else self._placed()
+        if isinstance(pullback, ReversiblePullback):
+            pullback.follow(below)
+        self._placed = weakref.ref(pullback)
 
     def surroundings(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context as the forward pass was in: its autocast, and what the credit remembers of this batch."""
@@ -106,6 +116,7 @@ class Recorded(torch.autograd.Function):
         credit, chain = batch.owner.credit, batch.owner.chain
         with _unseen_by_hooks():
             pullback = chain[index].record(z.detach(), push=credit.pushes)
+        batch.place(pullback)
         output = pullback.output.detach()  # not the tensor itself, which would hold the graph that holds it
         if not credit.needs_codes:
             pullback.forget("input")
@@ -166,7 +177,9 @@ class Swept(torch.autograd.Function):
         _check_first_order(credit, stage)
         kept: Trace = _hung(ctx, stage)
         _check_output(kept.output, ctx.version, stage)
-        trace = Trace([*kept.pullbacks], kept.lowest, kept.output)  # the graph may be retained, and swept again
+        trace = Trace(
+            swept_once(kept.pullbacks), kept.lowest, kept.output
+        )  # the graph may be retained, and swept again
         with batch.surroundings(), _silent(ctx.parameters), _gathered(ctx.parameters) as found:
             loss = batch.look(trace.output, cotangent)
             factor = float(-batch.factor)

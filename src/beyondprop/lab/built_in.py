@@ -10,7 +10,7 @@ from torch import nn
 
 from beyondprop.credit.feedback import DirectFeedbackAlignment, FeedbackAlignment
 from beyondprop.lab.registry import Build, RuleSpec, register
-from beyondprop.optim import AffineProjection, LocoProp, adam
+from beyondprop.optim import AffineProjection, LocoProp, adam, sgd_with_decay
 from beyondprop.rules import AltMin, Backprop, DifferenceTargetProp, LearningRule, LocalRule
 from beyondprop.rules.offline import ADMM, BCD, MAC, OfflineAltMin
 from beyondprop.solvers import Descent, Memory
@@ -42,7 +42,7 @@ _LOCOPROP = "Amid, Anil & Warmuth, AISTATS 2022, arXiv 2106.06199"
 _ADAM_GRID, _SGD_GRID, _LOCOPROP_GRID = (3e-4, 1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1, 3e-1), (1e-5, 3e-5, 1e-4, 3e-4)
 
 _LEAST_BATCH = {
-    **dict.fromkeys(("sgd", "am-sgd", "am-mem-bcd"), 50),
+    **dict.fromkeys(("sgd", "sgd-decay", "am-sgd", "am-mem-bcd"), 50),
     **dict.fromkeys(("locoprop-m", "locoprop-m-rows", "locoprop-s"), 200),
 }
 """Below, rates shrink in proportion: the steps of these rules have no bound of their own, and small batches are noisy."""
@@ -86,6 +86,11 @@ for _row in (
      "AffineProjection", "locoprop"),
     ("adam", "Backprop, Adam", "backpropagation with Adam", "Kingma & Ba, ICLR 2015, arXiv 1412.6980",
      lambda model, loss, lr: Backprop(model, loss, adam(lr)), 3e-3, _ADAM_GRID, None, False, "Backprop", "comparing"),
+    ("sgd-decay", "Backprop, SGD with decay",
+     "backpropagation with momentum 0.9 and weight decay 2e-4 on the weights of Linear, convolutions and attention alone",
+     "Gomez et al., NeurIPS 2017, arXiv 1707.04585, authors' code",
+     lambda model, loss, lr: Backprop(model, loss, sgd_with_decay(model, lr, 2e-4)), 0.1, _SGD_GRID, None, False, "Backprop",
+     "comparing"),
     ("sgd", "Backprop, SGD", "backpropagation with Nesterov momentum 0.9", "Sutskever et al., ICML 2013",
      lambda model, loss, lr: Backprop(model, loss, nesterov(lr)), 0.03, _SGD_GRID, None, False, "Backprop", "comparing"),
     # Rules that keep codes for the whole set have no learning rate; 1 / lr is the weight of their penalties.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from beyondprop.optim.affine_projection import AffineProjection
-from beyondprop.optim.factories import OptimizerFactory, adam, centered_rmsprop
+from beyondprop.optim.factories import OptimizerFactory, adam, centered_rmsprop, sgd_with_decay
 from beyondprop.optim.layers import register_layer
 from beyondprop.optim.locoprop import LocoProp
 from beyondprop.optim.rmsprop import RMSProp
@@ -16,4 +16,5 @@ __all__ = [
     "adam",
     "centered_rmsprop",
     "register_layer",
+    "sgd_with_decay",
 ]

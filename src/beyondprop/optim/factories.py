@@ -26,6 +26,38 @@ def adam(lr: float = 3e-3) -> OptimizerFactory:
     return build
 
 
+def sgd_with_decay(model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
+    """Return SGD with momentum over the trainable parameters of a model that decays the weights of its products alone.
+
+    Biases, normalisations, embeddings and what else is no matrix of a Linear, convolution or attention are in a second
+    parameter group, without decay. A weight that such a layer shares with another module decays.
+
+    Args:
+        model: the model.
+        lr: learning rate of both groups.
+        weight_decay: added to the gradient, times the weight.
+        momentum: of the running sum of gradients, without dampening.
+
+    Raises:
+        ValueError: if no parameter can be trained.
+
+    Source: Gomez et al., NeurIPS 2017, arXiv 1707.04585, for which parameters decay.
+    """
+    products = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+    decayed = {
+        p: None
+        for module in model.modules()
+        if isinstance(module, products)
+        for name, p in module.named_parameters(recurse=False)
+        if name.endswith("weight") and p.requires_grad
+    }
+    others = [p for p in model.parameters() if p.requires_grad and p not in decayed]
+    groups = [{"params": list(decayed), "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if not (groups := [group for group in groups if group["params"]]):
+        raise ValueError(f"{type(model).__name__} has no parameter that can be trained.")
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+
 def centered_rmsprop(lr: float, **settings: float) -> OptimizerFactory:
     """Return a factory of a centered `RMSProp` whose second moment starts at 0, with the settings of Lee et al., ECML 2015."""
     own: dict[str, Any] = {"alpha": 0.95, "momentum": 0.9, "eps": 1e-3, "initial": 0.0} | settings

@@ -24,7 +24,7 @@ class BlockStage(Stage):
         super().__init__(name, modules)
         self._leaves = [m for module in self.modules for m in module.modules()]
         self.norms = [m for m in self._leaves if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.is_stochastic = any(not _is_deterministic(m) for m in self._leaves)
+        self.is_stochastic = any(not is_deterministic(m) for m in self._leaves)
         # In backpropagation a unit's delta is minus what comes back; here, deltas come as they are.
         self.takes_targets = any(isinstance(m, Threshold) for m in self._leaves)
         # Whether its pullback can be differentiated, by its modules' modes: fused kernels may serve one only.
@@ -48,12 +48,15 @@ class BlockStage(Stage):
             UnsupportedModelError: if the stage overwrites its input, mixes samples, or returns no tensor of the batch.
             ValueError: if a channel's only value is to be normalised over the batch.
         """
-        state = _generator(z.device).get_state() if self.is_stochastic else None
+        state = generator(z.device).get_state() if self.is_stochastic else None
         pullback = BlockPullback(self, z, push, state)
-        if not self._is_checked and z.shape[0] > 1 and z.is_floating_point():
-            self._check_samples_are_apart(pullback)
-            self._is_checked = True
+        self.check_samples_are_apart(z, state)
         return pullback
+
+    def at(self, z: Tensor, random_state: Tensor | None, *, push: bool = False) -> BlockPullback:
+        """Return the stage once more, with the masks of `random_state` and the statistics as they are."""
+        with self.replayed(random_state, z.device):
+            return BlockPullback(self, z, push, random_state)
 
     def run_differentiably(self, z: Tensor) -> Tensor:
         """Apply the modules such that what goes down goes through `feedback`, where there is any."""
@@ -96,9 +99,9 @@ class BlockStage(Stage):
         """Return a context in which the stage draws the masks of `state` and leaves its statistics alone."""
         # Looked up now: moving a model to another device or dtype replaces its buffers.
         saved = [(buffer, buffer.clone()) for module in self.modules for buffer in module.buffers()]
-        present = None if state is None else _generator(device).get_state()
+        present = None if state is None else generator(device).get_state()
         if state is not None:
-            _generator(device).set_state(state)
+            generator(device).set_state(state)
         try:
             yield
         finally:
@@ -106,15 +109,19 @@ class BlockStage(Stage):
                 # Through .data: the first run's graph has saved the buffer, and the value that it saw comes back.
                 buffer.data.copy_(value)
             if present is not None:
-                _generator(device).set_state(present)
+                generator(device).set_state(present)
 
-    def _check_samples_are_apart(self, pullback: BlockPullback) -> None:
+    def check_samples_are_apart(self, z: Tensor, random_state: Tensor | None) -> None:
+        """Raise `UnsupportedModelError`, at the first batch, if a sample's output depends on another's input."""
+        if self._is_checked or z.shape[0] < 2 or not z.is_floating_point():
+            return
+        self._is_checked = True
         if any(not m.track_running_stats for m in self.norms):
             return  # these mix samples in either mode
         # Batch statistics mix samples by right; anything else must not.
         with evaluation_mode(*self.norms):
-            z = pullback.input.detach().requires_grad_()
-            with torch.enable_grad(), self.replayed(pullback.random_state, z.device):
+            z = z.detach().requires_grad_()
+            with torch.enable_grad(), self.replayed(random_state, z.device):
                 output = self.run(z)
             if not output.requires_grad:
                 return
@@ -252,8 +259,7 @@ class BlockPullback(Pullback):
 
     def at(self, z: Tensor, *, push: bool = False) -> BlockPullback:
         """Return the stage at another input; `push` says whether tangents will be pushed there, too."""
-        with self.block.replayed(self.random_state, z.device):
-            return BlockPullback(self.block, z, push, self.random_state)
+        return self.block.at(z, self.random_state, push=push)
 
 
 class _Start(torch.autograd.Function):
@@ -273,7 +279,7 @@ class _Start(torch.autograd.Function):
 _NO_SECOND_DERIVATIVE = ("not implemented", "not differentiable", "once_differentiable", "twice")
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def generator(device: torch.device) -> torch.Generator:
     """Return the generator that modules on this device draw from."""
     if device.type == "cpu":
         return torch.default_generator
@@ -286,7 +292,8 @@ _DRAWING = (
 )
 
 
-def _is_deterministic(module: nn.Module) -> bool:
+def is_deterministic(module: nn.Module) -> bool:
+    """Return whether a module is known to draw no random number."""
     # A module of torch.nn draws only if it is one of these; a user's own module may call functional dropout.
     return type(module).__module__.startswith("torch.nn.") and not isinstance(module, _DRAWING)
 

@@ -13,11 +13,14 @@ from torch.fx import GraphModule
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.functional import evaluation_mode
 from beyondprop.nn.recurrent import Recurrent
+from beyondprop.nn.reversible import Recomputed, ReversibleSequential
+from beyondprop.nn.reversible.couplings import Coupling
 from beyondprop.nn.structure import Structure
 from beyondprop.stages.affine import RESHAPES, AffineStage
 from beyondprop.stages.block import BlockStage
 from beyondprop.stages.pipeline import PipelineStage
 from beyondprop.stages.recurrent import RecurrentStage
+from beyondprop.stages.reversible import ReversiblePullback, ReversibleStage
 from beyondprop.stages.stage import NORMS, Pullback, Stage
 from beyondprop.stages.tracing import traced
 
@@ -143,6 +146,8 @@ class Chain:
                 z = passed(stage, z)
             else:
                 pullback = stage.record(z, push=push)
+                if isinstance(pullback, ReversiblePullback) and pullbacks:
+                    pullback.follow(pullbacks[-1])
                 z = pullback.output
                 if not keep_codes:
                     pullback.forget("input")
@@ -245,7 +250,7 @@ def _stage(run: list[Named]) -> Stage:
     modules = [m for _, m in run]
     # What has a forward pass of its own is called, and never taken apart.
     is_called = any("forward" in vars(part) for m in modules for part in m.modules())
-    for kind in () if is_called else (AffineStage, PipelineStage, RecurrentStage):
+    for kind in () if is_called else (AffineStage, PipelineStage, ReversibleStage, RecurrentStage):
         if kind.fits(modules):
             return kind(name, run)
     if not any(type(part) is Recurrent for m in modules for part in m.modules()):
@@ -263,9 +268,9 @@ def _stage(run: list[Named]) -> Stage:
 
 def _unfold(name: str, module: nn.Module) -> list[Named]:
     """Return what a plain Sequential applies, or the module itself."""
-    if not _is_plain_sequential(module):
+    if not _is_taken_apart(module):
         return [(name, module)]
-    return [part for n, m in _children(module) for part in _unfold(f"{name}.{n}", m)]
+    return [part for n, m in _children(module) for part in _unfold(f"{name}.{n}" if name else n, m)]
 
 
 def _children(module: nn.Module) -> list[Named]:
@@ -312,7 +317,10 @@ def _opened(model: nn.Module, *, deep: bool) -> tuple[list[Named], list[nn.Modul
                 f"{type(model).__name__} has hooks and cannot be cut, as nobody would call it. Put them on a module inside, or "
                 "pass cuts=[block, block, ...] with the modules that make up its forward pass."
             )
-        return traced(model, lambda module: deep and _is_plain_sequential(module))
+        if deep and _is_taken_apart(model):
+            return _unfold("", model), []
+        modules, followers = traced(model, lambda module: deep and _is_plain_sequential(module))
+        return ([part for name, m in modules for part in _unfold(name, m)] if deep else modules), followers
     children = _children(model)
     return ([part for name, child in children for part in _unfold(name, child)] if deep else children), []
 
@@ -327,8 +335,23 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     )
 
 
+def _is_taken_apart(module: nn.Module) -> bool:
+    """Whether stages may take the place of a module, as nobody watches it and they compute what it does."""
+    if _is_plain_sequential(module):
+        return True
+    if type(module) is ReversibleSequential:
+        # By themselves couplings round to no grid, and each has its own split_dim.
+        fits = module.exact_bits is None and all(block.split_dim == module.split_dim for block in module)
+    else:
+        fits = type(module) is Recomputed
+    return fits and "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def _runs(modules: list[Named], *, one_affine: bool) -> list[list[Named]]:
-    """Group modules into runs that each end with weights; a norm right after an affine map joins its run."""
+    """Group modules into runs that each end with weights; a norm right after an affine map joins its run.
+
+    What has no weights goes to the run above it, but below a coupling, which is a run by itself.
+    """
     runs: list[list[Named]] = []
     pending: list[Named] = []
     for name, module in modules:
@@ -343,6 +366,9 @@ def _runs(modules: list[Named], *, one_affine: bool) -> list[list[Named]]:
         elif is_norm or not has_weights:
             pending.append((name, module))
         else:
+            if runs and isinstance(module, Coupling):  # by itself it can be undone
+                runs[-1] += pending
+                pending = []
             runs.append([*pending, (name, module)])
             pending = []
     if pending and runs:

@@ -21,6 +21,7 @@ from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.recipes import (
     Recipe,
     Row,
+    _revnet,
     adding_problem,
     bcd_3x1500,
     binary_mnist,
@@ -155,7 +156,8 @@ def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypat
         monkeypatch.setattr(higgs, "COUNTS", (higgs.FEW,))
     if name == "rnn-15":
         toy = _classes("mnist", (1, 28, 28), 10, rows=60, tests=20)
-    if name == "blocks-cifar10":
+    monkeypatch.setattr(_revnet, "NET", "revnet14")
+    if name in ("blocks-cifar10", "revnet-angle", "revnet-cifar10"):
         toy = _classes("cifar10", (3, 32, 32), 10, rows=20, tests=10)
     monkeypatch.setattr(data, "load", lambda *_, **__: toy)
     recipe, said = recipes.get(name), []

@@ -23,6 +23,7 @@ from beyondprop.lab.runs.directory import slug
 from beyondprop.lab.tasks import Task, check_net
 from beyondprop.lab.training import State, Training, schedules
 from beyondprop.lab.training.calendar import Calendar, stop_step
+from beyondprop.lab.training.counted import KEPT, counters
 from beyondprop.rules.base import LearningRule
 from beyondprop.stages.losses import LossFunction
 
@@ -48,6 +49,7 @@ class Plan:
         nets: networks that were handed over.
         begun: learning rates by rule that a run which goes on was begun with, and were the rules' own then.
         handed: the task, the networks and the rules that were handed over, as `prepare` takes them.
+        kept_bytes: whether a net keeps less for the backward pass than autograd does, so that all are measured.
     """
 
     settings: Settings
@@ -58,6 +60,7 @@ class Plan:
     nets: Nets = field(default_factory=dict)
     begun: Mapping[str, float] = field(default_factory=dict)
     handed: Mapping[str, Any] = field(default_factory=dict)
+    kept_bytes: bool = False
 
     @property
     def epochs(self) -> float:
@@ -99,9 +102,10 @@ class Plan:
     def training(self, member: Member) -> Training:
         """Return how a member is trained."""
         settings, spec = self.settings, member.spec
-        watched: dict[str, Any] = {"evaluate_every": _NEVER}
+        watched: dict[str, Any] = {"evaluate_every": _NEVER, "kept_bytes": False}
         if not member.tuning:
             watched = {"evaluate_every": settings.evaluate_every, "alignment": settings.alignment}
+            watched["kept_bytes"] = self.kept_bytes
             watched["early_stop"] = None if member.warm_start else settings.early_stop
         return Training(
             epochs=self.epochs_of(spec, tuning=member.tuning),
@@ -253,17 +257,19 @@ def prepare(
         )
     handed = {"task": task, "nets": nets, "rules": tuple(rules)}
     plan = Plan(settings, contenders, evaluated, tuning_task, warm_spec, nets, handed=handed)
-    _check_contenders(plan, trained)
-    return plan
+    return replace(plan, kept_bytes=_check_contenders(plan, trained))
 
 
-def _check_contenders(plan: Plan, trained: Sequence[RuleSpec]) -> None:
+def _check_contenders(plan: Plan, trained: Sequence[RuleSpec]) -> bool:
+    """Raise where a rule cannot train a net; return whether a net counts what it keeps for the backward pass."""
     settings, task = plan.settings, plan.task
+    counts = False
     for form in settings.nets:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, and are recorded, when the rule trains
             model = make_net(task, form, plan.nets)
             check_net(task, model, form)
+            counts |= KEPT in counters(model)
             for spec in trained:
                 try:
                     spec.build(copy.deepcopy(model), loss_of(task, form, plan.nets), plan.rate(spec))
@@ -273,6 +279,7 @@ def _check_contenders(plan: Plan, trained: Sequence[RuleSpec]) -> None:
                 _check_single_row(form, model, task.x_train[:1])
             if plan.warm_spec is not None:
                 _check_warm_start(plan, model)
+    return counts
 
 
 def _check_single_row(net: str, model: nn.Module, x: torch.Tensor) -> None:

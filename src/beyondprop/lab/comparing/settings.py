@@ -90,7 +90,7 @@ class Settings:
     batch_size: Annotated[int, arg(metavar="N")] = 50
     """Rows in a batch."""
     schedule: Annotated[str, arg(metavar="NAME")] = "linear"
-    """Of the learning rates: constant, linear, cosine or halve:N (epochs). A rule may bring its own."""
+    """Of the learning rates: constant, linear, cosine, halve:N (epochs), tenth:0.5,0.75, warmup:S. A rule may bring its own."""
     warm_start: Annotated[str | None, arg(metavar="RULE:EPOCHS", help_behavior_hint="")] = None
     """Train by RULE first: every rule starts from the weights it has after so many of the epochs."""
     lr: Rates = ()

@@ -17,6 +17,7 @@ from beyondprop.lab.nets.options import (
     options_of,
     parse_options,
 )
+from beyondprop.lab.nets.reversible import preactivation
 from beyondprop.nn.residual import Residual, Shortcut
 
 
@@ -94,7 +95,12 @@ def basic_block(channels: int, width: int, stride: int) -> Residual:
 
 
 def resnet(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
-    """Build `resnetDEPTH`."""
+    """Build `resnetDEPTH`, or `resnetDEPTH:preact[:bottleneck]`."""
+    preact, bottleneck = options_of(spec, ("preact",), ("bottleneck",), start=1)
+    if preact:
+        return preactivation(spec, input_shape, outputs)
+    if bottleneck:
+        raise ValueError(f"{spec!r}: bottleneck units are for 'preact', as in resnet164:preact:bottleneck.")
     depth = spec.removeprefix("resnet")
     if not is_count(depth) or (layers := bounded(spec, "depth", depth, MOST_LAYERS)) < 8 or (layers - 2) % 6:
         raise ValueError(f"{spec!r}: the depth must be 6 n + 2, such as resnet20 or resnet32.")

@@ -10,6 +10,7 @@ from beyondprop import _checks
 from beyondprop.lab.nets.convolutional import conv, lenet5, resnet
 from beyondprop.lab.nets.fully_connected import autoencoder, binary, mlp
 from beyondprop.lab.nets.recurrent import rnn
+from beyondprop.lab.nets.reversible import revnet, revtransformer
 from beyondprop.lab.nets.transformer import transformer
 from beyondprop.lab.registry import NetSpec, load_file, nets, register
 
@@ -27,8 +28,13 @@ for _row in (
      rnn),
     ("transformer", "transformer:WIDTHxDEPTH[:patch=SIZE]",
      "image transformer, DEPTH encoder blocks of WIDTH features on patches, averaged", transformer),
-    ("resnet", "resnetDEPTH",
-     "residual net of He et al. (2016) for small images, DEPTH = 6 n + 2 layers such as resnet20", resnet),
+    ("resnet", "resnetDEPTH[:preact][:bottleneck]",
+     "residual net of He et al. (2016) for small images, DEPTH = 6 n + 2 layers such as resnet20 (`preact`: with the block of "
+     "revnet; `bottleneck`: 9 n + 2)", resnet),
+    ("revnet", "revnetDEPTH[:mode=inverse|checkpoint|store]",
+     "reversible net of Gomez et al. (2017): revnet38, revnet110, revnet164; revnet56, revnet104 for large images", revnet),
+    ("revtransformer", "revtransformer:WIDTHxDEPTH[:patch=SIZE][:dropout=P][:mode=inverse|checkpoint|store]",
+     "image transformer of DEPTH reversible encoder layers on two streams of WIDTH features", revtransformer),
     ("autoencoder", "autoencoder[:ACTIVATION][:wide][:deep]",
      "1000-500-250-30-250-500-1000 units, tanh where none is named; twice as wide, or with 500 twice", autoencoder),
 ):

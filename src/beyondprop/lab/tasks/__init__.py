@@ -5,6 +5,7 @@ from __future__ import annotations
 from beyondprop.lab.tasks.base import ACCURACY, LOSS, R2, Kind, Metric, Task
 from beyondprop.lab.tasks.classification import Classification
 from beyondprop.lab.tasks.forms import check_net, load, of_dataset
+from beyondprop.lab.tasks.images import AugmentedTask
 from beyondprop.lab.tasks.loader import LoaderTask, evaluate
 from beyondprop.lab.tasks.reconstruction import Reconstruction
 from beyondprop.lab.tasks.regression import LossOnly, Regression
@@ -17,6 +18,7 @@ __all__ = [
     "LOSS",
     "R2",
     "AddingTask",
+    "AugmentedTask",
     "Classification",
     "ContinualTask",
     "Kind",

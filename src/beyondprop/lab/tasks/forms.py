@@ -11,6 +11,7 @@ from beyondprop import _checks, data
 from beyondprop.lab.registry import TaskSpec, register, tasks
 from beyondprop.lab.tasks.base import Task
 from beyondprop.lab.tasks.classification import Classification
+from beyondprop.lab.tasks.images import images
 from beyondprop.lab.tasks.reconstruction import autoencoder
 from beyondprop.lab.tasks.regression import Regression
 from beyondprop.lab.tasks.sequences import adding_problem
@@ -55,6 +56,9 @@ def _of_kind(kind: str) -> Any:
 for _row in (
     ("classification", "classification:DATA", "labels: accuracy and loss; what --data alone means", _of_kind("classification")),
     ("regression", "regression:DATA", "numbers: R squared and loss; what --data alone means", _of_kind("regression")),
+    ("images", "images:DATA[:centered][:pad=N][:flip]",
+     "images with labels; `centered`: pixels 0 to 255 less the mean image; `pad`: random crops from a frame of N zeros; "
+     "`flip`: half of them mirrored", images),
     ("autoencoder", "autoencoder:DATA", "images to themselves: summed binary cross-entropy an image", autoencoder),
     ("adding", "adding[:LENGTH]", "sequences: the adding problem, fresh in every batch", adding_problem),
     ("split", "split:DATA[:domain][:tasks=N]", "a stream: classes in pairs, one pass; average accuracy and forgetting", split),

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beyondprop import _checks
 from beyondprop.errors import NonFiniteError
@@ -22,6 +22,7 @@ from beyondprop.lab.tasks.rows import shuffled
 from beyondprop.lab.training import schedules
 from beyondprop.lab.training.alignment import alignment as measure_alignment
 from beyondprop.lab.training.calendar import Calendar, stop_step
+from beyondprop.lab.training.counted import counters, measured
 from beyondprop.lab.training.work import is_plain, work_per_step
 from beyondprop.rules.base import LearningRule
 
@@ -51,6 +52,8 @@ class Training:
         stop: epoch at which to leave off, before all `epochs` are done; another rule may go on from there.
         save_every: seconds between two saves.
         whole_set: whether a step takes all training rows, not shuffled; default: what the rule itself says.
+        kept_bytes: whether to measure what is held for the backward pass, as the counter `kept_bytes`, in place of what modules
+            count by that name; default: where one does. Only of rules that train by `loss.backward()`.
 
     Raises:
         ValueError: if one is out of its range; the message has the range.
@@ -66,6 +69,7 @@ class Training:
     stop: float | None = None
     save_every: float = 30.0
     whole_set: bool | None = None
+    kept_bytes: bool | None = None
 
     def __post_init__(self) -> None:
         _checks.positive("epochs", self.epochs)
@@ -155,6 +159,7 @@ class Loop:
         self.warned: list[str] = []
         self.saved = time.perf_counter()
         self.resumed = False
+        self.kept: dict[str, float] = {}
 
     def _check(self) -> None:
         training, name = self.training, getattr(self.task, "name", type(self.task).__name__)
@@ -185,6 +190,7 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end."""
+        self.kept = measured(self.rule, self.training.kept_bytes, lambda: next(iter(self._batches(0, 0))))
         if not self.resumed:
             self.work = self._measure_work()
             self._evaluate()
@@ -292,7 +298,7 @@ class Loop:
             "train_loss": _finite(self.loss_sum.item() / self.loss_rows) if self.loss_rows else None,
             **{key: _finite(value) for key, value in found.items()},
         }
-        if counted := counters(self.rule.model):
+        if counted := counters(self.rule.model) | self.kept:
             row["counters"] = {key: _finite(value) for key, value in counted.items()}
         self.record("eval", row)
         self.loss_sum.zero_()
@@ -383,16 +389,6 @@ class Loop:
 
 
 _KEPT = ("step", "seconds", "work", "samples", "loss_rows", "best", "since_best", "warned", "found")
-
-
-def counters(model: nn.Module) -> dict[str, float]:
-    """Return what the modules of a model have counted (`module.counters`, numbers by name), added up by name."""
-    found: dict[str, float] = {}
-    for module in model.modules():
-        for key, value in (getattr(module, "counters", None) or {}).items():
-            number = value.item() if isinstance(value, Tensor) else value
-            found[key] = found.get(key, 0) + number
-    return found
 
 
 def _finite(value: float) -> float | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,12 +18,14 @@ FORMS: dict[str, str] = {
     "linear": "falls to 0 over the run, a little every step",
     "cosine": "falls to 0 over the run, along half a cosine",
     "halve:N": "halved every N epochs",
+    "tenth:S[,S]": "a tenth from each of these shares of the run on, such as 0.5,0.75",
     "warmup:S": "rises over a share S of the run, such as 0.05, then falls linearly to 0",
 }
 """What `factor` accepts, for help texts."""
 
 
 _MOST = 10**9  # epochs: nobody lives to see more
+_MOST_DROPS = 30  # a rate of 1e-30 trains nothing
 
 
 def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], float]:
@@ -45,15 +49,26 @@ def factor(schedule: str, steps: int, steps_per_epoch: int) -> Callable[[int], f
     if kind == "halve" and number.isdecimal() and len(number) <= 10 and 0 < int(number) <= _MOST:
         period = int(number) * steps_per_epoch
         return lambda step: 0.5 ** (step // period)
+    if kind == "tenth" and (drops := _rising_shares(number)) is not None:
+        starts = [round(share * steps) for share in drops]
+        return lambda step: 10.0 ** -bisect_right(starts, step)
     if kind == "warmup" and _is_share(number):
         warm = max(1, round(float(number) * steps))
         return lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
     kinds = [form.partition(":")[0] for form in FORMS]
     hint = "" if kind in kinds else _checks.hint(kind, kinds)
     raise ValueError(
-        f"schedule must be one of {', '.join(FORMS)} (N a whole number of epochs from 1 to {_MOST:,}, S in (0, 1)), "
-        f"got {clipped(schedule, 100)!r}{hint}."
+        f"schedule must be one of {', '.join(FORMS)} (N a whole number of epochs from 1 to {_MOST:,}, S in (0, 1), "
+        f"several of them rising), got {clipped(schedule, 100)!r}{hint}."
     )
+
+
+def _rising_shares(text: str) -> list[float] | None:
+    parts = text.split(",")
+    if len(parts) > _MOST_DROPS or not all(map(_is_share, parts)):
+        return None
+    found = [float(part) for part in parts]
+    return found if all(a < b for a, b in pairwise(found)) else None
 
 
 def _is_share(text: str) -> bool:
