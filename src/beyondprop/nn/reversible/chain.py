@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.reversible.couplings import Coupling
-from beyondprop.nn.reversible.function import pass_of, recorded
+from beyondprop.nn.reversible.function import as_made, pass_of, recorded
 from beyondprop.nn.reversible.passes import Pass, Settings, check_block
 from beyondprop.nn.reversible.stored import measured
 from beyondprop.nn.reversible.streams import Streams
@@ -126,7 +126,7 @@ class ReversibleSequential(nn.Module):
         Raises:
             UnsupportedModelError: if a function draws random numbers, and `y` does not know which.
         """
-        return reconstructed(self._pass_behind(y, args, kwargs), y)
+        return reconstructed(self.pass_behind(y, args, kwargs), as_made(y))
 
     def unwind(
         self, y: Tensor | Streams, dy: Tensor | Streams, *args: Any, **kwargs: Any
@@ -149,13 +149,14 @@ class ReversibleSequential(nn.Module):
             >>> [tuple(x_in.shape) for block, x_in, y_out, cotangent in chain.unwind(y, torch.ones_like(y))]
             [(2, 8), (2, 8), (2, 8)]
         """
-        return unwound(self._pass_behind(y, args, kwargs), y, dy, [*self])
+        return unwound(self.pass_behind(y, args, kwargs), as_made(y), dy, [*self])
 
     def passed(self, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         """Return a pass that was not run yet."""
         return Pass([*self._modules.items()], self._settings(), x, args, kwargs)  # type: ignore[arg-type]
 
-    def _pass_behind(self, y: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+    def pass_behind(self, y: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        """Return the pass that made `y`, or one as the chain is now where `y` does not know."""
         found, fresh = pass_of(y), self.passed(y, args, kwargs)
         if found is None or [p.call and p.call.function for p in found.places] != [
             p.call and p.call.function for p in fresh.places

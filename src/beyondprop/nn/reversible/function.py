@@ -32,12 +32,28 @@ def recorded(way: Pass, x: Tensor | Streams) -> Tensor | Streams:
 
 def pass_of(output: Any) -> Pass | None:
     """Return the pass that an output comes from, if it knows."""
-    first = output if isinstance(output, Tensor) else output[0]
-    node: Any = first.grad_fn if isinstance(first, Tensor) else None
-    if node is not None and node.name() == "ToCopyBackward0":  # given back in less precision than the streams have
-        node = node.next_functions[0][0]
+    node, _ = _origin(output if isinstance(output, Tensor) else output[0])
     found = getattr(node, "way", None)
     return found if isinstance(found, Pass) else None
+
+
+def as_made(output: Tensor | Streams) -> Tensor | Streams:
+    """Return an output that knows its pass as the pass made it, where it was given back in less precision; else as it is."""
+    made = []
+    for number, tensor in enumerate((output,) if isinstance(output, Tensor) else output):
+        node, is_cast = _origin(tensor)
+        try:
+            made.append(node.saved_tensors[number].detach() if is_cast else tensor)
+        except RuntimeError:  # a backward pass has freed it
+            made.append(tensor)
+    return made[0] if isinstance(output, Tensor) else (made[0], made[1])
+
+
+def _origin(output: Any) -> tuple[Any, bool]:
+    """Return the node that an output comes from, and whether the output is a cast of that node's."""
+    node: Any = output.grad_fn if isinstance(output, Tensor) else None
+    below = node.next_functions[0][0] if node is not None and node.name() == "ToCopyBackward0" else None
+    return (below, True) if isinstance(getattr(below, "way", None), Pass) else (node, False)
 
 
 class _Reversed(torch.autograd.Function):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.reversible.chain import ReversibleSequential
+from beyondprop.nn.reversible.function import as_made
 from beyondprop.nn.reversible.passes import relative_error
 from beyondprop.nn.reversible.replay import Random
+from beyondprop.nn.reversible.unwinding import streams_before
 
 
 def reconstruction_error(model: nn.Module, x: Any, *args: Any, **kwargs: Any) -> float:
@@ -38,7 +40,8 @@ def reconstruction_error(model: nn.Module, x: Any, *args: Any, **kwargs: Any) ->
         named = dict(named)
         start, *rest = given or (named.pop("x"),)
         way = chain.passed(start, (), {})
-        errors.append(relative_error(way.shape.split(chain.inverse(y, *rest, **named)), way.start(start)))
+        streams = streams_before(chain.pass_behind(y, tuple(rest), named), as_made(y))
+        errors.append(relative_error(streams, way.start(start)))
 
     with contextlib.ExitStack() as stack:
         for chain in _chains(model):

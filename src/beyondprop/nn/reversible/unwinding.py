@@ -71,11 +71,16 @@ def unwound(way: Pass, y: Value, dy: Value, blocks: Sequence[Coupling]) -> Gener
 
 def reconstructed(way: Pass, y: Value) -> Any:
     """Return the input of a pass from its output; see `ReversibleSequential.inverse`."""
-    with torch.no_grad():
-        walk = WayBack(way, way.shape.split(y), way.arguments.taken())
-        for place in reversed(way.places):
-            _undo(walk, place, pulls=False)
-        return way.given_back(way.shape.join((walk.streams[0], walk.streams[1])))
+    return way.given_back(way.shape.join(streams_before(way, y)))
+
+
+@torch.no_grad()
+def streams_before(way: Pass, y: Value) -> Streams:
+    """Return the streams at the start of a pass from its output, in their own precision."""
+    walk = WayBack(way, way.shape.split(y), way.arguments.taken())
+    for place in reversed(way.places):
+        _undo(walk, place, pulls=False)
+    return walk.streams[0], walk.streams[1]
 
 
 def _undo(walk: WayBack, place: Place, pulls: bool) -> Undone:
