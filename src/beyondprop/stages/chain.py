@@ -20,7 +20,7 @@ from beyondprop.stages.affine import RESHAPES, AffineStage
 from beyondprop.stages.block import BlockStage
 from beyondprop.stages.pipeline import PipelineStage
 from beyondprop.stages.recurrent import RecurrentStage
-from beyondprop.stages.reversible import ReversiblePullback, ReversibleStage
+from beyondprop.stages.reversible import ReversiblePullback, ReversibleStage, know_chains
 from beyondprop.stages.stage import NORMS, Pullback, Stage
 from beyondprop.stages.tracing import traced
 
@@ -99,6 +99,7 @@ class Chain:
         self.model = model
         runs, self._followers = _cut(model, cuts)
         self.stages: list[Stage] = [_stage(run) for run in runs]
+        know_chains(self.stages, model)
         self._is_composition_of_model = _is_plain_sequential(model) and (
             isinstance(cuts, str) or all(isinstance(c, str) for c in cuts)
         )

@@ -7,37 +7,58 @@ differentiates itself there, and hands the input to the stage below as its outpu
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from beyondprop.nn.reversible.chain import ReversibleSequential
 from beyondprop.nn.reversible.couplings import Coupling
 from beyondprop.nn.reversible.passes import Pass, Settings
-from beyondprop.nn.reversible.unwinding import reconstructed
+from beyondprop.nn.reversible.unwinding import streams_before
 from beyondprop.stages.affine import is_modified
 from beyondprop.stages.block import BlockPullback, BlockStage, generator, is_deterministic
-from beyondprop.stages.stage import Pullback
+from beyondprop.stages.stage import Pullback, Stage
+
+_CHECK_EVERY = 10
+"""Passes from one check of a reconstruction in a chain to the next."""
 
 
 class ReversibleStage(BlockStage):
     """One coupling.
 
+    Where its input could not be reconstructed as in its chain, the stage is stored like any other: with streams of less than
+    float32, which a chain raises, and in a chain whose `mode` is not `"inverse"`.
+
     Attributes:
         coupling: the coupling.
+        chain: the chain that it is of; None: a coupling by itself.
     """
 
     def __init__(self, name: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__(name, modules)
         (self.coupling,) = (m for m in self.modules if isinstance(m, Coupling))
         self.is_stochastic = any(not is_deterministic(m) for m in self.coupling.modules() if m is not self.coupling)
+        self.chain: ReversibleSequential | None = None
+        self._passes = 0
+        self.warned: set[int] = set()
 
     @staticmethod
     def fits(modules: Sequence[nn.Module]) -> bool:
         """Whether this is a coupling alone, which nobody watches."""
         return len(modules) == 1 and isinstance(modules[0], Coupling) and not is_modified(modules[0])
 
+    def is_watched(self) -> bool:
+        """Return whether the chain's `check` is this stage's in this pass: each stage's in turn, the first one's first."""
+        if self.chain is None or self.chain.check is None or self.warned:
+            return False
+        self._passes += 1
+        place = next(i for i, block in enumerate(self.chain) if block is self.coupling)
+        return (self._passes - 1) % (_CHECK_EVERY * len(self.chain)) == _CHECK_EVERY * place
+
     def record(self, z: Tensor, *, push: bool = False) -> Pullback:
+        if z.dtype not in (torch.float32, torch.float64) or (self.chain is not None and self.chain.mode != "inverse"):
+            return super().record(z, push=push)
         state = generator(z.device).get_state() if self.is_stochastic else None
         pullback = ReversiblePullback(self, z, push, state)
         self.check_samples_are_apart(z, state)
@@ -60,11 +81,17 @@ class ReversiblePullback(Pullback):
         self.input_shape = z.shape
         self.random_state, self._push = random_state, push
         coupling = stage.coupling
-        settings = Settings(coupling.split_dim, stream_dtype=None)
-        self._pass = Pass([(stage.name, coupling)], settings, z, (), {})
+        check = None if stage.chain is None else stage.chain.check
+        self._pass = Pass(
+            [(stage.name, coupling)], Settings(coupling.split_dim, stream_dtype=None, check=check), z, (), {}
+        )
         self._pass.weights.given()
+        if stage.is_watched():
+            self._pass.probe, self._pass.warned = 0, stage.warned
+        self._probed: list[Tensor] = []
         with torch.no_grad():
-            first, second = self._pass.forward(z, [], [])
+            first, second = self._pass.forward(z, [], self._probed)
+        self._pass.weights.seal()
         self.output = torch.cat((first, second), coupling.split_dim)
         self._end: Tensor | None = self.output
         self._below: ReversiblePullback | None = None
@@ -87,9 +114,10 @@ class ReversiblePullback(Pullback):
                         "go through reversible stages from the last to the first."
                     )
                 self._pass.weights.check(self._pass.calls())
-                found = reconstructed(self._pass, self._end)
-                assert isinstance(found, Tensor)
-                z = found
+                streams = streams_before(self._pass, self._end)
+                if self._probed:
+                    self._pass.check_reconstruction(streams, self._probed)
+                z = torch.cat(streams, self.block.coupling.split_dim)
             self._inner = self.block.at(z, self.random_state, push=self._push)
             self._end = None
             if self._below is not None:
@@ -123,3 +151,11 @@ def swept_once(pullbacks: Sequence[Pullback | None]) -> list[Pullback | None]:
             pullback.follow(found[-1] if found else None)
         found.append(pullback)
     return found
+
+
+def know_chains(stages: Iterable[Stage], model: nn.Module) -> None:
+    """Tell each of the stages that are couplings of which chain in the model."""
+    chains = {block: m for m in model.modules() if isinstance(m, ReversibleSequential) for block in m}
+    for stage in stages:
+        if isinstance(stage, ReversibleStage):
+            stage.chain = chains.get(stage.coupling)
