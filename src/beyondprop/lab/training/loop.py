@@ -22,7 +22,7 @@ from beyondprop.lab.tasks.rows import shuffled
 from beyondprop.lab.training import schedules
 from beyondprop.lab.training.alignment import alignment as measure_alignment
 from beyondprop.lab.training.calendar import Calendar, stop_step
-from beyondprop.lab.training.counted import counters, measured
+from beyondprop.lab.training.counted import KEPT, counters, measured
 from beyondprop.lab.training.work import is_plain, work_per_step
 from beyondprop.rules.base import LearningRule
 
@@ -298,7 +298,10 @@ class Loop:
             "train_loss": _finite(self.loss_sum.item() / self.loss_rows) if self.loss_rows else None,
             **{key: _finite(value) for key, value in found.items()},
         }
-        if counted := counters(self.rule.model) | self.kept:
+        counted = counters(self.rule.model)
+        if not self.rule.is_autograd:
+            counted.pop(KEPT, None)  # modules count what their own passes keep, and such a rule makes others
+        if counted := counted | self.kept:
             row["counters"] = {key: _finite(value) for key, value in counted.items()}
         self.record("eval", row)
         self.loss_sum.zero_()
