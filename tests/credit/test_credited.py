@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import CE
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from beyondprop import (
@@ -347,3 +348,52 @@ def test_autocast_as_in_the_rule(credit: str) -> None:
         loss.backward()
         optimizer.step()
     assert _apart(rule.model, made.model) < 1e-4
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("what", ["a step", "the input"])
+def test_what_changes_before_the_backward_pass_is_refused_as_by_torch(what: str, asks: bool) -> None:
+    _, model, x, y = _pair("mlp", "line_search")
+    optimizer = SGD(model.parameters())
+    output = model(x.requires_grad_(asks))
+    losses = [CE(output, y), CE(2 * output, y)]
+    losses[0].backward(retain_graph=True)
+    if what == "a step":
+        optimizer.step()
+    else:
+        x.detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[1].backward()
+
+
+@pytest.mark.parametrize("credit", ["line_search", "fa"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_head_behind_what_runs_in_half_precision(credit: str, frozen: bool) -> None:
+    torch.manual_seed(0)
+    body, head = nn.Linear(8, 12), nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 5))
+    if frozen:
+        head[0].weight.requires_grad_(False)
+    model = Credited(head, MADE[credit](), CE)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = CE(model(body(torch.randn(9, 8))).float(), torch.arange(9) % 5)
+    loss.backward()
+    grads = [p.grad for p in (*head.parameters(), *body.parameters()) if p.requires_grad]
+    assert all(g is not None and g.dtype is torch.float32 and bool(g.isfinite().all()) for g in grads)
+
+
+def test_a_step_on_fake_tensors_leaves_nothing_behind() -> None:
+    _, model, x, y = _pair("mlp", "gradient", n=77)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        CE(copy.deepcopy(model)(x), y).backward()
+    CE(model(x), y).backward()
+    expected = copy.deepcopy(model.model)
+    expected.zero_grad()
+    CE(expected(x), y).backward()
+    for p, q in zip(model.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_gradient_that_is_not_finite_is_passed_on_for_whoever_skips_the_step() -> None:
+    _, model, x, y = _pair("mlp", "line_search")
+    CE(model(x * float("nan")), y).backward()
+    assert all(p.grad is not None and not bool(p.grad.isfinite().all()) for p in model.parameters())

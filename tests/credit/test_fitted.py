@@ -153,3 +153,26 @@ def test_what_only_looks_or_is_refused_changes_nothing() -> None:
             two.step(x * float("nan"), y)
     for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dead", [(20,), (0, 1, 2)])
+def test_a_batch_without_gradient_leaves_the_fit_as_it_was(dead: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    start = mlp(12, *[16] * 6, 3).double()
+    total = nn.CrossEntropyLoss(reduction="sum")
+    rules = [AltMin(copy.deepcopy(start), total, SGD, code_solver=solver) for solver in ("fitted", "line_search")]
+    for step in range(24):
+        x, y = _batch(step)
+        if step in dead:
+            y = torch.full_like(y, -100)
+        lengths = []
+        for rule in rules:
+            rule.model.load_state_dict(start.state_dict())
+            rule.backward(x, y)
+            lengths.append(torch.stack([p.grad.norm() for p in rule.model.parameters() if p.grad is not None]))
+            rule.update()
+            for p in rule.model.parameters():
+                p.grad = None
+        assert lengths[0].isfinite().all()
+        if step not in dead:
+            assert float((lengths[0] / lengths[1]).log().abs().max()) < 0.5

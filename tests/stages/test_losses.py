@@ -73,6 +73,17 @@ def test_many_samples_in_half_precision(dtype: torch.dtype) -> None:
     assert abs(float(bends[0] / bends[1]) - 1) < 1e-2
 
 
+def test_one_ignored_row_among_many_in_half_precision() -> None:
+    """1 of 1000: bfloat16 counts the others as 1000, too."""
+    y = torch.arange(1000) % 4
+    y[3] = -100
+    point = OutputLoss(nn.CrossEntropyLoss()).at(torch.randn(1000, 4, dtype=torch.bfloat16), y)
+    assert not point.cotangent[3].any()
+    assert not point.hessian(torch.ones(1000, 4, dtype=torch.bfloat16) + torch.eye(1000, 4, dtype=torch.bfloat16))[
+        3
+    ].any()
+
+
 def _triple(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     del module, inputs
     return 3 * output

@@ -296,3 +296,12 @@ def test_weights_that_changed_before_the_way_back_are_refused() -> None:
     optimizer.step()
     with pytest.raises(UnsupportedModelError, match="changed"):
         loss.backward()
+
+
+def test_under_autocast_couplings_are_stored() -> None:
+    model = _net(3).float()
+    chain = Chain(model)
+    x = _batch(0)[0].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(chain.record(x)[1], BlockPullback)
+    assert isinstance(chain.record(x)[1], ReversiblePullback)

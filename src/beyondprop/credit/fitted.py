@@ -52,17 +52,20 @@ class FittedLineSearch:
         self.steps = 0
         self.coefficients: Tensor | None = None
         self.is_exact = True
+        self._is_known = False  # whether the last exact sweep left every code with coefficients
         self._read: Any = None  # the coefficients as numbers
         self._last: float = math.inf  # code of the sweep under way
-        self._before: tuple[int, Tensor | None] | None = None  # what `take_back` returns to
+        self._before: tuple[int, Tensor | None, bool] | None = None  # what `take_back` returns to
 
     def begin(self, codes: int) -> None:
         """Begin a step with so many codes."""
         if self._before is None:
-            self._before = self.steps, self.coefficients
+            self._before = self.steps, self.coefficients, self._is_known
         if self.coefficients is not None and len(self.coefficients) != codes:
             self.coefficients = None  # stages were frozen or thawed
-        self.is_exact = self.coefficients is None or self.steps in _EARLY or self.steps % self.refit == 0
+        unknown = self.coefficients is None or not self._is_known
+        self.is_exact = unknown or self.steps in _EARLY or self.steps % self.refit == 0
+        self._is_known = True  # until `fit` finds a code of which no sample had a gradient
         self.steps += 1
 
     def __call__(self, problem: CodeProblem) -> Tensor:
@@ -89,12 +92,14 @@ class FittedLineSearch:
 
     def top(self, lengths: Tensor, curvature: Tensor, damping: float | Tensor) -> Tensor:
         """Return the top code's factors, over their mean at the last fit, `(N,)` like `|g|` and `(J g)^T H (J g)`."""
+        self._follow(lengths)
         squared = lengths * lengths
         system = torch.add(curvature, squared, alpha=damping).add_(tiny(squared))  # type: ignore[arg-type]
         return squared.div_(system).mul_(self._numbers()[0][0])  # 0 for a sample without gradient
 
     def below(self, product: Tensor, lengths: Tensor, above: Tensor, code: int) -> Tensor:
         """Return `product` times the fit's factors of one hidden code, `(N,)` like the lengths of its gradient and above."""
+        self._follow(lengths)
         alpha, beta = self._numbers()[code]
         line = (above * alpha).add_(lengths * beta).add_(tiny(above))
         return (product * above).div_(line)
@@ -119,6 +124,11 @@ class FittedLineSearch:
         above = every[:-1]
         line = (above * alpha).addcmul_(every[1:], beta).add_(tiny(above))
         return top, *(above / line).cumprod(0).mul_(top).unbind()
+
+    def _follow(self, like: Tensor) -> None:
+        """Have the coefficients where a tensor is: the model may have been moved."""
+        if self.coefficients is not None and self.coefficients.device != like.device:
+            self.coefficients, self._read = self.coefficients.to(like.device), None
 
     def _numbers(self) -> Any:
         """Return the coefficients by code; as Python's numbers, which cost less, where reading them waits for nobody."""
@@ -149,14 +159,17 @@ class FittedLineSearch:
         """
         found = factors.new_zeros(len(factors), 2)
         is_top = int(first == 0)
-        found[:is_top, 0] = scale[:is_top, 0] if isinstance(scale, Tensor) else scale
+        if isinstance(scale, Tensor):
+            found[:is_top, 0] = torch.where(scale > 0, scale, torch.nan)[:is_top, 0]
+        else:
+            found[:is_top, 0] = scale
         if len(lengths) > 1:
             exact = factors[is_top:]
             live = exact > 0  # a sample without gradient has the factor 0
             r = (lengths[1:] / lengths[:-1].clamp_min(tiny(lengths))).to(torch.float64) * live
             inverse = torch.where(live, exact.to(torch.float64), torch.inf).reciprocal()
             sums = torch.stack([live, r, inverse, r * r, r * inverse]).sum(2)
-            averages = summed(sums, group) / sums[0].clone().clamp_min_(1)
+            averages = summed(sums, group) / sums[0].clone()  # NaN without samples: the old ones stay
             r, inverse, squares, products = averages[1:].unbind()
             least = _LEAST * inverse
             beta = ((products - r * inverse) / (squares - r * r).clamp_min(tiny(r))).clamp_(min=0.0)
@@ -171,6 +184,7 @@ class FittedLineSearch:
         old = self.coefficients[first : first + len(found)]
         found = torch.where(old.isfinite(), torch.lerp(old, found, 0.5), found)
         self.coefficients[first : first + len(found)] = torch.where(found.isfinite(), found, old)
+        self._is_known &= bool(self.coefficients[first : first + len(found)].isfinite().all())
         self._read = None
 
     def keep(self) -> None:
@@ -180,18 +194,21 @@ class FittedLineSearch:
     def take_back(self) -> None:
         """Return to what was before the steps begun, which were not made: somebody looked, or they were refused."""
         if self._before is not None:
-            self.steps, self.coefficients = self._before
+            self.steps, self.coefficients, self._is_known = self._before
             self._before, self._read, self._last = None, None, math.inf
 
     def state(self) -> dict[str, Any]:
-        """Return the count of steps and the coefficients."""
-        return {"steps": self.steps, "coefficients": self.coefficients}
+        """Return the count of steps, the coefficients, and whether all are known."""
+        return {"steps": self.steps, "coefficients": self.coefficients, "is_known": self._is_known}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.steps = int(state["steps"])
         found = state["coefficients"]
+        if found is not None and found.shape[1:] != (2,):  # of a version that had another fit
+            found = None
         self.coefficients = None if found is None else found.detach().clone()
+        self._is_known = bool(state.get("is_known", True))
         self._read, self._last = None, math.inf
 
 

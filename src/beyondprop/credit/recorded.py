@@ -14,9 +14,11 @@ from torch._C import _autograd as autograd  # type: ignore[attr-defined]
 
 from beyondprop.credit.base import Credit
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.stages.affine import AffinePullback
 from beyondprop.stages.chain import Chain, Trace
 from beyondprop.stages.loss_behind import factor_of, loss_behind, unknown_loss
 from beyondprop.stages.losses import LossPoint, OutputLoss
+from beyondprop.stages.pipeline import PipelinePullback
 from beyondprop.stages.reversible import ReversiblePullback, swept_once
 from beyondprop.stages.stage import Pullback, Stage
 
@@ -122,7 +124,7 @@ class Recorded(torch.autograd.Function):
             pullback.forget("input")
             if index + 1 < len(chain):
                 pullback.forget("output")
-        _hang(ctx, pullback)
+        _hang(ctx, pullback, *([] if index else _kept_input(pullback, z)), *parameters[:count])
         ctx.batch, ctx.index, ctx.count, ctx.parameters, ctx.version = batch, index, count, parameters, output._version
         return output
 
@@ -166,7 +168,7 @@ class Swept(torch.autograd.Function):
         with _unseen_by_hooks():
             trace = batch.owner.chain.record(x.detach(), push=credit.pushes, keep_codes=credit.needs_codes)
         output = trace.output.detach()
-        _hang(ctx, trace)
+        _hang(ctx, trace, *_kept_input(trace.pullbacks[0], x), *parameters)
         ctx.batch, ctx.parameters, ctx.version = batch, parameters, output._version
         return output
 
@@ -189,18 +191,19 @@ class Swept(torch.autograd.Function):
         return (None, None, *found)
 
 
-def _hang(ctx: Any, kept: Any) -> None:
+def _hang(ctx: Any, kept: Any, *watched: Tensor) -> None:
     """Hang something on a tensor that is saved for the backward pass.
 
-    It lives as long as autograd keeps such, and a checkpoint makes it anew.
+    It lives as long as autograd keeps such, and a checkpoint makes it anew. What is `watched` autograd refuses to find changed
+    in place; a vector of weights, such as a bias, has no part in deltas.
     """
     ticket = torch.empty(0)
     ticket.untyped_storage().kept = kept  # type: ignore[attr-defined]
-    ctx.save_for_backward(ticket)
+    ctx.save_for_backward(ticket, *(t for t in watched if t.ndim > 1))
 
 
 def _hung(ctx: Any, stage: Stage) -> Any:
-    (ticket,) = ctx.saved_tensors
+    ticket, *_ = ctx.saved_tensors
     kept = getattr(ticket.untyped_storage(), "kept", None)
     if kept is None:
         raise UnsupportedModelError(
@@ -235,6 +238,14 @@ def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, hooks in zip(parameters, kept, strict=True):
             p._backward_hooks = hooks
+
+
+def _kept_input(pullback: Pullback | None, z: Tensor) -> list[Tensor]:
+    """Return the input where a closed form goes on using it."""
+    first: Any = pullback.recorded[0].pull if isinstance(pullback, PipelinePullback) else pullback
+    features = first.features if isinstance(first, AffinePullback) else None
+    is_same: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+    return [z] if features is not None and is_same(features, z) else []
 
 
 def _check_first_order(credit: Credit, stage: Stage) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from beyondprop.errors import UnsupportedModelError
 
@@ -79,8 +80,25 @@ def drop_inert_hooks(model: nn.Module) -> None:
                 extra.pop(key, None)
 
 
-@lru_cache(32)
 def ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return ones, `(count,)`, made once and not to be written: a sum by them and its factor are one operation."""
+    return _filled((count,), 1.0, dtype, device)
+
+
+def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return NaN, 0-d, made once and not to be written."""
+    return _filled((), math.nan, dtype, device)
+
+
+def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # What is made under a mode may be no tensor for others, as a fake one is not.
+    make = _made if is_in_torch_dispatch_mode() else _made_once
+    return make(shape, value, dtype, device)
+
+
+def _made(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.ones(count, dtype=dtype, device=device)
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+
+_made_once = lru_cache(64)(_made)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.nn.reversible import Recomputed, ReversibleSequential
 from beyondprop.optim._maps import LayerMap, layer_map, layer_type
 from beyondprop.optim._samples import Batch
 from beyondprop.optim.matching import Transfer
@@ -80,10 +81,17 @@ def find_layers(root: nn.Module, exclude: tuple[str, ...]) -> list[LayerMap]:
             raise ValueError(f"exclude has {pattern!r}, which fits no module of the model; its modules are {names}.")
     layers = []
     inside = {id(m) for a in _attention(root) for m in a.modules()}
+    replayed = {id(m): kind for kind, part in _replayed(root) for m in part.modules()}
     for name, module in root.named_modules():
         if layer_type(module) is None or id(module) in inside or any(fnmatchcase(name, pattern) for pattern in exclude):
             continue
         reason = _refusal(module)
+        if id(module) in replayed and any(p.requires_grad for p in module.parameters(recurse=False)):
+            raise UnsupportedModelError(
+                f"Layer {name!r} is inside a {replayed[id(module)]}, which runs it without a graph and once more in the "
+                'backward pass: set mode="store" there before this is built (a net by name: `:mode=store`), or pass '
+                f"exclude=[{name!r}] to leave it to the base optimizer."
+            )
         if reason is None:
             layers.append(layer_map(module, name))  # frozen ones too: they may be thawed later
         elif any(p.requires_grad for p in module.parameters(recurse=False)):
@@ -133,6 +141,12 @@ def left_over(root: nn.Module, others: list[tuple[str, nn.Parameter]], exclude: 
 
 
 _LARGE = 0.4  # more than the packed projections of a transformer's blocks
+
+
+def _replayed(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the parts of a model whose activations are not kept, with their classes' names."""
+    parts = [m for m in root.modules() if isinstance(m, ReversibleSequential | Recomputed) and m.mode != "store"]
+    return [(type(part).__name__, part) for part in parts]
 
 
 def _refusal(module: Any) -> str | None:

@@ -128,6 +128,8 @@ class AffinePullback(Pullback):
             return
         if rows.ndim != 2:
             rows, features = rows.reshape(-1, rows.shape[-1]), features.reshape(-1, features.shape[-1])
+        if rows.dtype is not weight.dtype:  # what came in was of less precision, under autocast
+            rows, features = rows.to(weight.dtype), features.to(weight.dtype)
         if weight.requires_grad:
             if keep := weight.grad is not None:
                 grad = weight.grad

@@ -6,13 +6,13 @@ the gradient from one output to another.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop.errors import UnsupportedModelError
+from beyondprop.nn.functional import nothing
 from beyondprop.stages.losses import LossPoint, Map, OutputLoss, hessian_at
 
 _SUMS_TO_ZERO = 1e-2
@@ -37,7 +37,7 @@ def unknown_loss(output: Tensor, gradient: Tensor) -> LossPoint:
     def refuse(_: Tensor) -> Any:
         raise ValueError("This credit asks for the curvature of the loss: pass loss=, such as nn.CrossEntropyLoss().")
 
-    return LossPoint(_nothing(output.dtype, output.device), gradient, 1.0 / len(output), refuse, refuse)
+    return LossPoint(nothing(output.dtype, output.device), gradient, 1.0 / len(output), refuse, refuse)
 
 
 @torch.no_grad()
@@ -56,14 +56,7 @@ def loss_behind(loss: OutputLoss, output: Tensor, gradient: Tensor) -> LossPoint
         change = hessian(moved - output) if curved else slope(moved) - slope(output)
         return loss_behind(loss, moved, gradient + change)
 
-    nothing = _nothing(output.dtype, output.device)
-    return LossPoint(nothing, gradient, loss.scale(output), hessian, again, curved, bend)
-
-
-@lru_cache(32)
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.full((), float("nan"), dtype=dtype, device=device)
+    return LossPoint(nothing(output.dtype, output.device), gradient, loss.scale(output), hessian, again, curved, bend)
 
 
 def _maps(loss: OutputLoss, output: Tensor, gradient: Tensor) -> tuple[Map, Map, float | None, Map | None]:
@@ -129,6 +122,8 @@ def _classes(loss: OutputLoss, output: Tensor, gradient: Tensor) -> int:
     if known is not None:
         return known
     size = gradient.abs().max()
+    if not bool(size.isfinite()):
+        return 1  # the step is refused, or skipped, by itself
     for dim in dict.fromkeys((1, output.ndim - 1)):
         if bool(gradient.sum(dim).abs().max() <= _SUMS_TO_ZERO * size):
             if bool(size > 0):

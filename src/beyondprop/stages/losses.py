@@ -22,6 +22,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 _aten = torch.ops.aten
 _CLOSED = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
 _NLL, _NLL_BACKWARD = _aten.nll_loss_forward.default, _aten.nll_loss_backward.default
+_WHOLE = (torch.float32, torch.float64)
 _EQUAL_DTYPES = (nn.MSELoss, nn.BCEWithLogitsLoss, nn.BCELoss)
 _EQUAL_SHAPES = (
     *_EQUAL_DTYPES,
@@ -210,7 +211,8 @@ class OutputLoss:
             raise
         one, p = ones(1, total.dtype, total.device), log_p.exp()
         picked = _NLL_BACKWARD(one, log_p, y, None, 2, ignore, total)  # -1 at the label, nothing in ignored rows
-        if output.device.type == "cpu" and float(total) == len(y):
+        # The count is in the output's dtype, and bfloat16 counts to 256.
+        if output.device.type == "cpu" and output.dtype in _WHOLE and float(total) == len(y):
             return value, picked.add_(p), *hessian_at(p)
         seen = picked.sum(1, keepdim=True).neg_()
         counted = seen.sum(dtype=torch.promote_types(seen.dtype, torch.float32))  # bfloat16 counts to 256

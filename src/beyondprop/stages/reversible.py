@@ -27,8 +27,9 @@ _CHECK_EVERY = 10
 class ReversibleStage(BlockStage):
     """One coupling.
 
-    Where its input could not be reconstructed as in its chain, the stage is stored like any other: with streams of less than
-    float32, which a chain raises, and in a chain whose `mode` is not `"inverse"`.
+    Where it could not be differentiated at the very numbers of the forward pass, the stage is stored like any other: with
+    streams of less than float32, under autocast, which rounds what is off in a last bit, and in a chain whose `mode` is not
+    `"inverse"`.
 
     Attributes:
         coupling: the coupling.
@@ -40,6 +41,7 @@ class ReversibleStage(BlockStage):
         (self.coupling,) = (m for m in self.modules if isinstance(m, Coupling))
         self.is_stochastic = any(not is_deterministic(m) for m in self.coupling.modules() if m is not self.coupling)
         self.chain: ReversibleSequential | None = None
+        self.place = 0  # in the chain
         self._passes = 0
         self.warned: set[int] = set()
 
@@ -53,11 +55,11 @@ class ReversibleStage(BlockStage):
         if self.chain is None or self.chain.check is None or self.warned:
             return False
         self._passes += 1
-        place = next(i for i, block in enumerate(self.chain) if block is self.coupling)
-        return (self._passes - 1) % (_CHECK_EVERY * len(self.chain)) == _CHECK_EVERY * place
+        return (self._passes - 1) % (_CHECK_EVERY * len(self.chain)) == _CHECK_EVERY * self.place
 
     def record(self, z: Tensor, *, push: bool = False) -> Pullback:
-        if z.dtype not in (torch.float32, torch.float64) or (self.chain is not None and self.chain.mode != "inverse"):
+        rounds = z.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(z.device.type)
+        if rounds or (self.chain is not None and self.chain.mode != "inverse"):
             return super().record(z, push=push)
         state = generator(z.device).get_state() if self.is_stochastic else None
         pullback = ReversiblePullback(self, z, push, state)
@@ -155,7 +157,8 @@ def swept_once(pullbacks: Sequence[Pullback | None]) -> list[Pullback | None]:
 
 def know_chains(stages: Iterable[Stage], model: nn.Module) -> None:
     """Tell each of the stages that are couplings of which chain in the model."""
-    chains = {block: m for m in model.modules() if isinstance(m, ReversibleSequential) for block in m}
+    chains = [m for m in model.modules() if isinstance(m, ReversibleSequential)]
+    places = {block: (chain, place) for chain in chains for place, block in enumerate(chain)}
     for stage in stages:
-        if isinstance(stage, ReversibleStage):
-            stage.chain = chains.get(stage.coupling)
+        if isinstance(stage, ReversibleStage) and stage.coupling in places:
+            stage.chain, stage.place = places[stage.coupling]

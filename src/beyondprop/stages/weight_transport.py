@@ -111,8 +111,9 @@ def check_met(name: str, modules: list[nn.Module], transport: Transport, output:
 
 def _hidden(name: str, weight: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"Stage {name!r}: its backward pass does not use {weight} as it is (a parametrization, activation checkpointing, or a "
-        "fused kernel is between), so no feedback can take its place. Remove that, or use another rule."
+        f"Stage {name!r}: its backward pass does not use {weight} as it is (a parametrization, activation checkpointing, a "
+        "reversible chain or a fused kernel is between), so no feedback can take its place. Remove that (a reversible net: by "
+        'mode="store"), or use another rule.'
     )
 
 

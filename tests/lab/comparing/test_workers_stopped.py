@@ -23,7 +23,8 @@ from beyondprop.lab.runs.recorded import read_rows
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
-TRAIN = ["--net", "mlp:32x2:dropout=0.1", "--rule", "am-adam", "--rule", "sgd", "--seeds", "2", "--epochs", "300"]
+# Trainings that are long beside the start of a process.
+TRAIN = ["--net", "mlp:32x2:dropout=0.1", "--rule", "am-adam", "--rule", "sgd", "--seeds", "2", "--epochs", "900"]
 TRAIN += ["--evaluate-every", "60", "--no-alignment"]
 
 
@@ -99,7 +100,7 @@ def test_what_ctrl_c_or_a_kill_of_the_parent_stopped_goes_on_with_workers_or_wit
     assert any(rows[-1]["kind"] != "finished" for rows in before.values())
     resume(path)
     assert all(rows[: len(before[name])] == before[name] for name, rows in files_of(path).items() if name in before)
-    own: dict[str, Any] = {"data": f"{table}:target=y", "nets": (TRAIN[1],), "rules": ("am-adam", "sgd"), "epochs": 300}
+    own: dict[str, Any] = {"data": f"{table}:target=y", "nets": (TRAIN[1],), "rules": ("am-adam", "sgd"), "epochs": 900}
     own |= {"seeds": (0, 1), "evaluate_every": 60, "alignment": False}
     assert_same(path, compare(Settings(**own), out=tmp_path / "whole"))
 
