@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "BlackBoxError",
+    "CallBudgetExceededError",
     "DataIntegrityError",
     "DataUnavailableError",
     "FrozenStageWarning",
     "NonFiniteError",
     "ReconstructionWarning",
+    "SensingWarning",
     "UnsupportedModelError",
 ]
 
@@ -34,6 +37,34 @@ class FrozenStageWarning(UserWarning):
 
 class ReconstructionWarning(UserWarning):
     """A reversible block's input is reconstructed with an error that spoils the gradients below it."""
+
+
+class BlackBoxError(RuntimeError):
+    """A call of a black box failed, or returned what no derivative can be taken of."""
+
+
+class CallBudgetExceededError(RuntimeError):
+    """A black box would have been called more often than its budget allows; it was not.
+
+    Attributes:
+        calls: calls that were made.
+        asked: calls that were asked for in addition.
+        max_calls: the budget.
+    """
+
+    def __init__(self, calls: int, asked: int, max_calls: int) -> None:
+        super().__init__(
+            f"{asked} more calls of the black box would make {calls + asked}, and its budget is max_calls={max_calls}; none of "
+            "them was made. Raise max_calls, or take fewer probes."
+        )
+        self.calls, self.asked, self.max_calls = calls, asked, max_calls
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:
+        return type(self), (self.calls, self.asked, self.max_calls)
+
+
+class SensingWarning(UserWarning):
+    """What a black box returned does not fit what its Jacobian was said to be, or is too noisy to tell."""
 
 
 class DataUnavailableError(FileNotFoundError):

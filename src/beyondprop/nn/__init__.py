@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from beyondprop.nn.binary import Sign, Step, register_target_rule
+from beyondprop.nn.blackbox import BlackBox
 from beyondprop.nn.recurrent import ElmanCell, Recurrent
 from beyondprop.nn.residual import Residual, Shortcut
 from beyondprop.nn.reversible import (
@@ -39,6 +40,7 @@ from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
+    "BlackBox",
     "Coupling",
     "ElmanCell",
     "MeanOverPositions",

@@ -12,6 +12,11 @@ from torch import nn
 from beyondprop.errors import UnsupportedModelError
 
 
+def is_costly(model: nn.Module) -> bool:
+    """Whether a model, or a module of it, is dear to run (`module.costly`): nothing is to be measured on the side then."""
+    return any(getattr(module, "costly", False) for module in model.modules())
+
+
 class Structure:
     """Which modules and parameters a model has, so that a change is noticed: what was built for it would train a ghost.
 

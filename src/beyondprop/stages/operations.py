@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.activations import Activation
+from beyondprop.nn.blackbox import BlackBox
 from beyondprop.nn.residual import Shortcut
 from beyondprop.stages.affine import AffineStage
 from beyondprop.stages.stage import Memo, Stage, add_to_gradient, too_few_values
@@ -160,6 +162,23 @@ def _shortcut(module: Shortcut, z: Tensor) -> Ran:
     return module(z), Recorded(pull, module)
 
 
+def _black_box(module: BlackBox, z: Tensor) -> Ran:
+    """Record a black box: one call a sample, and those for its Jacobian once, however often that is multiplied."""
+    call = module.new_call()
+    output, *more = call.cast(call.value([z]), [z])
+    if more:
+        raise UnsupportedModelError(
+            f"A stage passes one tensor on, and its BlackBox returns {1 + len(more)}; let the box return one, or join them in "
+            "a module of your own around it."
+        )
+
+    def pull(cotangent: Tensor) -> Tensor:
+        call.linearise([z])
+        return call.pull([z], [cotangent])[0]
+
+    return output, Recorded(pull, lambda tangent: call.push([z], [tangent])[0])
+
+
 class AffineMap(Operation):
     """A Linear or Conv; its `Recorded.pull` is an `AffinePullback`."""
 
@@ -272,6 +291,7 @@ OPERATIONS: dict[type[nn.Module], Callable[[Any], Operation]] = {
     nn.AvgPool2d: partial(Plain, function=_average_pool),
     nn.AdaptiveAvgPool2d: partial(Plain, function=_adaptive_average_pool),
     Shortcut: partial(Plain, function=_shortcut),
+    BlackBox: partial(Plain, function=_black_box),
     nn.BatchNorm1d: BatchNorm,
     nn.BatchNorm2d: BatchNorm,
     nn.BatchNorm3d: BatchNorm,

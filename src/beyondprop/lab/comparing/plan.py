@@ -24,6 +24,7 @@ from beyondprop.lab.tasks import Task, check_net
 from beyondprop.lab.training import State, Training, schedules
 from beyondprop.lab.training.calendar import Calendar, stop_step
 from beyondprop.lab.training.counted import KEPT, counters
+from beyondprop.nn.structure import is_costly
 from beyondprop.rules.base import LearningRule
 from beyondprop.stages.losses import LossFunction
 
@@ -275,7 +276,7 @@ def _check_contenders(plan: Plan, trained: Sequence[RuleSpec]) -> bool:
                     spec.build(copy.deepcopy(model), loss_of(task, form, plan.nets), plan.rate(spec))
                 except UnsupportedModelError as error:
                     raise UnsupportedModelError(f"{spec.name} cannot train {form}: {error}") from error
-            if settings.batch_size == 1 and not getattr(model, "costly", False):
+            if settings.batch_size == 1 and not is_costly(model):
                 _check_single_row(form, model, task.x_train[:1])
             if plan.warm_spec is not None:
                 _check_warm_start(plan, model)

@@ -16,6 +16,7 @@ from beyondprop.lab.tasks.reconstruction import autoencoder
 from beyondprop.lab.tasks.regression import Regression
 from beyondprop.lab.tasks.sequences import adding_problem
 from beyondprop.lab.tasks.streams import permuted, split
+from beyondprop.nn.structure import is_costly
 
 
 def of_dataset(dataset: data.Dataset) -> Task:
@@ -89,7 +90,7 @@ def load(form: str, progress: data.Progress | None = None) -> Task:
 def check_net(task: Task, model: Any, form: str) -> None:
     """Raise `ValueError` where a network does not fit a task's inputs or targets; nothing of it changes."""
     kind = getattr(task, "kind", None)
-    if kind is None or getattr(model, "costly", False):
+    if kind is None or is_costly(model):
         return
     rows = min(2, len(task.x_train))
     x, y = task.x_train[:rows].cpu(), task.y_train[:rows].cpu()

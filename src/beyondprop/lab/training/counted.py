@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from beyondprop.lab.training.work import copied
+from beyondprop.nn.structure import is_costly
 from beyondprop.rules.base import LearningRule
 
 KEPT = "kept_bytes"
@@ -31,7 +32,7 @@ def measured(rule: LearningRule, wanted: bool | None, batch: Callable[[], tuple[
     """Return `kept_bytes` as a counter; nothing where it is not wanted (None: where no module counts it) or not known."""
     if wanted is None:
         wanted = KEPT in counters(rule.model)
-    if not wanted or not rule.is_autograd or getattr(rule.model, "costly", False):
+    if not wanted or not rule.is_autograd or is_costly(rule.model):
         return {}
     x, y = batch()
     rule.check_batch(x, y)

@@ -24,6 +24,7 @@ from beyondprop.lab.training.alignment import alignment as measure_alignment
 from beyondprop.lab.training.calendar import Calendar, stop_step
 from beyondprop.lab.training.counted import KEPT, counters, measured
 from beyondprop.lab.training.work import is_plain, work_per_step
+from beyondprop.nn.structure import is_costly
 from beyondprop.rules.base import LearningRule
 
 State = dict[str, Any]
@@ -131,7 +132,7 @@ class Loop:
         training, model = self.training, self.rule.model
         self.whole_set = self.rule.whole_set if training.whole_set is None else training.whole_set
         self._check()
-        self.costly = bool(getattr(model, "costly", False))
+        self.costly = is_costly(model)
         self.calendar = Calendar.of(model, self.task, training.batch_size, whole_set=self.whole_set)
         self.every = training.evaluate_every
         if self.whole_set and self.every is not None:  # what other rules call an epoch is one step here

@@ -1,0 +1,363 @@
+"""Senses the Jacobians of a black box on a batch, by the method that fits what is known of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beyondprop.errors import SensingWarning
+from beyondprop.func.sensing import designs
+from beyondprop.func.sensing.calls import Outcome
+from beyondprop.func.sensing.discovery import Detection, detect
+from beyondprop.func.sensing.linearised import Linearised, Sparse
+from beyondprop.func.sensing.patterns import Pattern
+from beyondprop.func.sensing.plan import Plan, Wanted, check_shape, plan
+from beyondprop.func.sensing.recoveries import (
+    Seen,
+    by_color,
+    decoded,
+    entry_by_entry,
+    joined,
+    mean_of_probes,
+    row_by_row,
+    unscaled,
+)
+from beyondprop.func.sensing.robust import decode
+from beyondprop.func.sensing.steps import Step, StepSettings, bounds_of, default_size, measured, scales
+
+_MOST_NUMBERS = 32_000_000
+_MISFIT, _SLIGHT = 1e-2, 1e-3
+_LOOKED_AT, _FIRST_LOOKS = 8, 16
+
+Evaluate = Callable[[Tensor, Tensor, str, Callable[[int, int], str], bool], Outcome]
+"""`evaluate(points (G, B, n), samples (B,), kind, where(group, sample), may_drop)`: one leaf, `(G * B, m)` float64."""
+
+
+@dataclass
+class Report:
+    """What was found when a box was sensed last.
+
+    Attributes:
+        step: distance of probes, in units of each input's scale.
+        noise: standard deviation of the outputs, given or measured.
+        curvature: see `Step`.
+        condition: the worst condition number of a system that is solved; None: none is.
+        residual: relative misfit of directional derivatives, where there are more than unknowns; None: there are not.
+    """
+
+    step: float | None = None
+    noise: float | None = None
+    curvature: float | None = None
+    condition: float | None = None
+    residual: float | None = None
+
+
+class Sensor:
+    """Senses Jacobians.
+
+    Args:
+        wanted: what is known of them.
+        steps: how far probes go.
+        generator: for probe directions; None: those of a plan are always the same, and random ones (`spsa`) come from torch's
+            global state.
+
+    Attributes:
+        plan: how; None before the first batch.
+        detection: what was found with `pattern="discover"`.
+        report: what was found when the box was sensed last.
+        measured_step: the step that noise and curvature made; None: not measured.
+    """
+
+    def __init__(self, wanted: Wanted, steps: StepSettings, generator: torch.Generator | None = None) -> None:
+        if wanted.method == "robust" and steps.noise == "estimate":
+            raise ValueError(
+                "method='robust' is for calls that may be wrong, among which noise cannot be measured; give noise as a number."
+            )
+        self.wanted, self.steps, self.generator = wanted, steps, generator
+        self.plan: Plan | None = None
+        self.detection: Detection | None = None
+        self.report = Report()
+        self.measured_step: Step | None = None
+        self._warned, self._looks = False, 0
+
+    @property
+    def sides(self) -> int:
+        """Calls a probe."""
+        return 2 if self.steps.difference == "central" else 1
+
+    def prepare(self, outputs: int, inputs: int, found: Pattern | None = None) -> Plan:
+        """Plan how to sense a box of so many outputs and inputs, whose pattern was found where it had to be.
+
+        Raises:
+            ValueError: where what is known does not fit these numbers.
+        """
+        if self.plan is not None:
+            check_shape(self.plan.shape, outputs, inputs)
+        else:
+            self.steps.check(inputs)
+            wanted = self.wanted
+            if found is not None:
+                wanted = Wanted(found, None, wanted.method, wanted.probes)
+            noisy = self.steps.noise not in (None, 0)
+            self.plan = plan(wanted, outputs, inputs, sides=self.sides, noisy=noisy, generator=self.generator)
+        return self.plan
+
+    @property
+    def must_discover(self) -> bool:
+        """Whether the pattern is still to be found."""
+        return self.wanted.pattern == "discover" and self.detection is None
+
+    def linearise(
+        self, x: Tensor, y: Tensor | None, precision: float, outputs: int, evaluate: Evaluate, kind: str = "backward"
+    ) -> Linearised:
+        """Return the Jacobians at inputs `(B, n)`.
+
+        Args:
+            x: the inputs, in the precision in which the box takes them.
+            y: outputs there `(B, m)`, float64, which forward differences start from; not needed by central ones.
+            precision: of the box's numbers, relative.
+            outputs: m.
+            evaluate: calls the box.
+            kind: what the calls are counted as.
+
+        Raises:
+            BlackBoxError, CallBudgetExceededError: as the calls do.
+            ValueError: if the calls that are left do not determine a row.
+        """
+        if self.must_discover:
+            self.discover(x, precision, outputs, evaluate)
+        found = self.prepare(outputs, x.shape[1], None if self.detection is None else self.detection.pattern)
+        if found.pattern is not None and not found.probes:
+            return Sparse(found.pattern, torch.zeros(len(x), 0, dtype=torch.float64))
+        probes = found.directions
+        if probes is None:
+            probes = designs.signs(len(x), found.probes, x.shape[1], self.generator)
+        step = self._measured(x, probes, precision, evaluate)
+        unit = scales(self.steps, x, shared=found.scales_are_shared)
+        if found.method == "robust":
+            jacobians = self._robust(found, x, probes, unit, step, evaluate, kind)
+        else:
+            jacobians = self._solved(found, self.look(x, y, probes, unit, step.size, evaluate, kind), step)
+        self.report.step, self.report.noise, self.report.curvature = step.size, step.noise, step.curvature
+        self.report.condition = found.condition
+        return unscaled(jacobians, unit)
+
+    def discover(
+        self, x: Tensor, precision: float, outputs: int, evaluate: Evaluate, probes: int | None = None
+    ) -> Detection:
+        """Find the pattern on a batch, along so many probes where that is given, and keep it."""
+        size = default_size(self.steps, precision)
+        first = designs.general(4, x.shape[1], self.generator)
+        step = self._measured(x, first, precision, evaluate) if self.steps.noise is not None else Step(size, 0.0)
+
+        unit = scales(self.steps, x, shared=False)
+
+        def look(probes: Tensor) -> tuple[Tensor, Tensor]:
+            seen = self.look(x, None, probes, unit, step.size, evaluate, kind="setup")
+            return seen.probes, seen.differences
+
+        generator = self.generator or torch.Generator().manual_seed(1)
+        self.detection = detect(
+            look,
+            len(x),
+            outputs,
+            x.shape[1],
+            blur=step.blur(self.sides),
+            precision=10.0 * precision ** (2 / 3 if self.sides == 2 else 1 / 2),
+            probes=probes,
+            sparsity=self.wanted.sparsity,
+            generator=generator,
+        )
+        return self.detection
+
+    def _measured(self, x: Tensor, probes: Tensor, precision: float, evaluate: Evaluate) -> Step:
+        if self.measured_step is None:
+            if self.steps.noise in (None, 0):
+                return Step(default_size(self.steps, precision), 0.0)
+            shared = probes if probes.ndim == 2 else probes[0]
+
+            def at(points: Tensor, samples: Tensor) -> Tensor:
+                points = points.to(x.dtype)
+                found = evaluate(points, samples, "setup", lambda g, b: f"set-up point {g} of sample {b}", False)
+                return found.leaves[0].view(points.shape[0], points.shape[1], -1)
+
+            self.measured_step = measured(
+                self.steps,
+                x,
+                shared,
+                precision,
+                at,
+                shared=self.plan is not None and self.plan.scales_are_shared,
+                is_corrupted=self.wanted.method == "robust",
+            )
+        return self.measured_step
+
+    def look(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        probes: Tensor,
+        unit: Tensor,
+        size: float,
+        evaluate: Evaluate,
+        kind: str = "backward",
+    ) -> Seen:
+        """Return directional derivatives along probes.
+
+        The directions are those between the points that the box was given: rounding and bounds move these.
+
+        Args:
+            x: inputs `(B, n)`.
+            y: outputs there, which forward differences start from; None: central ones are taken.
+            probes: `(k, n)` or `(B, k, n)`.
+            unit: scale of every input, in which probes are given, `(B, n)`.
+            size: how far they go.
+            evaluate: calls the box.
+            kind: what the calls are counted as.
+        """
+        start = x.to(torch.float64)
+        points = self._points(x, start, probes, size * unit, both=self.sides == 2 or y is None)
+        count, central = probes.shape[-2], len(points) > probes.shape[-2]
+
+        def where(group: int, sample: int) -> str:
+            side = "" if not central else (" ahead" if group < count else " behind")
+            return f"sample {sample}, probe {group % count} of {count}{side}"
+
+        values, missing = self._evaluated(points, evaluate, kind, where)
+        taken = points.to(torch.float64)
+        if central:
+            moved, change = taken[:count] - taken[count:], values[:count] - values[count:]
+        else:
+            assert y is not None
+            moved, change = taken - start, values - y
+        width = (2 if central else 1) * size
+        gone = None if missing is None else (missing[:count] | missing[-count:]).T
+        return Seen((moved / (width * unit)).transpose(0, 1), change.transpose(0, 1) / width, gone)
+
+    def _points(self, x: Tensor, start: Tensor, probes: Tensor, reach: Tensor, *, both: bool) -> Tensor:
+        """Return the points ahead, `(k, B, n)`, and those behind after them, in the box's own precision."""
+        change = (probes[:, None] if probes.ndim == 2 else probes.transpose(0, 1)) * reach
+        points = torch.cat([start + change, start - change]) if both else start + change
+        low, high = bounds_of(self.steps, x)
+        return (points if low is None else points.clamp(low, high)).to(x.dtype)
+
+    def _evaluated(
+        self, points: Tensor, evaluate: Evaluate, kind: str, where: Callable[[int, int], str]
+    ) -> tuple[Tensor, Tensor | None]:
+        groups, batch = points.shape[:2]
+        samples = torch.arange(batch)
+        step = max(1, _MOST_NUMBERS // max(1, points[0].numel()))
+        values, missing = [], []
+        for low in range(0, groups, step):
+            part = points[low : low + step]
+            found = evaluate(part, samples, kind, lambda g, b, low=low: where(low + g, b), True)
+            values.append(found.leaves[0].view(len(part), batch, -1))
+            if self.plan is not None:
+                check_shape(self.plan.shape, values[-1].shape[-1], points.shape[-1])
+            missing.append(None if found.missing is None else found.missing.view(len(part), batch))
+        if all(each is None for each in missing):
+            return torch.cat(values), None
+        none = [torch.zeros(v.shape[:2], dtype=torch.bool) for v in values]
+        return torch.cat(values), torch.cat([n if m is None else m for m, n in zip(missing, none, strict=True)])
+
+    def _solved(self, found: Plan, seen: Seen, step: Step) -> Linearised:
+        if found.method == "spsa":
+            return mean_of_probes(seen)
+        if found.method == "dense":
+            return entry_by_entry(seen, found.pattern)
+        if found.method == "l1":
+            return row_by_row(seen, step.blur(self.sides), found.sparsity)
+        if found.method == "coloring":
+            assert found.coloring is not None
+            pattern = found.coloring.pattern
+            jacobians = Sparse(pattern, by_color(seen, found.coloring.colors, pattern))
+        elif found.method == "rainbow":
+            assert found.pattern is not None
+            jacobians = decoded(seen, found.pattern)
+        else:
+            solver = found.rows or found.tied
+            assert solver is not None
+            jacobians = solver.fit(seen.differences, seen.probes, seen.missing)
+        self._check_fit(jacobians, seen, step)
+        return jacobians
+
+    def _check_fit(self, jacobians: Sparse, seen: Seen, step: Step) -> None:
+        """Compare what is left of some samples' directional derivatives with what noise explains; it costs no call.
+
+        The first times, and then now and again.
+        """
+        self._looks += 1
+        if self._looks > _FIRST_LOOKS and self._looks % _FIRST_LOOKS:
+            return
+        few = slice(_LOOKED_AT)
+        known = seen.differences[few]
+        left = known - Sparse(jacobians.pattern, jacobians.values[few]).along(seen.probes[few])
+        if seen.missing is not None:
+            gone = seen.missing[few, :, None]
+            left, known = left.masked_fill(gone, 0.0), known.masked_fill(gone, 0.0)
+        of_output, misfit = known.square().mean((0, 1)).sqrt(), left.square().mean((0, 1)).sqrt()
+        size = float(known.square().mean().sqrt())
+        self.report.residual = float(left.square().mean().sqrt()) / size if size > 0 else 0.0
+        excess = misfit - (_MISFIT * of_output + _SLIGHT * size + 6.0 * step.blur(self.sides))
+        worst = int(excess.argmax())
+        if float(excess[worst]) > 0 and not self._warned:
+            self._warned = True
+            share = float(misfit[worst] / of_output[worst])
+            warnings.warn(
+                f"Directional derivatives of a black box differ from what its Jacobian says, at output {worst} by {share:.0%} "
+                f"and by {self.report.residual:.1%} overall: the pattern lacks entries, the box is noisier than it was said "
+                f"to be (noise={self.steps.noise!r}), or rounded or bent within a step. verify() tells how far it goes; "
+                "noise='estimate' measures the noise, pattern='discover' the pattern.",
+                SensingWarning,
+                stacklevel=2,
+            )
+
+    def _robust(
+        self, found: Plan, x: Tensor, probes: Tensor, unit: Tensor, step: Step, evaluate: Evaluate, kind: str
+    ) -> Sparse:
+        """Find wrong calls among raw outcomes, the value at `x` one more unknown; then take differences of the others."""
+        start = x.to(torch.float64)
+        points = self._points(x, start, probes, step.size * unit, both=self.sides == 2)
+        count, batch = probes.shape[-2], len(x)
+
+        def where(group: int, sample: int) -> str:
+            return f"sample {sample}, probe {group % count} of {count}"
+
+        values, missing = self._evaluated(points, evaluate, kind, where)
+        reach = ((points.to(torch.float64) - start) / (step.size * unit)).transpose(0, 1)
+        raw = values.transpose(0, 1)
+        if missing is not None:
+            raw = raw.masked_fill(missing.T[..., None], math.nan)
+        middle = raw.nanmedian(dim=1, keepdim=True).values
+        assert found.pattern is not None
+        pattern = found.pattern
+        supports = [(rows, columns) for rows, columns, _ in pattern.supports]
+        parts, _, inliers = decode(reach, (raw - middle) / step.size, supports, intercept=True)
+        jacobians = Sparse(pattern, joined(parts, pattern, batch))
+        self.report.residual = None
+        if self.sides == 2:
+            good = inliers[:, :count] & inliers[:, count:]
+            enough = good.sum(1).gather(1, pattern.rows.expand(batch, -1)) > pattern.row_counts[pattern.rows]
+            if bool(enough.all()) and found.rows is not None:
+                difference = (raw[:, :count] - raw[:, count:]) / (2 * step.size)
+                along = (reach[:, :count] - reach[:, count:]) / 2
+                jacobians = found.rows.fit(difference.masked_fill(~good, 0.0), along, ~good)
+        return jacobians
+
+    def check_bounds(self, x: Tensor) -> None:
+        """Raise `ValueError` where inputs `(B, n)` lie outside the bounds."""
+        low, high = bounds_of(self.steps, x)
+        if low is None or high is None:
+            return
+        outside = (x.to(torch.float64) < low) | (x.to(torch.float64) > high)
+        if bool(outside.any()):
+            sample, place = torch.nonzero(outside)[0].tolist()
+            raise ValueError(
+                f"Input {place} of sample {sample} is {float(x[sample, place]):g}, outside the bounds of the black box; clamp "
+                "the inputs, or widen the bounds."
+            )
