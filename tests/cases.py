@@ -202,7 +202,7 @@ def equal(a: Any, b: Any) -> bool:
         return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(equal(p, q) for p, q in zip(a, b, strict=True))
-    return a == b
+    return a == b or (a != a and b != b)
 
 
 def rule_state(rule: LearningRule) -> Any:

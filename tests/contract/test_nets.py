@@ -26,6 +26,7 @@ EXAMPLES: dict[str, tuple[str, tuple[int, ...], int]] = {
     "revnet": ("revnet14", (3, 8, 8), 4),
     "revtransformer": ("revtransformer:32x1:patch=4", (1, 8, 8), 4),
     "autoencoder": ("autoencoder", (1, 8, 8), 64),
+    "blackbox": ("blackbox:8", (1, 8, 8), 4),
 }
 every_net = pytest.mark.parametrize("name", list(EXAMPLES))
 

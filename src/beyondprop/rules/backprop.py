@@ -8,13 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from beyondprop.errors import NonFiniteError, UnsupportedModelError
+from beyondprop.errors import BlackBoxError, CallBudgetExceededError, NonFiniteError, UnsupportedModelError
 from beyondprop.optim.affine_projection import AffineProjection
 from beyondprop.optim.factories import OptimizerFactory
 from beyondprop.optim.locoprop import LocoProp
 from beyondprop.rules.base import LearningRule, StepResult, trainable
 from beyondprop.rules.refusals import check_optimizers
 from beyondprop.stages.losses import LossFunction
+
+_OF_TORCH = torch.OutOfMemoryError  # pyright: ignore[reportPrivateImportUsage]
+_TOLD = (_OF_TORCH, NonFiniteError, UnsupportedModelError, BlackBoxError, CallBudgetExceededError)
+"""What a model raises in words of its own, which are not about its inputs."""
 
 
 class Preconditioner(Protocol):
@@ -82,7 +86,7 @@ class Backprop(LearningRule):
     def _forward(self, x: Any) -> Tensor:
         try:
             output = self.model(x)
-        except (torch.OutOfMemoryError, NonFiniteError, UnsupportedModelError):  # pyright: ignore[reportPrivateImportUsage]
+        except _TOLD:
             raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

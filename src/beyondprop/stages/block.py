@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.binary import Threshold
 from beyondprop.nn.functional import evaluation_mode
+from beyondprop.nn.structure import is_costly
 from beyondprop.stages.stage import Memo, Pullback, Stage, add_to_gradient, too_few_values
 from beyondprop.stages.weight_transport import Transport, check_met, counterpart
 
@@ -29,7 +30,7 @@ class BlockStage(Stage):
         self.takes_targets = any(isinstance(m, Threshold) for m in self._leaves)
         # Whether its pullback can be differentiated, by its modules' modes: fused kernels may serve one only.
         self.has_second_derivative: dict[tuple[bool, ...], bool] = {}
-        self._is_checked = False
+        self._is_checked = any(map(is_costly, self.modules))  # the check is another run
         self._is_transport_checked = False
 
     @property

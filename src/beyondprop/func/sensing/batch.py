@@ -59,7 +59,7 @@ class Batch:
         if len(bad):
             sample, place = bad[0].tolist()
             raise NonFiniteError(
-                f"Input {place} of sample {self.number(sample)} of a black box is {float(self.x[sample, place])}; the box was not "
+                f"Input {place} of sample {self.number(sample)} of a black box is {float(self.x[sample, place])}; it was not "
                 "called.",
                 "input of a black box",
             )

@@ -23,7 +23,7 @@ from beyondprop.lab.runs.directory import slug
 from beyondprop.lab.tasks import Task, check_net
 from beyondprop.lab.training import State, Training, schedules
 from beyondprop.lab.training.calendar import Calendar, stop_step
-from beyondprop.lab.training.counted import KEPT, counters
+from beyondprop.lab.training.counted import KEPT, counted_anew, counters
 from beyondprop.nn.structure import is_costly
 from beyondprop.rules.base import LearningRule
 from beyondprop.stages.losses import LossFunction
@@ -160,11 +160,11 @@ def make_net(task: Task, form: str, nets: Nets) -> nn.Module:
         return task.net(form)
     given = nets[form]
     if isinstance(given, nn.Module):
-        return copy.deepcopy(given)
+        return counted_anew(copy.deepcopy(given))
     model = given(tuple(task.x_train.shape[1:]), getattr(task, "outputs", 0))
     if not isinstance(model, nn.Module):
         raise ValueError(f"net {form!r} must return a torch.nn.Module, got {type(model).__name__}.")
-    return model
+    return counted_anew(model)
 
 
 def loss_of(task: Task, form: str, nets: Nets) -> LossFunction:

@@ -77,7 +77,7 @@ def tune(member: Member, plan: Plan, directory: Recorder, observer: Observer, st
                 failure = " ".join(str(error).split())
             else:
                 last = history.evaluations[-1]
-                row |= {key: last[key] for key in keys} | {"seconds": last["seconds"]}
+                row |= {key: last[key] for key in (*keys, "seconds", "counters") if key in last}
     if failure is not None:
         row |= dict.fromkeys(keys) | {"message": failure}
     directory.append(row)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from beyondprop import _checks
+from beyondprop.lab.nets.blackbox import blackbox
 from beyondprop.lab.nets.convolutional import conv, lenet5, resnet
 from beyondprop.lab.nets.fully_connected import autoencoder, binary, mlp
 from beyondprop.lab.nets.recurrent import rnn
@@ -37,6 +38,9 @@ for _row in (
      "image transformer of DEPTH reversible encoder layers on two streams of WIDTH features", revtransformer),
     ("autoencoder", "autoencoder[:ACTIVATION][:wide][:deep]",
      "1000-500-250-30-250-500-1000 units, tanh where none is named; twice as wide, or with 500 twice", autoencoder),
+    ("blackbox", "blackbox:WIDTH[:METHOD][:noise=S][:probes=K][:conv]",
+     "a simulator in NumPy between two layers: WIDTH oscillators in a ring; its gradient by auto, dense, coloring, regression, "
+     "robust, rainbow, discover, spsa, exact (in torch) or stopped (none); `conv`: behind convolutions", blackbox),
 ):
     register(NetSpec(*_row))
 # fmt: on

@@ -94,9 +94,14 @@ def split_of(shown: Sequence[Entry]) -> str:
 
 
 def _axes(shown: Sequence[Entry]) -> list[str]:
-    """Return what curves can be drawn against: a counter where it counts up, as spikes a row and bytes kept do not."""
+    """Return what curves can be drawn against: a counter where it counts up, as spikes a row and bytes kept do not.
+
+    What was counted in evaluations is what was looked at, not what was learned from.
+    """
     found = list(_X)
     for name in dict.fromkeys(name for entry in shown for name in entry.run.counters):
+        if name.startswith("evaluation_"):
+            continue
         steps = [step for rows in _rows(shown) for step in np.diff([number(row, name) for row in rows])]
         found += [name] if any(step > 0 for step in steps) and not any(step < 0 for step in steps) else []
     return found

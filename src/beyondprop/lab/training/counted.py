@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from beyondprop.func.sensing.calls import Counts
 from beyondprop.lab.training.work import copied
+from beyondprop.nn.blackbox import BlackBox
 from beyondprop.nn.structure import is_costly
 from beyondprop.rules.base import LearningRule
 
@@ -26,6 +29,14 @@ def counters(model: nn.Module) -> dict[str, float]:
             number = value.item() if isinstance(value, Tensor) else value
             found[key] = found.get(key, 0) + number
     return found
+
+
+def counted_anew(model: nn.Module) -> nn.Module:
+    """Return a model whose black boxes count, and budget, their calls from 0, whoever else calls what is in them."""
+    for module in model.modules():
+        if isinstance(module, BlackBox):
+            module.caller = replace(module.caller, counts=Counts())
+    return model
 
 
 def measured(rule: LearningRule, wanted: bool | None, batch: Callable[[], tuple[Any, Tensor]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.errors import NonFiniteError
+from beyondprop.errors import BlackBoxError, CallBudgetExceededError, NonFiniteError
 from beyondprop.lab.runs.checkpoint import check_savable
 from beyondprop.lab.runs.recorded import Row
 from beyondprop.lab.tasks.evaluation import wide
@@ -30,7 +30,8 @@ from beyondprop.rules.base import LearningRule
 State = dict[str, Any]
 """Everything that training goes on from: nested dicts and lists of tensors, numbers and strings."""
 
-Failed = (NonFiniteError, torch.linalg.LinAlgError, torch.OutOfMemoryError)  # pyright: ignore[reportPrivateImportUsage]
+_OF_TORCH = torch.linalg.LinAlgError, torch.OutOfMemoryError  # pyright: ignore[reportPrivateImportUsage]
+Failed = (NonFiniteError, BlackBoxError, CallBudgetExceededError, *_OF_TORCH)
 """What ends the training of one rule without being a mistake in the call."""
 
 _MOST = {"epochs": 10**9, "stop": 10**9, "batch_size": 10**9, "seed": 2**63 - 1}  # nobody lives to see more
@@ -46,8 +47,8 @@ class Training:
         batch_size: rows in a batch; a DataLoader has its own.
         seed: of the order of the batches.
         schedule: of the learning rates, see `schedules.FORMS`; afterwards the optimizers have those that they came with.
-        evaluate_every: steps between two evaluations; default: an epoch. There is one before the first step and one after
-            the last in any case.
+        evaluate_every: steps between two evaluations; default: an epoch. There is one after the last step in any case, and
+            one before the first; of a costly model only where others follow it.
         alignment: record, at every evaluation, how each stage's update agrees with the gradient on a fixed training batch.
         early_stop: stop after this many evaluations in a row without an improvement of the task's first metric.
         stop: epoch at which to leave off, before all `epochs` are done; another rule may go on from there.
@@ -194,7 +195,8 @@ class Loop:
         self.kept = measured(self.rule, self.training.kept_bytes, lambda: next(iter(self._batches(0, 0))))
         if not self.resumed:
             self.work = self._measure_work()
-            self._evaluate()
+            if not self.costly or self.every is None or self.every < self.last:
+                self._evaluate()
             self._save()
         while self.step < self.last and not self.history.stopped_early:
             self._run_epoch()
@@ -328,8 +330,7 @@ class Loop:
             chosen = order[: self.training.batch_size].to(self.task.x_train.device)
             x, y = self.task.x_train[chosen], self.task.y_train[chosen]
         found = {name: asdict(stage) for name, stage in measure_alignment(self.rule, x, y).items()}
-        stages = {name: {key: _finite(value) for key, value in stage.items()} for name, stage in found.items()}
-        self.record("alignment", {"stages": stages})
+        self.record("alignment", {"stages": {n: {k: _finite(v) for k, v in s.items()} for n, s in found.items()}})
 
     def record(self, kind: str, fields: Row) -> None:
         """Keep a row of what is found at this step, and pass it on."""
@@ -374,8 +375,7 @@ class Loop:
         if self.device.type == "cuda" and "random_cuda" in state:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.loss_sum.copy_(state["loss_sum"])
-        for name in _KEPT:
-            setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in _KEPT})
         patience = self.training.early_stop
         self.history.stopped_early = patience is not None and self.since_best >= patience
         self.resumed = True
