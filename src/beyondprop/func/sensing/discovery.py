@@ -95,7 +95,7 @@ def _first(batch: int, inputs: int, sparsity: int | None) -> int:
     """Return how many probes a sample are likely to do: those of one sample alone, shared by the batch."""
     known = sparsity or _FIRST_SPARSITY
     alone = 2.2 * known * math.log(max(inputs / known, math.e))
-    return math.ceil(known + 1 + max(alone - known, 0.0) / batch**0.8)
+    return math.ceil(known + 0.5 + max(alone - known, 0.0) / batch**0.8)
 
 
 def _tried(probes: Tensor, seen: Tensor, blur: float, negligible: float, sparsity: int | None) -> Detection:

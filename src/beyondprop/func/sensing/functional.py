@@ -207,5 +207,5 @@ def verify(
     """
     sensed = _Sensed(fn, x, generator, options)
     y, precision = sensed.start()
-    found = sensed.sensor.linearise(sensed.batch.x, y, precision, y.shape[1], sensed.batch.evaluate)
+    found = sensed.sensor.linearise(sensed.batch.x, y, precision, y.shape[1], sensed.batch.evaluate, "evaluation")
     return check(sensed.sensor, sensed.batch, y, precision, found, n_probes, tolerance)

@@ -169,11 +169,11 @@ def _planned(
         choice, reason = _chosen(wanted, given, inputs)
     if choice == "pattern":
         assert given is not None
-        return _best_of_pattern(wanted, given, sides, noisy, generator)
+        return _best_of_pattern(wanted, given, sides, generator)
     build = {"coloring": _coloring, "regression": _regression, "robust": _robust, "rainbow": _rainbow}
     if choice in build:
         assert given is not None
-        return build[choice](wanted, given, sides, noisy, generator, reason)
+        return build[choice](wanted, given, sides, generator, reason)
     if choice == "l1":
         count = wanted.probes or default_probes(inputs, wanted.sparsity or 1)
         if count > inputs / 2:
@@ -211,25 +211,21 @@ def _dense(wanted: Wanted, pattern: Pattern | None, inputs: int, sides: int, rea
     return Plan("dense", inputs, sides * inputs, reason, torch.eye(inputs, dtype=torch.float64), pattern)
 
 
-def _best_of_pattern(
-    wanted: Wanted, pattern: Pattern, sides: int, noisy: bool, generator: torch.Generator | None
-) -> Plan:
+def _best_of_pattern(wanted: Wanted, pattern: Pattern, sides: int, generator: torch.Generator | None) -> Plan:
     widest = pattern.widest
     if pattern.is_dense and wanted.probes in (None, pattern.shape[1]):
         return _dense(wanted, pattern, pattern.shape[1], sides, "every output may depend on every input")
     if wanted.probes is not None:
         reason = f"{wanted.probes} probes asked for, for at most {widest} nonzeros a row"
-        return _regression(wanted, pattern, sides, noisy, generator, reason)
-    found, more = color_columns(pattern), 2 if noisy else 1
-    if found.count <= widest + more:
-        return _colored(found, sides, f"{found.count} colours, where regression takes {widest} + {more} probes")
+        return _regression(wanted, pattern, sides, generator, reason)
+    found = color_columns(pattern)
+    if found.count <= widest + 1:
+        return _colored(found, sides, f"{found.count} colours, where regression takes {widest} + 1 probes")
     reason = f"at most {widest} nonzeros a row, where colouring takes {found.count} probes"
-    return _regression(wanted, pattern, sides, noisy, generator, reason)
+    return _regression(wanted, pattern, sides, generator, reason)
 
 
-def _coloring(
-    wanted: Wanted, pattern: Pattern, sides: int, noisy: bool, generator: torch.Generator | None, reason: str
-) -> Plan:
+def _coloring(wanted: Wanted, pattern: Pattern, sides: int, generator: torch.Generator | None, reason: str) -> Plan:
     found = wanted.coloring or color_columns(pattern)
     if wanted.probes is not None and wanted.probes != found.count:
         raise ValueError(
@@ -242,11 +238,9 @@ def _colored(found: Coloring, sides: int, reason: str) -> Plan:
     return Plan("coloring", found.count, sides * found.count, reason, found.seeds(), found.pattern, found)
 
 
-def _regression(
-    wanted: Wanted, pattern: Pattern, sides: int, noisy: bool, generator: torch.Generator | None, reason: str
-) -> Plan:
+def _regression(wanted: Wanted, pattern: Pattern, sides: int, generator: torch.Generator | None, reason: str) -> Plan:
     inputs, widest = pattern.shape[1], pattern.widest
-    count = wanted.probes or min(widest + (2 if noisy else 1), inputs)
+    count = wanted.probes or min(widest + 1, inputs)
     directions = designs.for_pattern(count, pattern, generator)
     rows = Rows(pattern, directions)
     if wanted.probes is None and rows.condition > _WELL and count < inputs:
@@ -256,17 +250,13 @@ def _regression(
     return Plan("regression", count, sides * count, reason, directions, pattern, rows=rows)
 
 
-def _robust(
-    wanted: Wanted, pattern: Pattern, sides: int, noisy: bool, generator: torch.Generator | None, reason: str
-) -> Plan:
+def _robust(wanted: Wanted, pattern: Pattern, sides: int, generator: torch.Generator | None, reason: str) -> Plan:
     count = wanted.probes or 6 * pattern.widest + 10
     directions = designs.for_pattern(count, pattern, generator)
     return Plan("robust", count, sides * count, reason, directions, pattern, rows=Rows(pattern, directions))
 
 
-def _rainbow(
-    wanted: Wanted, pattern: Pattern, sides: int, noisy: bool, generator: torch.Generator | None, reason: str
-) -> Plan:
+def _rainbow(wanted: Wanted, pattern: Pattern, sides: int, generator: torch.Generator | None, reason: str) -> Plan:
     overlap = max(1, -(-pattern.widest // 2))
     classes = weak_classes(pattern, overlap)
     each = overlap + 1

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from beyondprop.errors import SensingWarning
 from beyondprop.func.sensing import designs
-from beyondprop.func.sensing.calls import Outcome
 from beyondprop.func.sensing.discovery import Detection, detect
 from beyondprop.func.sensing.linearised import Linearised, Sparse
+from beyondprop.func.sensing.looking import Evaluate, evaluated, look, points_of
 from beyondprop.func.sensing.patterns import Pattern
 from beyondprop.func.sensing.plan import Plan, Wanted, check_shape, plan
 from beyondprop.func.sensing.recoveries import (
@@ -32,10 +31,7 @@ from beyondprop.func.sensing.steps import Step, StepSettings, bounds_of, default
 
 _MOST_NUMBERS = 32_000_000
 _MISFIT, _SLIGHT = 1e-2, 1e-3
-_LOOKED_AT, _FIRST_LOOKS = 8, 16
-
-Evaluate = Callable[[Tensor, Tensor, str, Callable[[int, int], str], bool], Outcome]
-"""`evaluate(points (G, B, n), samples (B,), kind, where(group, sample), may_drop)`: one leaf, `(G * B, m)` float64."""
+_LOOKED_AT, _FIRST_LOOKS, _CONFIRMATIONS = 8, 16, 2
 
 
 @dataclass
@@ -83,7 +79,7 @@ class Sensor:
         self.detection: Detection | None = None
         self.report = Report()
         self.measured_step: Step | None = None
-        self._warned, self._looks = False, 0
+        self._warned, self._looks, self._unconfirmed = False, 0, 0
 
     @property
     def sides(self) -> int:
@@ -131,6 +127,9 @@ class Sensor:
         """
         if self.must_discover:
             self.discover(x, precision, outputs, evaluate)
+            is_new = True
+        else:
+            is_new = False
         found = self.prepare(outputs, x.shape[1], None if self.detection is None else self.detection.pattern)
         if found.pattern is not None and not found.probes:
             return Sparse(found.pattern, torch.zeros(len(x), 0, dtype=torch.float64))
@@ -142,7 +141,14 @@ class Sensor:
         if found.method == "robust":
             jacobians = self._robust(found, x, probes, unit, step, evaluate, kind)
         else:
-            jacobians = self._solved(found, self.look(x, y, probes, unit, step.size, evaluate, kind), step)
+            seen = look(self.steps, x, y, probes, unit, step.size, evaluate, kind)
+            check_shape(found.shape, seen.differences.shape[-1], x.shape[1])
+            jacobians = self._solved(found, seen, step)
+            if isinstance(jacobians, Sparse) and kind == "backward":  # `verify` tells by itself
+                if self._unconfirmed and not is_new and not self._confirmed(jacobians, x, unit, step, evaluate):
+                    self._widen(x, precision, outputs, evaluate)
+                    return self.linearise(x, y, precision, outputs, evaluate, kind)
+                self._check_fit(jacobians, seen, step)
         self.report.step, self.report.noise, self.report.curvature = step.size, step.noise, step.curvature
         self.report.condition = found.condition
         return unscaled(jacobians, unit)
@@ -157,13 +163,13 @@ class Sensor:
 
         unit = scales(self.steps, x, shared=False)
 
-        def look(probes: Tensor) -> tuple[Tensor, Tensor]:
-            seen = self.look(x, None, probes, unit, step.size, evaluate, kind="setup")
+        def look_along(probes: Tensor) -> tuple[Tensor, Tensor]:
+            seen = look(self.steps, x, None, probes, unit, step.size, evaluate, "setup")
             return seen.probes, seen.differences
 
         generator = self.generator or torch.Generator().manual_seed(1)
         self.detection = detect(
-            look,
+            look_along,
             len(x),
             outputs,
             x.shape[1],
@@ -173,12 +179,38 @@ class Sensor:
             sparsity=self.wanted.sparsity,
             generator=generator,
         )
+        self._unconfirmed = _CONFIRMATIONS
         return self.detection
 
+    def _confirmed(self, jacobians: Sparse, x: Tensor, unit: Tensor, step: Step, evaluate: Evaluate) -> bool:
+        """Look along one fresh direction at some samples of a batch that the pattern was not found on."""
+        self._unconfirmed -= 1
+        few = slice(_LOOKED_AT)
+        fresh = designs.general(1, x.shape[1], torch.Generator().manual_seed(3))
+        seen = look(self.steps, x[few], None, fresh, unit[few], step.size, evaluate, "setup")
+        told = Sparse(jacobians.pattern, jacobians.values[few]).along(seen.probes)
+        left, known = (v.square().mean((0, 1)).sqrt() for v in (seen.differences - told, seen.differences))
+        widest = math.sqrt(1.0 + jacobians.pattern.widest)
+        allowed = _MISFIT * known + _SLIGHT * known.square().mean().sqrt() + 10.0 * step.blur(self.sides) * widest
+        return bool((left <= allowed).all())
+
+    def _widen(self, x: Tensor, precision: float, outputs: int, evaluate: Evaluate) -> None:
+        """Find the pattern on another batch, too: what either has may be nonzero."""
+        before, unconfirmed = self.detection, self._unconfirmed
+        assert before is not None
+        now = self.discover(x, precision, outputs, evaluate)
+        rows, columns = (
+            torch.cat([getattr(one.pattern, name) for one in (before, now)]) for name in ("rows", "columns")
+        )
+        self.detection = replace(now, pattern=Pattern.of_entries(rows, columns, now.pattern.shape))
+        self.plan, self._unconfirmed = None, unconfirmed
+
     def _measured(self, x: Tensor, probes: Tensor, precision: float, evaluate: Evaluate) -> Step:
+        # A step that is given is how far a probe moves those inputs that it moves.
+        given = None if isinstance(self.steps.step, str) else 1.0 / float(probes[probes != 0].square().mean().sqrt())
         if self.measured_step is None:
             if self.steps.noise in (None, 0):
-                return Step(default_size(self.steps, precision), 0.0)
+                return Step(given or default_size(self.steps, precision), 0.0)
             shared = probes if probes.ndim == 2 else probes[0]
 
             def at(points: Tensor, samples: Tensor) -> Tensor:
@@ -195,75 +227,9 @@ class Sensor:
                 shared=self.plan is not None and self.plan.scales_are_shared,
                 is_corrupted=self.wanted.method == "robust",
             )
+        if given is not None:
+            return replace(self.measured_step, size=given)
         return self.measured_step
-
-    def look(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        probes: Tensor,
-        unit: Tensor,
-        size: float,
-        evaluate: Evaluate,
-        kind: str = "backward",
-    ) -> Seen:
-        """Return directional derivatives along probes.
-
-        The directions are those between the points that the box was given: rounding and bounds move these.
-
-        Args:
-            x: inputs `(B, n)`.
-            y: outputs there, which forward differences start from; None: central ones are taken.
-            probes: `(k, n)` or `(B, k, n)`.
-            unit: scale of every input, in which probes are given, `(B, n)`.
-            size: how far they go.
-            evaluate: calls the box.
-            kind: what the calls are counted as.
-        """
-        start = x.to(torch.float64)
-        points = self._points(x, start, probes, size * unit, both=self.sides == 2 or y is None)
-        count, central = probes.shape[-2], len(points) > probes.shape[-2]
-
-        def where(group: int, sample: int) -> str:
-            side = "" if not central else (" ahead" if group < count else " behind")
-            return f"sample {sample}, probe {group % count} of {count}{side}"
-
-        values, missing = self._evaluated(points, evaluate, kind, where)
-        taken = points.to(torch.float64)
-        if central:
-            moved, change = taken[:count] - taken[count:], values[:count] - values[count:]
-        else:
-            assert y is not None
-            moved, change = taken - start, values - y
-        width = (2 if central else 1) * size
-        gone = None if missing is None else (missing[:count] | missing[-count:]).T
-        return Seen((moved / (width * unit)).transpose(0, 1), change.transpose(0, 1) / width, gone)
-
-    def _points(self, x: Tensor, start: Tensor, probes: Tensor, reach: Tensor, *, both: bool) -> Tensor:
-        """Return the points ahead, `(k, B, n)`, and those behind after them, in the box's own precision."""
-        change = (probes[:, None] if probes.ndim == 2 else probes.transpose(0, 1)) * reach
-        points = torch.cat([start + change, start - change]) if both else start + change
-        low, high = bounds_of(self.steps, x)
-        return (points if low is None else points.clamp(low, high)).to(x.dtype)
-
-    def _evaluated(
-        self, points: Tensor, evaluate: Evaluate, kind: str, where: Callable[[int, int], str]
-    ) -> tuple[Tensor, Tensor | None]:
-        groups, batch = points.shape[:2]
-        samples = torch.arange(batch)
-        step = max(1, _MOST_NUMBERS // max(1, points[0].numel()))
-        values, missing = [], []
-        for low in range(0, groups, step):
-            part = points[low : low + step]
-            found = evaluate(part, samples, kind, lambda g, b, low=low: where(low + g, b), True)
-            values.append(found.leaves[0].view(len(part), batch, -1))
-            if self.plan is not None:
-                check_shape(self.plan.shape, values[-1].shape[-1], points.shape[-1])
-            missing.append(None if found.missing is None else found.missing.view(len(part), batch))
-        if all(each is None for each in missing):
-            return torch.cat(values), None
-        none = [torch.zeros(v.shape[:2], dtype=torch.bool) for v in values]
-        return torch.cat(values), torch.cat([n if m is None else m for m, n in zip(missing, none, strict=True)])
 
     def _solved(self, found: Plan, seen: Seen, step: Step) -> Linearised:
         if found.method == "spsa":
@@ -283,7 +249,6 @@ class Sensor:
             solver = found.rows or found.tied
             assert solver is not None
             jacobians = solver.fit(seen.differences, seen.probes, seen.missing)
-        self._check_fit(jacobians, seen, step)
         return jacobians
 
     def _check_fit(self, jacobians: Sparse, seen: Seen, step: Step) -> None:
@@ -322,13 +287,14 @@ class Sensor:
     ) -> Sparse:
         """Find wrong calls among raw outcomes, the value at `x` one more unknown; then take differences of the others."""
         start = x.to(torch.float64)
-        points = self._points(x, start, probes, step.size * unit, both=self.sides == 2)
+        points = points_of(self.steps, x, probes, step.size * unit, both=self.sides == 2)
         count, batch = probes.shape[-2], len(x)
 
         def where(group: int, sample: int) -> str:
             return f"sample {sample}, probe {group % count} of {count}"
 
-        values, missing = self._evaluated(points, evaluate, kind, where)
+        values, missing = evaluated(points, evaluate, kind, where)
+        check_shape(found.shape, values.shape[-1], x.shape[1])
         reach = ((points.to(torch.float64) - start) / (step.size * unit)).transpose(0, 1)
         raw = values.transpose(0, 1)
         if missing is not None:
@@ -351,6 +317,7 @@ class Sensor:
 
     def check_bounds(self, x: Tensor) -> None:
         """Raise `ValueError` where inputs `(B, n)` lie outside the bounds."""
+        self.steps.check(x.shape[1])
         low, high = bounds_of(self.steps, x)
         if low is None or high is None:
             return

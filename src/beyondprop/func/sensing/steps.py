@@ -32,7 +32,8 @@ class StepSettings:
 
     Attributes:
         difference: `"central"`, two calls a probe, or `"forward"`, one.
-        step: `"auto"`; a number > 0, the distance along a probe in units of `x_scale`; or one for each input, `(n,)`.
+        step: `"auto"`; a number > 0, how far a probe moves the inputs that it moves (r.m.s.), in units of `x_scale`; or one for
+            each input, `(n,)`.
         noise: standard deviation of each output; None: none beyond rounding; `"estimate"`: measured at the first backward pass.
         x_scale: typical size of each input, `(n,)` or a number; None: 1.
         bounds: `(low, high)`, numbers, `(n,)` or None for no bound: probes stay between them.
@@ -55,7 +56,9 @@ class StepSettings:
         elif self.noise is not None:
             _checks.non_negative("noise", self.noise)
         for name, value in (("step", self.step), ("x_scale", self.x_scale)):
-            if value is not None and not isinstance(value, str) and not bool((as_tensor(value) > 0).all()):
+            if (name == "x_scale" and isinstance(value, str)) or (
+                value is not None and not isinstance(value, str) and not bool((as_tensor(value) > 0).all())
+            ):
                 raise ValueError(f"{name} must be > 0 for every input, got {value!r}.")
         if self.bounds is not None:
             if not isinstance(self.bounds, tuple | list) or len(self.bounds) != 2:

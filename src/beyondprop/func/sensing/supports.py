@@ -46,6 +46,8 @@ def shared_supports(
     pattern = torch.zeros(len(energy), n, dtype=torch.bool, device=probes.device)
     unexplained = torch.zeros_like(pattern[:, 0])
     awake = (energy > energy.amax() * _SILENT**2).nonzero().squeeze(1)
+    if not len(awake):
+        return pattern, unexplained
     for rows in awake.split(max(1, CHUNK // (samples * max(n, k * bound)))):
         # No noise for the choice of columns: the residual knows it better than an estimate.
         found = Selection(probes, differences[..., rows].permute(0, 2, 1), bound).forward().back(_LEVEL)

@@ -12,6 +12,7 @@ from beyondprop import _checks
 from beyondprop.func.sensing import designs
 from beyondprop.func.sensing.batch import Batch
 from beyondprop.func.sensing.linearised import Linearised
+from beyondprop.func.sensing.looking import look
 from beyondprop.func.sensing.sensor import Sensor
 from beyondprop.func.sensing.steps import scales
 
@@ -84,7 +85,7 @@ def check(
     probes = torch.stack([designs.general(count, inputs, generator) for _ in range(rows)])
     size = sensor.report.step or precision ** (1 / 3)
     unit = scales(sensor.steps, batch.x, shared=False)
-    seen = sensor.look(batch.x, y, probes, unit, size, batch.evaluate, "evaluation")
+    seen = look(sensor.steps, batch.x, y, probes, unit, size, batch.evaluate, "evaluation")
     told = torch.stack([jacobians.push(seen.probes[:, q] * unit) for q in range(count)], 1)
     gone = torch.zeros(rows, count, 1, dtype=torch.bool) if seen.missing is None else seen.missing[..., None]
     left, known = (
