@@ -111,7 +111,6 @@ class Batch:
                     seed=self.seed,
                     where=lambda row, low=low: where(low + row // rows, self.number(int(samples[row % rows]))),
                     may_drop=may_drop,
-                    fresh=True,
                 )
             )
         flat = torch.cat([flattened(each.leaves) for each in found])

@@ -137,7 +137,6 @@ class Caller:
         seed: int | None = None,
         where: Callable[[int], str] = lambda row: f"sample {row}",
         may_drop: bool = False,
-        fresh: bool = False,
     ) -> Outcome:
         """Evaluate rows.
 
@@ -147,7 +146,6 @@ class Caller:
             seed: of the simulator; by itself, row i has seed + i.
             where: names a row in an error.
             may_drop: whether a row may stay without a result, with `on_nan="drop"`.
-            fresh: whether the inputs are nobody else's, so that the box may have them as they are.
 
         Raises:
             CallBudgetExceededError: if there would be more calls than `max_calls`; none of them is made.
@@ -156,7 +154,7 @@ class Caller:
         """
         total = len(inputs[0])
         self._spend(total, kind, again=False)
-        leaves, missing, error = self._once(inputs, seed, None, fresh)
+        leaves, missing, error = self._once(inputs, seed, None)
         if missing is None:
             return Outcome(leaves, None)
         todo = torch.nonzero(missing).flatten()
@@ -167,7 +165,7 @@ class Caller:
                 self._spend(len(again), kind, again=True)
             except CallBudgetExceededError as spent:
                 raise spent from error
-            found, failed, error = self._once([x[again.to(x.device)] for x in inputs], seed, again, True)
+            found, failed, error = self._once([x[again.to(x.device)] for x in inputs], seed, again)
             if found and not leaves:
                 leaves = [torch.full((total, *x.shape[1:]), torch.nan, dtype=x.dtype) for x in found]
             for whole, part in zip(leaves, found, strict=False):
@@ -209,11 +207,11 @@ class Caller:
         self.__dict__.update(state, lock=threading.Lock())
 
     def _once(
-        self, inputs: Sequence[Tensor], seed: int | None, rows: Tensor | None, fresh: bool
+        self, inputs: Sequence[Tensor], seed: int | None, rows: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None, Exception | None]:
         """Evaluate rows once: the outputs, if there are any; which rows have no result, if not all have; an exception."""
         own, total = self.settings, len(inputs[0])
-        given = [_given(x.detach(), own.arrays, fresh) for x in inputs]
+        given = [_given(x.detach(), own.arrays) for x in inputs]
         before = [np.array(x) if isinstance(x, np.ndarray) else x.clone() for x in given] if own.debug else []
         if own.is_direct:
             pieces = [_called(self.fn, given, {})]
@@ -294,12 +292,9 @@ def _as_tensor(value: Any) -> Tensor:
         ) from None
 
 
-def _given(x: Tensor, arrays: str, fresh: bool) -> Any:
-    """Return an input as the box takes it, in memory of its own."""
-    if arrays == "torch":
-        return x if fresh else x.clone()
-    array = x.cpu().numpy()
-    return array if fresh or x.device.type != "cpu" else array.copy()
+def _given(x: Tensor, arrays: str) -> Any:
+    """Return an input as the box takes it, in memory of its own: many a box works in place."""
+    return x.clone() if arrays == "torch" else x.to("cpu", copy=True).numpy()
 
 
 def _failed(leaves: Sequence[Tensor]) -> Tensor | None:

@@ -16,6 +16,7 @@ from beyondprop.func.sensing.patterns import Ties
 _DRAWS, _MOST_MORE = 8, 6
 _WELL = 100.0
 _REFINEMENTS, _MOST_STEPS, _SMALL = 3, 200, 1e-26
+_CLOSE, _DETERMINED = 0.05, 1e-3
 
 
 class Tied:
@@ -87,6 +88,24 @@ class Tied:
                 probes.masked_fill(missing[..., None], 0.0),
                 differences.masked_fill(missing[..., None], 0.0),
             )
+        found = self._fitted(differences, probes)
+        if missing is not None or float((probes - self.probes).abs().max()) * self.condition > _CLOSE:
+            self._check_determined(probes)
+        return found
+
+    def _check_determined(self, probes: Tensor) -> None:
+        """See whether each sample's equations give back unknowns that are known: gradients end at the smallest solution."""
+        known = torch.randn(1, self.ties.count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        known = known.expand(len(probes), -1)
+        found = self._fitted(self._entries(known).along(probes), probes)
+        wrong = torch.nonzero((found.values - self._entries(known).values).abs().amax(1) > _DETERMINED).flatten()
+        if len(wrong):
+            raise ValueError(
+                f"The calls that are left of sample {int(wrong[0])} do not determine the tied entries: too many are missing, "
+                "or bounds cut the probes too short. Allow retries, widen the bounds, or ask for more probes."
+            )
+
+    def _fitted(self, differences: Tensor, probes: Tensor) -> Sparse:
         found = self._conditioned(self._adjoint(differences, probes))
         residual = self._adjoint(differences - self._entries(found).along(probes), probes)
         step = self._conditioned(residual)
