@@ -21,8 +21,7 @@ from beyondprop.errors import BlackBoxError
 from beyondprop.lab import Settings, compare, fit, registry, resume
 from beyondprop.lab.comparing.member import Member, Observer
 from beyondprop.lab.nets.blackbox import Oscillators, TorchOscillators
-from beyondprop.lab.report import figures, summary
-from beyondprop.lab.report._figures import _axes
+from beyondprop.lab.report import _figures, figures, summary
 from beyondprop.lab.report._style import entries
 from beyondprop.lab.runs.recorded import Run, read_run
 from beyondprop.lab.tasks.forms import from_arrays
@@ -267,7 +266,7 @@ def test_workers_count_alike(tmp_path: Path) -> None:
 def test_calls_are_an_axis_and_a_column(tmp_path: Path) -> None:
     run = _run(tmp_path, tuple(f"blackbox:{WIDTH}:{how}" for how in ("coloring", "exact", "dense")))
     shown = entries([run])
-    assert _axes(shown) == ["epoch", "work", "seconds", "calls"]
+    assert _figures._axes(shown) == ["epoch", "work", "seconds", "calls"]
     assert [path.name for path in figures(run, tmp_path / "figures")] == ["accuracy.png", "loss.png"]
     found = {s.net.split(":")[2]: s.counters for s in summary(run)}
     assert {name: each["calls"] for name, each in found.items()} == {
@@ -276,6 +275,19 @@ def test_calls_are_an_axis_and_a_column(tmp_path: Path) -> None:
         "dense": 120 * (1 + 2 * WIDTH),
     }
     assert {each["evaluation_calls"] for each in found.values()} == {60}
+
+
+def test_counts_that_are_far_apart_have_a_logarithmic_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(tmp_path, tuple(f"blackbox:{WIDTH}:{how}" for how in ("exact", "dense")))
+    shown = entries([run])
+    assert _figures._starts(shown, "calls") == []  # 15 times as many
+    monkeypatch.setattr(_figures, "_FAR", 14)
+    assert set(_figures._starts(shown, "calls")) == {60, 60 * (1 + 2 * WIDTH)}
+    assert _figures._starts(shown, "seconds") == _figures._starts(shown, "evaluation_calls") == []
+    _, axes = _figures._panels(shown, ["epoch", "calls"], [("loss", 1.0)])
+    assert [axis.get_xscale() for axis in axes[0]] == ["linear", "log"]
+    assert axes[0, 1].get_xlabel() == "calls (log scale)"
+    assert figures(run, tmp_path / "figures")
 
 
 def test_the_command_shows_calls(

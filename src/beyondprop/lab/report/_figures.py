@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _X = {"epoch": "epochs", "work": "work (gradient-equivalents)", "seconds": "training time (s)"}
 _MOST_COLUMNS = 4
+_FAR = 20  # times as many
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _panels(shown: Sequence[Entry], xs: Sequence[str], rows: Sequence[tuple[str,
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     handles = [Line2D([], [], color=e.color, linestyle=e.line, marker=e.marker) for e in shown]
     labels = [plain(e.label) for e in shown]
@@ -241,10 +242,25 @@ def _panels(shown: Sequence[Entry], xs: Sequence[str], rows: Sequence[tuple[str,
                 panel.sharey(axes[row, 0])
                 panel.tick_params(labelleft=column % columns == 0)
             _plot(panel, shown, x, key, scale)
-        axes[-1, column].set_xlabel(plain(_X.get(x, x.replace("_", " "))))
-        axes[-1, column].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        label, starts = _X.get(x, x.replace("_", " ")), _starts(shown, x)
+        for panel in axes[:, column] if starts else ():
+            panel.set_xscale("log", nonpositive="mask")
+            panel.set_xlim(left=min(starts) / 1.2)
+        if not starts:
+            axes[-1, column].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        if not starts and axes[-1, column].get_xlim()[1] >= 1e4:
+            axes[-1, column].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k: whole numbers run into each other
+        axes[-1, column].set_xlabel(plain(label + (" (log scale)" if starts else "")))
     figure.legend(handles, labels, loc="outside upper center", ncols=math.ceil(len(labels) / lines), handlelength=3.6)
     return figure, axes
+
+
+def _starts(shown: Sequence[Entry], x: str) -> list[float]:
+    """Return the first counts that are not 0, where contenders' last ones are so far apart that a plain axis hides some."""
+    counts = [curve(rows, x, x).x for rows in _rows(shown)] if x not in _X else []
+    counts = [c[c > 0] for c in counts if (c > 0).any()]
+    ends = [float(c[-1]) for c in counts]
+    return [float(c[0]) for c in counts] if ends and max(ends) > _FAR * min(ends) else []
 
 
 def _label(axes: Any, labels: Sequence[str]) -> None:
