@@ -55,15 +55,18 @@ class Selection:
         """Take columns until `bound` of them are taken or a row is met, to rounding or to half the variance of `noise`."""
         inner = self.values @ self.probes  # of the residual with each column, (S, R, n)
         # Squared lengths of what the columns have outside the span of those taken.
-        lengths = self.probes.square().sum(1).unsqueeze(1).expand_as(inner).clone()
-        least = float(lengths.amax()) * 1e-12
+        lengths = self.probes.square().sum(1).unsqueeze(1)
+        least = lengths * 1e-12 + _TINY
+        lengths = lengths.expand_as(inner).clone()
         rest, basis = self.values, []
         free = torch.ones(inner.shape[1:], dtype=torch.bool, device=inner.device)
         for step in range(self.bound):
             alive = rest.square().sum((0, 2)) > self.floor + 0.5 * noise**2 * self.samples * (self.k - step)
             if not bool(alive.any()):
                 break
-            share = inner.square() / (lengths.clamp_min(least) * (rest.square().sum(-1) + self.floors).unsqueeze(-1))
+            share = inner.square() / (
+                torch.maximum(lengths, least) * (rest.square().sum(-1) + self.floors).unsqueeze(-1)
+            )
             scores = share.clamp_(max=1 - 1e-12).neg_().log1p_().sum(0).masked_fill_(~free, 1.0)
             choice = scores.argmin(-1)
             self.columns[:, step], self.taken[:, step] = choice, alive
@@ -93,9 +96,9 @@ class Selection:
             self.rest[active] = rest.sum(0)
             taken = self.taken[active]
             if noise:
-                gain = worth.sum(0)
                 from scipy import special  # loaded where it is needed, as all of SciPy
 
+                gain = worth.sum(0)
                 limit = noise**2 * float(special.chdtri(self.samples, level / self.n)) + self.floor[active]
             else:
                 gain = torch.log1p(worth / (rest + self.floors[:, active]).unsqueeze(-1)).sum(0)

@@ -376,6 +376,10 @@ def _workers(executor: Any) -> int:
 
 def _mapper(executor: Any) -> Callable[[Any, list[Any]], list[Any]]:
     """Return how an executor applies a function to a list."""
+    if isinstance(executor, type):
+        raise TypeError(
+            f"executor must be one that runs, got the class {executor.__name__}; give {executor.__name__}()."
+        )
     if hasattr(executor, "submit"):
         return partial(_submitted, executor)
     if hasattr(executor, "n_jobs") and callable(executor):

@@ -18,6 +18,7 @@ _HELD_OUT = 1
 _TOLERANCE = 1e-5
 _PRUNED, _SLIGHT = 1e-6, 1e-8
 _FIRST_SPARSITY = 5
+_RMS = 0.5  # of a direction's entries: those of four that make up a unit, along which curvature is measured
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`look(probes (B, k, n))`: the directions that were taken `(B, k, n)`, and derivatives along them `(B, k, m)`."""
@@ -67,7 +68,7 @@ def detect(
         batch: B.
         outputs: m.
         inputs: n.
-        blur: standard deviation of a directional derivative.
+        blur: error of a directional derivative, by noise and curvature.
         precision: of a directional derivative without noise, relative.
         probes: how many a sample, all in all; None: as needed.
         sparsity: the largest number of nonzeros in a row; None: not known.
@@ -80,7 +81,7 @@ def detect(
         if count >= inputs / 2 and probes is None:
             return _dense(look, batch, outputs, inputs, blur, max(_SLIGHT, 10.0 * precision))
         more = count - (0 if taken is None else taken.shape[1])
-        drawn = torch.stack([designs.general(more, inputs, generator) for _ in range(batch)]) * math.sqrt(more)
+        drawn = torch.stack([designs.general(more, inputs, generator) for _ in range(batch)]) * (_RMS * math.sqrt(more))
         new, along = look(drawn)
         taken = new if taken is None else torch.cat([taken, new], 1)
         seen = along if seen is None else torch.cat([seen, along], 1)

@@ -143,10 +143,14 @@ def vjp(
     known = _outputs(sensed.sensor.wanted)
     if known is not None and known != v.shape[1]:
         raise ValueError(f"v must have {known} numbers a point, one for each output, got {v.shape[1]}.")
-    found = sensed.linearise(v.shape[1])
-    outputs = sensed.batch.outputs
-    if outputs != v.shape[1]:
-        raise ValueError(f"v must have {outputs} numbers a point, one for each output, got {v.shape[1]}.")
+    try:
+        found = sensed.linearise(v.shape[1])
+    except ValueError as error:
+        if sensed.batch.caller.shapes is not None and (outputs := sensed.batch.outputs) != v.shape[1]:
+            raise ValueError(
+                f"v must have {outputs} numbers a point, one for each output, got {v.shape[1]}."
+            ) from error
+        raise
     result = found.pull(v.detach().to("cpu", torch.float64)).to(x.device, x.dtype)
     return result[0] if sensed.is_single else result
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from beyondprop._checks import non_negative
 
-_STEPS = 60
-_FIRST, _DECAY = 10.0, 0.7  # the smoothing of the absolute value, in units of a row's scale, and how it shrinks
+_STEPS = 48
+_FIRST, _DECAY = 10.0, 0.6  # the smoothing of the absolute value, in units of a row's scale, and how it shrinks
 _EXCHANGES = 5  # for each value and unknown, after which rounding is what is left
 _HUGE = 1e100  # from here on a value is missing, as infinity is: its square is not a number
 _MET = 1e-12  # a residual below this share of a row's scale is rounding
@@ -48,20 +48,20 @@ def least_absolute(systems: Tensor, values: Tensor) -> Tensor:
             f"systems must be (..., q, s) and values (..., q), got {tuple(systems.shape)} and {tuple(values.shape)}."
         )
     shape, (q, s) = systems.shape[:-2], systems.shape[-2:]
+    if not s or not values.numel():
+        return systems.new_zeros(*shape, s)
     systems, values = systems.reshape(-1, 1, q, s), values.reshape(-1, 1, q)
     valid = values.abs() < _HUGE
     values = values.where(valid, values.new_zeros(()))
-    if bool((valid.sum(-1) < s).any()):
-        raise ValueError(
-            f"{int(valid.sum(-1).min())} of {q} values are finite, {s} unknowns need {s} or more: add probes."
-        )
+    least = int(valid.sum(-1).min())
+    if least < s:
+        raise ValueError(f"{least} of {q} values are finite, {s} unknowns need {s} or more: add probes.")
     scale = _scale(values, valid)
     values = values / scale
     near = _reweighted([systems], [values], [valid], power=1.0, by_call=False)[0]
     sizes = _residuals(systems, values, near).masked_fill(~valid, torch.inf)
-    solution = _exchanged(
-        (systems * valid.unsqueeze(-1)).squeeze(1), values.squeeze(1), sizes.squeeze(1), near.squeeze(1)
-    )
+    parts = (systems * valid.unsqueeze(-1), values, sizes, near)
+    solution = _exchanged(*(part.squeeze(1) for part in parts))
     return (solution.unsqueeze(1) * scale).reshape(*shape, s)
 
 
@@ -71,9 +71,7 @@ def _exchanged(systems: Tensor, values: Tensor, sizes: Tensor, near: Tensor) -> 
     The simplex method in the form of Barrodale & Roberts 1973, for all problems `(P, q, s)` at once.
     """
     q, s = systems.shape[1:]
-    if not s:
-        return near
-    solution, met = near.clone(), sizes.topk(s, dim=-1, largest=False).indices
+    solution, met = near.clone(), _nearest(systems, sizes)
     active = torch.arange(len(values), device=values.device)
     for _ in range(_EXCHANGES * (q + s)):
         a, y, base = systems[active], values[active], met[active]
@@ -103,6 +101,18 @@ def _exchanged(systems: Tensor, values: Tensor, sizes: Tensor, near: Tensor) -> 
     return solution
 
 
+def _nearest(systems: Tensor, sizes: Tensor) -> Tensor:
+    """Return the s values `(P, s)` of least residual whose measurements are independent: calls may be repeated."""
+    rest, lengths, chosen = systems, systems.square().sum(-1), []
+    for _ in range(systems.shape[-1]):
+        tall = rest.square().sum(-1) > 1e-6 * lengths
+        chosen.append(sizes.masked_fill(~tall, torch.inf).argmin(-1, keepdim=True))
+        direction = rest.gather(1, chosen[-1].unsqueeze(-1).expand(-1, -1, systems.shape[-1]))
+        direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        rest = rest - (rest @ direction.mT) * direction
+    return torch.cat(chosen, -1)
+
+
 def decode(
     probes: Tensor, outcomes: Tensor, supports: Sequence[Support], *, intercept: bool, known_noise: float = 0.0
 ) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
@@ -116,7 +126,7 @@ def decode(
         outcomes: `(B, q, m)` of any scale; NaN, infinity and what is beyond 1e100 are missing.
         supports: for each number s of nonzeros the outputs `(r,)` that have it, and their columns `(r, s)`; each output once.
         intercept: whether c is unknown, too; otherwise it is 0.
-        known_noise: standard deviation of an outcome; residuals below 5 of it are never wrong.
+        known_noise: standard deviation of an outcome; what is within 5 of it is not wrong.
 
     Returns:
         For each support the values `(B, r, s)`; the same of c, `(B, r)`, or None; and which outcomes were used, `(B, q, m)`,
@@ -125,12 +135,8 @@ def decode(
     Raises:
         ValueError: shapes that do not belong together, an output with fewer finite outcomes than unknowns.
     """
-    if (
-        probes.ndim != 3
-        or outcomes.ndim != 3
-        or len(probes) not in (1, len(outcomes))
-        or len(probes[0]) != outcomes.shape[1]
-    ):
+    fits = probes.ndim == outcomes.ndim == 3 and len(probes) in (1, len(outcomes))
+    if not fits or probes.shape[1] != outcomes.shape[1]:
         raise ValueError(
             "probes must be (B, q, n) or (1, q, n) and outcomes (B, q, m) of the same B and q, got "
             f"{tuple(probes.shape)} and {tuple(outcomes.shape)}."
@@ -176,9 +182,8 @@ def _decode(
     kept = _cleaned(systems, values, valid, floors, solutions)
     inliers = outcomes.new_zeros(outcomes.shape, dtype=torch.bool)
     solved = []
-    for (rows, _), system, value, keep, scale, centre in zip(
-        supports, systems, values, kept, scales, centres, strict=True
-    ):
+    parts = zip(supports, systems, values, kept, scales, centres, strict=True)
+    for (rows, _), system, value, keep, scale, centre in parts:
         inliers[:, :, rows] = keep.mT
         solution = _least_squares(system, value, keep) * scale
         if intercept:

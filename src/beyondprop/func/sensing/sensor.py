@@ -173,7 +173,7 @@ class Sensor:
             len(x),
             outputs,
             x.shape[1],
-            blur=step.blur(self.sides),
+            blur=step.blur(2) + step.bend(self.sides),
             precision=10.0 * precision ** (2 / 3 if self.sides == 2 else 1 / 2),
             probes=probes,
             sparsity=self.wanted.sparsity,
@@ -191,7 +191,8 @@ class Sensor:
         told = Sparse(jacobians.pattern, jacobians.values[few]).along(seen.probes)
         left, known = (v.square().mean((0, 1)).sqrt() for v in (seen.differences - told, seen.differences))
         widest = math.sqrt(1.0 + jacobians.pattern.widest)
-        allowed = _MISFIT * known + _SLIGHT * known.square().mean().sqrt() + 10.0 * step.blur(self.sides) * widest
+        blur = step.blur(self.sides) + step.bend(self.sides)
+        allowed = _MISFIT * known + _SLIGHT * known.square().mean().sqrt() + 10.0 * blur * widest
         return bool((left <= allowed).all())
 
     def _widen(self, x: Tensor, precision: float, outputs: int, evaluate: Evaluate) -> None:
@@ -268,7 +269,7 @@ class Sensor:
         of_output, misfit = known.square().mean((0, 1)).sqrt(), left.square().mean((0, 1)).sqrt()
         size = float(known.square().mean().sqrt())
         self.report.residual = float(left.square().mean().sqrt()) / size if size > 0 else 0.0
-        excess = misfit - (_MISFIT * of_output + _SLIGHT * size + 6.0 * step.blur(self.sides))
+        excess = misfit - (_MISFIT * of_output + _SLIGHT * size + 6.0 * (step.blur(self.sides) + step.bend(self.sides)))
         worst = int(excess.argmax())
         if float(excess[worst]) > 0 and not self._warned:
             self._warned = True

@@ -18,6 +18,7 @@ from beyondprop.func.sensing._greedy import CHUNK, Selection
 _LEVEL = 1e-2  # the chance of one false column in a row: one costs no more than the noise
 _DOUBT = 1e-3  # the chance that a row is looked at again although its support was right
 _EXPLAINED = 1e-2  # the residual's share of a row of unknown noise above which its support is not believed
+_SLIGHT = 1e-3  # the noise's share of a row below which it is left to the residuals
 _TINY = 1e-300
 
 # Expectation-maximisation, over-relaxed, while the noise falls to the one announced.
@@ -46,10 +47,12 @@ def recover_rows(probes: Tensor, differences: Tensor, *, noise: float = 0.0, spa
     Args:
         probes: `(k, n)`, from a continuous distribution or of random signs.
         differences: `(R, k)`, each row of any scale.
-        noise: standard deviation of one difference; 0: there is none, or it is unknown and below 1 % of a row.
-        sparsity: the most nonzeros of a row; None: one less than there are probes.
+        noise: standard deviation of one difference; below 1e-3 of a row it is not used: there may be curvature, too.
+        sparsity: the most nonzeros of a row; None: one more than half as many as probes, or all where k > n.
 
-    Rows that are not sparse enough come back as the most likely values, shrunk, which is better than nothing and not exact.
+    Returns:
+        Rows exact to rounding without noise, and as least squares on their supports with it. One that is not sparse enough
+        has the most likely values, shrunk: better than nothing, and not exact.
 
     Raises:
         ValueError: shapes that do not belong together, values that are not finite.
@@ -68,12 +71,18 @@ def recover_rows(probes: Tensor, differences: Tensor, *, noise: float = 0.0, spa
     lengths = probes.square().mean(0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1.0)
     probes = probes / lengths
-    # Half as many columns as probes is what can be told; all of them only where there are fewer than probes.
-    bound = min(k - 1, n, k // 2 + 1 if sparsity is None and n >= k else n if sparsity is None else sparsity)
+    if sparsity is None:
+        sparsity = n if n < k else k // 2 + 1  # more cannot be told apart
+    bound = min(k - 1, n, sparsity)
     if bound < 1:
         return differences.new_zeros(len(differences), n)
-    chunk = max(1, CHUNK // max(n, k * bound))
-    return torch.cat([_recovered(probes, rows, noise, bound) for rows in differences.split(chunk)]) / lengths
+    found = differences.new_zeros(len(differences), n)
+    # What little noise was announced need not be all: curvature is more of it. Then the residuals know better.
+    loud = noise > _SLIGHT * differences.square().mean(-1).sqrt()
+    for rows, spread in ((loud.nonzero().squeeze(1), noise), ((~loud).nonzero().squeeze(1), 0.0)):
+        for some in rows.split(max(1, CHUNK // max(n, k * bound))) if len(rows) else ():
+            found[some] = _recovered(probes, differences[some], spread, bound)
+    return found / lengths
 
 
 def _recovered(probes: Tensor, differences: Tensor, noise: float, bound: int) -> Tensor:
@@ -102,9 +111,9 @@ def _doubtful(selection: Selection, noise: float) -> Tensor:
     """Which rows have a residual beyond their noise."""
     if not noise:
         return selection.rest / selection.degrees > _EXPLAINED**2 * selection.energy / selection.k
-    degrees = selection.degrees.cpu().double().numpy()
     from scipy import special  # loaded where it is needed, as all of SciPy
 
+    degrees = selection.degrees.cpu().double().numpy()
     limit = torch.as_tensor(special.chdtri(degrees, _DOUBT), device=selection.rest.device)
     return selection.rest > noise**2 * limit + selection.floor
 

@@ -115,6 +115,10 @@ class Step:
         """Return the standard deviation of a directional derivative of so many calls, 1 or 2."""
         return self.noise * math.sqrt(2.0) / (sides * self.size)
 
+    def bend(self, sides: int) -> float:
+        """Return by how much curvature, where it was measured, moves a directional derivative of so many calls."""
+        return (self.curvature or 0.0) * (self.size**2 / 6 if sides == 2 else self.size / 2)
+
 
 def scales(settings: StepSettings, x: Tensor, *, shared: bool) -> Tensor:
     """Return the scale of every input of every sample, `(B, n)` float64.

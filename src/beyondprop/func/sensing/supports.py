@@ -14,7 +14,7 @@ from beyondprop.func.sensing._greedy import CHUNK, Selection
 
 _LEVEL = 1e-4  # the chance of one false column in a row
 _DOUBT = 1e-6  # the chance that a row is called unexplained for its noise alone
-_SILENT = 1e-9  # a row below this share of the largest one is rounding
+_SILENT = 1e-9  # a row below this share of the largest one may be nothing but rounding
 _EXPLAINED = 0.3  # the residual's share of a row of unknown noise above which its support is not believed
 _CURVED = 1e-3  # the same, of a row that need not be linear to its noise
 
@@ -33,7 +33,7 @@ def shared_supports(
     Returns:
         `(m, n)` bool, and `(m,)` bool, True where the residual is beyond the noise: the row has more nonzeros than k probes can
         tell, the function is not linear at the probes' size, or there are too few samples. Unknown noise may be up to 0.3 of a
-        row, known noise of any size. A row below 1e-9 of the largest is rounding and has no column.
+        row, known noise of any size. A row below 1e-9 of the largest may be rounding and is not called unexplained.
 
     Raises:
         ValueError: shapes that do not belong together, fewer than 2 probes, values that are not finite.
@@ -45,15 +45,13 @@ def shared_supports(
     energy = differences.square().sum((0, 1))
     pattern = torch.zeros(len(energy), n, dtype=torch.bool, device=probes.device)
     unexplained = torch.zeros_like(pattern[:, 0])
-    awake = (energy > energy.amax() * _SILENT**2).nonzero().squeeze(1)
-    if not len(awake):
-        return pattern, unexplained
-    for rows in awake.split(max(1, CHUNK // (samples * max(n, k * bound)))):
+    awake = energy.nonzero().squeeze(1)
+    for rows in awake.split(max(1, CHUNK // (samples * max(n, k * bound)))) if len(awake) else ():
         # No noise for the choice of columns: the residual knows it better than an estimate.
         found = Selection(probes, differences[..., rows].permute(0, 2, 1), bound).forward().back(_LEVEL)
         pattern[rows] = found.mask()
         unexplained[rows] = _unexplained(found, noise)
-    return pattern, unexplained
+    return pattern, unexplained & (energy > energy.amax() * _SILENT**2)
 
 
 def _unexplained(found: Selection, noise: float) -> Tensor:

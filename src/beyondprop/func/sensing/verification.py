@@ -11,10 +11,10 @@ from torch import Tensor
 from beyondprop import _checks
 from beyondprop.func.sensing import designs
 from beyondprop.func.sensing.batch import Batch
-from beyondprop.func.sensing.linearised import Linearised
+from beyondprop.func.sensing.linearised import Linearised, Sparse
 from beyondprop.func.sensing.looking import look
 from beyondprop.func.sensing.sensor import Sensor
-from beyondprop.func.sensing.steps import scales
+from beyondprop.func.sensing.steps import Step, scales
 
 _MOST = 1e-2
 
@@ -83,19 +83,23 @@ def check(
     generator = torch.Generator().manual_seed(2)
     rows, inputs = batch.x.shape
     probes = torch.stack([designs.general(count, inputs, generator) for _ in range(rows)])
-    size = sensor.report.step or precision ** (1 / 3)
+    report = sensor.report
+    step = Step(report.step or precision ** (1 / 3), report.noise or 0.0, report.curvature)
     unit = scales(sensor.steps, batch.x, shared=False)
-    seen = look(sensor.steps, batch.x, y, probes, unit, size, batch.evaluate, "evaluation")
+    # Central differences in any case: they bend less than what is checked.
+    seen = look(sensor.steps, batch.x, None, probes, unit, step.size, batch.evaluate, "evaluation")
     told = torch.stack([jacobians.push(seen.probes[:, q] * unit) for q in range(count)], 1)
     gone = torch.zeros(rows, count, 1, dtype=torch.bool) if seen.missing is None else seen.missing[..., None]
     left, known = (
         (v.masked_fill(gone, 0.0)).square().sum((0, 1)).sqrt() for v in (seen.differences - told, seen.differences)
     )
     size_of = torch.maximum(known, left).clamp(min=1e-300)
-    blur = (sensor.report.noise or 0.0) / (math.sqrt(2.0) * size)
-    expected = 4.0 * blur * math.sqrt(rows * count) / size_of
+    # What is checked has the errors of its own entries, of which a direction sees as many as a row has.
+    widest = jacobians.pattern.widest if isinstance(jacobians, Sparse) else inputs
+    own = 2.0 * (step.blur(sensor.sides) + step.bend(sensor.sides)) * math.sqrt(widest / count)
+    expected = 4.0 * (step.blur(2) + own) * math.sqrt(rows * count) / size_of
     # An output that does not move at all, but for rounding, has no direction to be wrong in.
-    silent = torch.maximum(known, left) <= 1e3 * precision / size * (1.0 + y.abs().amax(0))
+    silent = torch.maximum(known, left) <= 1e3 * precision / step.size * (1.0 + y.abs().amax(0))
     coupled = _coupled(batch, y, precision, sensor.report.noise or 0.0)
     calls = batch.caller.counts.total - before
     return Verification((left / size_of).masked_fill(silent, 0.0), expected, tolerance, calls, coupled)
