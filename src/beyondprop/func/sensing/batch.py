@@ -26,6 +26,7 @@ class Batch:
 
     Attributes:
         x: the differentiated inputs, flat, `(B, n)`.
+        given: their precisions, before half was widened.
 
     Raises:
         NonFiniteError: if an input that is differentiated holds NaN or Inf.
@@ -44,6 +45,7 @@ class Batch:
         self.caller, self.argnums, self.seed, self.rows = caller, tuple(argnums), seed, rows
         _check(inputs, self.argnums)
         self.inputs = [x.detach().float() if x.dtype in _NARROW else x.detach() for x in inputs]
+        self.given = tuple(inputs[i].dtype for i in self.argnums)
         wanted = [self.inputs[i] for i in self.argnums]
         self.shapes = [x.shape[1:] for x in wanted]
         self.dtypes = [x.dtype for x in wanted]
@@ -81,9 +83,10 @@ class Batch:
         """Call the box at the inputs: each output `(B, ...)`."""
         return self.caller(self.inputs, kind, seed=self.seed).leaves
 
-    def precision(self, leaves: Sequence[Tensor]) -> float:
-        """Return the relative precision of the box's numbers: that of its inputs or outputs, whichever is coarser."""
-        return max(torch.finfo(x).eps for x in (*self.dtypes, *(leaf.dtype for leaf in leaves)))
+    @property
+    def precision(self) -> float:
+        """The relative precision of the box's numbers, as far as it is known: of its inputs or outputs, the coarser."""
+        return max(self.caller.precision, *(torch.finfo(x).eps for x in self.dtypes))
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return flat rows `(R, n)` as the differentiated inputs, in their own precision and on their own devices."""
@@ -94,16 +97,24 @@ class Batch:
     def evaluate(
         self, points: Tensor, samples: Tensor, kind: str, where: Callable[[int, int], str], may_drop: bool
     ) -> Outcome:
-        """Call the box at points `(G, S, n)` in place of the inputs of `S` samples; one output, `(G * S, m)` float64."""
+        """Call the box at points `(G, S, n)` in place of the inputs of `S` samples; one output, `(G * S, m)` float64.
+
+        Inputs of unlike precision are rounded in `points`, too, so that these are what the box was given.
+        """
+        if len(set(self.dtypes)) > 1:
+            for part, dtype in zip(points.split(self.widths, dim=-1), self.dtypes, strict=True):
+                part.copy_(part.to(dtype))
         groups, rows = points.shape[:2]
         together = self.caller.settings.seed_kwarg is None
         found = []
         # Each group is a call of its own where they are to share a seed.
         for low in range(0, groups, groups if together else 1):
             part = points[low : low + (groups if together else 1)]
-            inputs = [x[samples.to(x.device)].repeat(len(part), *[1] * (x.ndim - 1)) for x in self.inputs]
-            for index, own in zip(self.argnums, self.split(part.flatten(0, 1)), strict=True):
-                inputs[index] = own
+            own = iter(self.split(part.flatten(0, 1)))
+            inputs = [
+                next(own) if index in self.argnums else x[samples.to(x.device)].repeat(len(part), *[1] * (x.ndim - 1))
+                for index, x in enumerate(self.inputs)
+            ]
             found.append(
                 self.caller(
                     inputs,
@@ -147,11 +158,11 @@ def _check(inputs: Sequence[Tensor], argnums: Sequence[int]) -> None:
             f"The batch is empty: the black box got the shape {tuple(inputs[0].shape)}, and needs one row or more."
         )
     for index in argnums:
-        if index >= len(inputs):
+        if not -1 < index < len(inputs):
             raise ValueError(f"argnums names input {index}, and the black box got {len(inputs)}.")
         if not inputs[index].is_floating_point():
             kind = str(inputs[index].dtype).removeprefix("torch.")
             raise TypeError(
-                f"Input {index} of the black box is {kind}; what is differentiated must be floats. Name those inputs that are "
-                "in argnums."
+                f"Input {index} of the black box is {kind}; what is differentiated must be floats: convert it, or "
+                "name a layer's float inputs in argnums."
             )

@@ -115,6 +115,7 @@ class Caller:
         counts: its calls so far.
         spec, shapes: the structure of what it returns, and the shape of each output without the rows; None before the first
             call.
+        precision: of the coarsest numbers that it returned, relative; 0 before the first call.
         lock: held while calls are counted.
     """
 
@@ -123,6 +124,7 @@ class Caller:
     counts: Counts = field(default_factory=Counts)
     spec: TreeSpec | None = None
     shapes: tuple[tuple[int, ...], ...] | None = None
+    precision: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -272,6 +274,7 @@ class Caller:
                     "If it takes one row at a time, give vectorized=False."
                 )
             found.append(value if self.settings.vectorized else value[None])
+        self.precision = max(self.precision, *(torch.finfo(x.dtype).eps for x in found))
         shapes = tuple(tuple(x.shape[1:]) for x in found)
         if self.shapes is None:
             self.spec, self.shapes = spec, shapes

@@ -105,5 +105,6 @@ def signs(batch: int, count: int, inputs: int, generator: torch.Generator | None
     for low in range(0, count, inputs):  # at most `inputs` directions are orthogonal
         basis, triangle = torch.linalg.qr(drawn[:, low : low + inputs].mT)
         # Signs as Gram-Schmidt has them: the first direction stays as it was drawn.
-        blocks.append((basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None]).mT * math.sqrt(inputs))
+        sides = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+        blocks.append((basis * sides[:, None]).mT * math.sqrt(inputs))
     return torch.cat(blocks, dim=1)

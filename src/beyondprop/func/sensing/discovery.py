@@ -18,6 +18,7 @@ _HELD_OUT = 1
 _TOLERANCE = 1e-5
 _PRUNED, _SLIGHT = 1e-6, 1e-8
 _FIRST_SPARSITY = 5
+_AMPLE, _GAIN, _MINOR = 1.25, 0.7, 0.3
 _RMS = 0.5  # of a direction's entries: those of four that make up a unit, along which curvature is measured
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -33,6 +34,8 @@ class Detection:
         probes: directions a sample that it took, those held out among them.
         residual: misfit of each output along probes that the pattern was not found with, relative to its derivatives, `(m,)`.
         unexplained: outputs that no few inputs explain, whose rows are taken as dense.
+
+    Where each input was moved by itself, nothing was held out, and the residual is 0.
     """
 
     pattern: Pattern
@@ -77,6 +80,7 @@ def detect(
     count = probes or min(inputs, _first(batch, inputs, sparsity) + _HELD_OUT)
     taken: Tensor | None = None
     seen: Tensor | None = None
+    before = math.inf
     while True:
         if count >= inputs / 2 and probes is None:
             return _dense(look, batch, outputs, inputs, blur, max(_SLIGHT, 10.0 * precision))
@@ -86,9 +90,14 @@ def detect(
         taken = new if taken is None else torch.cat([taken, new], 1)
         seen = along if seen is None else torch.cat([seen, along], 1)
         rounding = precision * float(seen.square().mean().sqrt())
-        found = _tried(taken, seen, max(blur, rounding), max(_PRUNED, 10.0 * precision), sparsity)
-        if probes is not None or not len(found.unexplained):
-            return found
+        found, misfit = _tried(taken, seen, max(blur, rounding), max(_PRUNED, 10.0 * precision), sparsity)
+        doubtful = misfit > 0
+        missed = float(misfit.clamp(min=0.0).square().sum())
+        if missed > _GAIN * before and bool((found.residual[doubtful] < _MINOR).all()):
+            return found  # more probes show no more: what is missed is curvature, or noise beyond what was told
+        if probes is not None or not bool(doubtful.any()):
+            return _explained(found, doubtful)
+        before = missed
         count = min(max(count + 2, math.ceil(1.25 * count)), inputs)
 
 
@@ -99,9 +108,12 @@ def _first(batch: int, inputs: int, sparsity: int | None) -> int:
     return math.ceil(known + 0.5 + max(alone - known, 0.0) / batch**0.8)
 
 
-def _tried(probes: Tensor, seen: Tensor, blur: float, negligible: float, sparsity: int | None) -> Detection:
-    """Find a pattern along all probes but those held out, and see whether it explains these."""
-    fitted = max(probes.shape[1] - _HELD_OUT, 1)
+def _tried(
+    probes: Tensor, seen: Tensor, blur: float, negligible: float, sparsity: int | None
+) -> tuple[Detection, Tensor]:
+    """Find a pattern along all probes but those held out, and by how much each output misses these beyond what is due."""
+    batch, count = probes.shape[:2]
+    fitted = max(count - _HELD_OUT, 1)
     # Whether a support explains its row is asked of the probes that were held out: curvature is no noise, and as large here.
     mask, _ = shared_supports(probes[:, :fitted], seen[:, :fitted], sparsity=sparsity)
     pattern = Pattern(mask)
@@ -112,11 +124,21 @@ def _tried(probes: Tensor, seen: Tensor, blur: float, negligible: float, sparsit
     left = seen[:, fitted:] - values.along(probes[:, fitted:])
     scale = seen.square().mean((0, 1)).sqrt()
     misfit = left.square().mean((0, 1)).sqrt() if left.shape[1] else torch.zeros_like(scale)
-    allowed = 10.0 * blur * math.sqrt(1.0 + pattern.widest)
-    doubtful = misfit > _TOLERANCE * scale + allowed
-    residual = torch.where(scale > 0, misfit / scale.clamp(min=1e-300), 0.0).masked_fill(doubtful, 1.0)
+    # The values that were fitted have errors, too, and a mean of few squares is known to a share alone.
+    own = 1.0 + pattern.row_counts / (fitted - pattern.row_counts).clamp(min=1)
+    allowed = blur * own.sqrt() * (1.0 + 4.0 / math.sqrt(2.0 * batch * _HELD_OUT))
+    residual = torch.where(scale > 0, misfit / scale.clamp(min=1e-300), 0.0)
+    excess = misfit - _TOLERANCE * scale - _AMPLE * allowed
+    return Detection(Pattern(mask), count, residual, torch.empty(0, dtype=torch.int64)), excess
+
+
+def _explained(found: Detection, doubtful: Tensor) -> Detection:
+    """Return what was found with the rows that it does not explain taken as dense."""
+    if not bool(doubtful.any()):
+        return found
+    mask = found.pattern.mask()
     mask[doubtful] = True
-    return Detection(Pattern(mask), probes.shape[1], residual, torch.nonzero(doubtful).flatten())
+    return Detection(Pattern(mask), found.probes, found.residual, torch.nonzero(doubtful).flatten())
 
 
 def _dense(look: Look, batch: int, outputs: int, inputs: int, blur: float, negligible: float) -> Detection:

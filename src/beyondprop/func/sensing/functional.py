@@ -48,24 +48,30 @@ class _Sensed:
             raise TypeError(f"x must be a tensor, got {type(x).__name__}; torch.from_numpy makes one.")
         if x.ndim not in (1, 2):
             raise ValueError(f"x must have the shape (n,) or (N, n), got {tuple(x.shape)}.")
+        if not x.shape[-1]:
+            raise ValueError(f"x must have one input or more, got the shape {tuple(x.shape)}.")
         self.is_single = x.ndim == 1
         self.sensor = Sensor(wanted, steps, generator)
         seed = None if calls.seed_kwarg is None else int(torch.randint(2**31 - 1, (), generator=generator))
         self.batch = Batch(Caller(fn, calls), [x[None] if self.is_single else x], [0], seed)
-        self.sensor.check_bounds(self.batch.x)
+        self.sensor.check_bounds(self.batch.x, self.batch.given[0])
 
     def start(self) -> tuple[Tensor, float]:
         """Return the value there, and its precision; it costs one call a sample."""
-        leaves = self.batch.value("forward")
-        return flattened(leaves), self.batch.precision(leaves)
+        y = flattened(self.batch.value("forward"))
+        return y, self.batch.precision
 
     def linearise(self, outputs: int | None) -> Linearised:
         """Return the Jacobians; the value is not asked for where the number of outputs is known and nothing starts from it."""
         needs_value = self.sensor.steps.difference == "forward" or outputs is None
-        y, precision = self.start() if needs_value else (None, self.batch.precision([self.batch.x]))
+        y = flattened(self.batch.value("forward")) if needs_value else None
         number = outputs if y is None else y.shape[1]
         assert number is not None
-        return self.sensor.linearise(self.batch.x, y, precision, number, self.batch.evaluate)
+        precision = self.batch.precision
+        found = self.sensor.linearise(self.batch.x, y, precision, number, self.batch.evaluate)
+        if self.batch.precision > precision:  # the box returns coarser numbers than it takes, which it has shown by now
+            found = self.sensor.linearise(self.batch.x, y, self.batch.precision, number, self.batch.evaluate)
+        return found
 
 
 def _outputs(wanted: Wanted) -> int | None:
@@ -88,7 +94,7 @@ def jacobian(
     """Return the Jacobian of a black box at a point, or at every one of a batch.
 
     With a pattern it takes the probes' calls and no other; without one, one more a point, which says how many outputs there
-    are.
+    are. Where `fn` returns float32 for float64, the step must be larger, and all calls are made again.
 
     Args:
         fn: takes rows `(rows, n)`, as a NumPy array by default, and returns `(rows, m)`.
@@ -182,6 +188,8 @@ def detect_pattern(
 
     Source: simultaneous orthogonal matching pursuit, Tropp, Gilbert & Strauss, Signal Processing 86 (2006).
     """
+    if probes is not None:
+        _checks.at_least("probes", probes, 3)
     sensed = _Sensed(fn, x, generator, {"pattern": "discover", "sparsity": sparsity, **options})
     y, precision = sensed.start()
     return sensed.sensor.discover(sensed.batch.x, precision, y.shape[1], sensed.batch.evaluate, probes)

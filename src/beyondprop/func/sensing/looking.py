@@ -49,7 +49,8 @@ def look(
         side = "" if not central else (" ahead" if group < count else " behind")
         return f"sample {sample}, probe {group % count} of {count}{side}"
 
-    values, missing = evaluated(points, evaluate, kind, where)
+    # Set-up decides for good: it does without no call.
+    values, missing = evaluated(points, evaluate, kind, where, may_drop=kind != "setup")
     taken = points.to(torch.float64)
     if central:
         moved, change = taken[:count] - taken[count:], values[:count] - values[count:]
@@ -76,7 +77,7 @@ def points_of(steps: StepSettings, x: Tensor, probes: Tensor, reach: Tensor, *, 
 
 
 def evaluated(
-    points: Tensor, evaluate: Evaluate, kind: str, where: Callable[[int, int], str]
+    points: Tensor, evaluate: Evaluate, kind: str, where: Callable[[int, int], str], *, may_drop: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Return the outputs at points `(G, B, n)`, `(G, B, m)`, and which are missing, `(G, B)`; in parts that memory holds."""
     groups, batch = points.shape[:2]
@@ -85,7 +86,7 @@ def evaluated(
     values, missing = [], []
     for low in range(0, groups, step):
         part = points[low : low + step]
-        found = evaluate(part, samples, kind, lambda g, b, low=low: where(low + g, b), True)
+        found = evaluate(part, samples, kind, lambda g, b, low=low: where(low + g, b), may_drop)
         values.append(found.leaves[0].view(len(part), batch, -1))
         missing.append(None if found.missing is None else found.missing.view(len(part), batch))
     if all(each is None for each in missing):

@@ -78,6 +78,10 @@ class Wanted:
             raise ValueError(f"structure is solved jointly and goes with method='auto', got {self.method!r}.")
         if self.structure is not None and self.pattern == "discover":
             raise ValueError("structure and pattern='discover' do not go together; give the pattern, or leave it out.")
+        if self.pattern == "discover" and self.method in ("dense", "spsa"):
+            raise ValueError(
+                f"method={self.method!r} uses no pattern, and pattern='discover' would pay for one; leave it out."
+            )
         if self.method == "l1" and self.pattern is not None:
             raise ValueError("method='l1' is for a pattern that is not known; leave pattern out, or take 'regression'.")
         if self.method == "l1" and self.sparsity is None and self.probes is None:
@@ -127,7 +131,14 @@ class Plan:
 
 
 def plan(
-    wanted: Wanted, outputs: int, inputs: int, *, sides: int, noisy: bool, generator: torch.Generator | None
+    wanted: Wanted,
+    outputs: int,
+    inputs: int,
+    *,
+    sides: int,
+    noisy: bool,
+    unit: Tensor,
+    generator: torch.Generator | None,
 ) -> Plan:
     """Return how to sense a box with so many outputs and inputs.
 
@@ -137,12 +148,13 @@ def plan(
         inputs: n.
         sides: calls a probe, 1 or 2.
         noisy: whether more than rounding blurs the outputs.
+        unit: scale of every input, `(n,)`; probes are in units of it, and tied entries are not.
         generator: for probe directions; None: always the same ones.
 
     Raises:
         ValueError: if pattern or structure have another shape, or the probes are too few.
     """
-    found = _planned(wanted, (outputs, inputs), sides, noisy, generator)
+    found = _planned(wanted, (outputs, inputs), sides, noisy, unit, generator)
     found.shape = (outputs, inputs)
     return found
 
@@ -154,14 +166,14 @@ def check_shape(given: tuple[int, int], outputs: int, inputs: int) -> None:
 
 
 def _planned(
-    wanted: Wanted, shape: tuple[int, int], sides: int, noisy: bool, generator: torch.Generator | None
+    wanted: Wanted, shape: tuple[int, int], sides: int, noisy: bool, unit: Tensor, generator: torch.Generator | None
 ) -> Plan:
     outputs, inputs = shape
     given = Pattern.dense(outputs, inputs) if wanted.pattern == "dense" else wanted.pattern
     if given is not None:
         check_shape(given.shape, outputs, inputs)
     if wanted.structure is not None:
-        return _structured(wanted, given, shape, sides, noisy, generator)
+        return _structured(wanted, given, shape, sides, noisy, unit, generator)
     if given is not None and not given.nnz:
         return Plan("coloring", 0, 0, "no output depends on any input", pattern=given)
     choice, reason = wanted.method, "asked for"
@@ -260,6 +272,8 @@ def _rainbow(wanted: Wanted, pattern: Pattern, sides: int, generator: torch.Gene
     overlap = max(1, -(-pattern.widest // 2))
     classes = weak_classes(pattern, overlap)
     each = overlap + 1
+    if len(classes) * each > pattern.shape[1]:  # then every column is a class by itself
+        classes, each = [torch.tensor([j]) for j in range(pattern.shape[1])], 1
     directions = torch.zeros(len(classes) * each, pattern.shape[1], dtype=torch.float64)
     for index, members in enumerate(classes):
         directions[index * each : (index + 1) * each, members] = designs.general(each, len(members), generator)
@@ -299,10 +313,11 @@ def _structured(
     shape: tuple[int, int],
     sides: int,
     noisy: bool,
+    unit: Tensor,
     generator: torch.Generator | None,
 ) -> Plan:
     ties = Ties(wanted.structure, pattern, shape)
-    found = tied.design(ties, wanted.probes, generator, more=2 if noisy else 0)
+    found = tied.design(ties, wanted.probes, unit, generator, more=2 if noisy else 0)
     count = len(found.probes)
     reason = f"{ties.count} unknowns for {ties.pattern.nnz} nonzeros"
-    return Plan("structured", count, sides * count, reason, found.probes, ties.pattern, tied=found)
+    return Plan("structured", count, sides * count, reason, found.probes / unit, ties.pattern, tied=found)

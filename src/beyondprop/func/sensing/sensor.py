@@ -27,11 +27,21 @@ from beyondprop.func.sensing.recoveries import (
     unscaled,
 )
 from beyondprop.func.sensing.robust import decode
-from beyondprop.func.sensing.steps import Step, StepSettings, bounds_of, default_size, measured, scales
+from beyondprop.func.sensing.steps import (
+    LONGEST,
+    Step,
+    StepSettings,
+    base_scales,
+    bounds_of,
+    default_size,
+    measured,
+    scales,
+)
 
 _MOST_NUMBERS = 32_000_000
 _MISFIT, _SLIGHT = 1e-2, 1e-3
 _LOOKED_AT, _FIRST_LOOKS, _CONFIRMATIONS = 8, 16, 2
+_MOST_MEASURED = 1024
 
 
 @dataclass
@@ -67,6 +77,7 @@ class Sensor:
         detection: what was found with `pattern="discover"`.
         report: what was found when the box was sensed last.
         measured_step: the step that noise and curvature made; None: not measured.
+        unconfirmed: on how many further batches the pattern that was found is to be looked at.
     """
 
     def __init__(self, wanted: Wanted, steps: StepSettings, generator: torch.Generator | None = None) -> None:
@@ -79,15 +90,16 @@ class Sensor:
         self.detection: Detection | None = None
         self.report = Report()
         self.measured_step: Step | None = None
-        self._warned, self._looks, self._unconfirmed = False, 0, 0
+        self.unconfirmed = 0
+        self._warned, self._looks, self._flat = False, 0, 0
 
     @property
     def sides(self) -> int:
         """Calls a probe."""
         return 2 if self.steps.difference == "central" else 1
 
-    def prepare(self, outputs: int, inputs: int, found: Pattern | None = None) -> Plan:
-        """Plan how to sense a box of so many outputs and inputs, whose pattern was found where it had to be.
+    def prepare(self, outputs: int, inputs: int) -> Plan:
+        """Plan how to sense a box of so many outputs and inputs; a pattern that must be found was found.
 
         Raises:
             ValueError: where what is known does not fit these numbers.
@@ -97,10 +109,13 @@ class Sensor:
         else:
             self.steps.check(inputs)
             wanted = self.wanted
-            if found is not None:
+            if self.detection is not None:
+                found = self.detection.pattern
                 wanted = Wanted(found, None, wanted.method, wanted.probes)
-            noisy = self.steps.noise not in (None, 0)
-            self.plan = plan(wanted, outputs, inputs, sides=self.sides, noisy=noisy, generator=self.generator)
+            noisy, unit = self.steps.noise not in (None, 0), base_scales(self.steps, inputs)
+            self.plan = plan(
+                wanted, outputs, inputs, sides=self.sides, noisy=noisy, unit=unit, generator=self.generator
+            )
         return self.plan
 
     @property
@@ -130,7 +145,7 @@ class Sensor:
             is_new = True
         else:
             is_new = False
-        found = self.prepare(outputs, x.shape[1], None if self.detection is None else self.detection.pattern)
+        found = self.prepare(outputs, x.shape[1])
         if found.pattern is not None and not found.probes:
             return Sparse(found.pattern, torch.zeros(len(x), 0, dtype=torch.float64))
         probes = found.directions
@@ -143,9 +158,13 @@ class Sensor:
         else:
             seen = look(self.steps, x, y, probes, unit, step.size, evaluate, kind)
             check_shape(found.shape, seen.differences.shape[-1], x.shape[1])
+            if found.tied is not None:  # what is tied are entries in the inputs' own units
+                base = base_scales(self.steps, x.shape[1])
+                seen, unit = seen._replace(probes=seen.probes * base), unit[:, :1] / base[:1]
+                unit = unit.expand(len(x), x.shape[1])
             jacobians = self._solved(found, seen, step)
             if isinstance(jacobians, Sparse) and kind == "backward":  # `verify` tells by itself
-                if self._unconfirmed and not is_new and not self._confirmed(jacobians, x, unit, step, evaluate):
+                if self.unconfirmed and not is_new and not self._confirmed(jacobians, x, unit, step, evaluate):
                     self._widen(x, precision, outputs, evaluate)
                     return self.linearise(x, y, precision, outputs, evaluate, kind)
                 self._check_fit(jacobians, seen, step)
@@ -179,12 +198,36 @@ class Sensor:
             sparsity=self.wanted.sparsity,
             generator=generator,
         )
-        self._unconfirmed = _CONFIRMATIONS
+        self.unconfirmed = _CONFIRMATIONS
+        if self.detection.pattern.is_dense and self.steps.noise in (None, 0):
+            self._ask_twice(x, precision, evaluate)
         return self.detection
+
+    def _ask_twice(self, x: Tensor, precision: float, evaluate: Evaluate) -> None:
+        """Tell undeclared noise, for which every input seems to move every output."""
+        few = x[:_LOOKED_AT].expand(2, -1, -1)
+        values, _ = evaluated(few, evaluate, "setup", lambda g, b: f"sample {b}", may_drop=False)
+        if bool(((values[1] - values[0]).abs() > 1e2 * precision * (1.0 + values[0].abs())).any()):
+            noise = float((values[1] - values[0]).square().mean().sqrt()) / math.sqrt(2.0)
+            warnings.warn(
+                f"A black box seems to have no pattern, but it has noise of about {noise:.1e}, in which every input seems to "
+                "move every output. Give noise='estimate', or seed_kwarg.",
+                SensingWarning,
+                stacklevel=2,
+            )
+
+    def _must_measure(self) -> bool:
+        """Whether there is no step yet, or one as long as any: where the box was flat, it is measured again, now and then."""
+        if self.measured_step is None:
+            return True
+        if self.measured_step.size < LONGEST or self.wanted.method == "robust":
+            return False
+        self._flat += 1
+        return self._flat <= _MOST_MEASURED and self._flat.bit_count() == 1
 
     def _confirmed(self, jacobians: Sparse, x: Tensor, unit: Tensor, step: Step, evaluate: Evaluate) -> bool:
         """Look along one fresh direction at some samples of a batch that the pattern was not found on."""
-        self._unconfirmed -= 1
+        self.unconfirmed -= 1
         few = slice(_LOOKED_AT)
         fresh = designs.general(1, x.shape[1], torch.Generator().manual_seed(3))
         seen = look(self.steps, x[few], None, fresh, unit[few], step.size, evaluate, "setup")
@@ -197,19 +240,19 @@ class Sensor:
 
     def _widen(self, x: Tensor, precision: float, outputs: int, evaluate: Evaluate) -> None:
         """Find the pattern on another batch, too: what either has may be nonzero."""
-        before, unconfirmed = self.detection, self._unconfirmed
+        before, unconfirmed = self.detection, self.unconfirmed
         assert before is not None
         now = self.discover(x, precision, outputs, evaluate)
         rows, columns = (
             torch.cat([getattr(one.pattern, name) for one in (before, now)]) for name in ("rows", "columns")
         )
         self.detection = replace(now, pattern=Pattern.of_entries(rows, columns, now.pattern.shape))
-        self.plan, self._unconfirmed = None, unconfirmed
+        self.plan, self.unconfirmed = None, unconfirmed
 
     def _measured(self, x: Tensor, probes: Tensor, precision: float, evaluate: Evaluate) -> Step:
         # A step that is given is how far a probe moves those inputs that it moves.
         given = None if isinstance(self.steps.step, str) else 1.0 / float(probes[probes != 0].square().mean().sqrt())
-        if self.measured_step is None:
+        if self._must_measure():
             if self.steps.noise in (None, 0):
                 return Step(given or default_size(self.steps, precision), 0.0)
             shared = probes if probes.ndim == 2 else probes[0]
@@ -219,7 +262,7 @@ class Sensor:
                 found = evaluate(points, samples, "setup", lambda g, b: f"set-up point {g} of sample {b}", False)
                 return found.leaves[0].view(points.shape[0], points.shape[1], -1)
 
-            self.measured_step = measured(
+            found = measured(
                 self.steps,
                 x,
                 shared,
@@ -228,6 +271,9 @@ class Sensor:
                 shared=self.plan is not None and self.plan.scales_are_shared,
                 is_corrupted=self.wanted.method == "robust",
             )
+            if self.measured_step is None or found.size < self.measured_step.size:
+                self.measured_step = found
+        assert self.measured_step is not None
         if given is not None:
             return replace(self.measured_step, size=given)
         return self.measured_step
@@ -316,10 +362,10 @@ class Sensor:
                 jacobians = found.rows.fit(difference.masked_fill(~good, 0.0), along, ~good)
         return jacobians
 
-    def check_bounds(self, x: Tensor) -> None:
-        """Raise `ValueError` where inputs `(B, n)` lie outside the bounds."""
+    def check_bounds(self, x: Tensor, given: torch.dtype) -> None:
+        """Raise `ValueError` where inputs `(B, n)` lie outside the bounds, as these are in the precision that was given."""
         self.steps.check(x.shape[1])
-        low, high = bounds_of(self.steps, x)
+        low, high = bounds_of(self.steps, x.to(given))
         if low is None or high is None:
             return
         outside = (x.to(torch.float64) < low) | (x.to(torch.float64) > high)

@@ -17,7 +17,7 @@ DIFFERENCES = ("central", "forward")
 _POINTS = 8
 _LEVELS = (3, 4, 5)
 _WIDENINGS = 3
-_COARSE = 0.25
+_WIDTHS = (0.25, 0.125, 0.0625)
 _SECOND = ((0.0, 1.0, -2.0, 1.0, 0.0), 2)
 _THIRD = ((-0.5, 1.0, 0.0, -1.0, 0.5), 3)
 _SAMPLES = 4
@@ -35,7 +35,7 @@ class StepSettings:
         step: `"auto"`; a number > 0, how far a probe moves the inputs that it moves (r.m.s.), in units of `x_scale`; or one for
             each input, `(n,)`.
         noise: standard deviation of each output; None: none beyond rounding; `"estimate"`: measured at the first backward pass.
-        x_scale: typical size of each input, `(n,)` or a number; None: 1.
+        x_scale: typical size of each input, `(n,)` or a number; None: 1, and more for inputs that are larger.
         bounds: `(low, high)`, numbers, `(n,)` or None for no bound: probes stay between them.
     """
 
@@ -96,6 +96,10 @@ def bounds_of(settings: StepSettings, x: Tensor) -> tuple[Tensor | None, Tensor 
     return low, high
 
 
+LONGEST = 2 * _WIDTHS[0]
+"""The longest step: twice the width at which curvature is measured."""
+
+
 @dataclass
 class Step:
     """How far probes go, as it was found.
@@ -120,21 +124,31 @@ class Step:
         return (self.curvature or 0.0) * (self.size**2 / 6 if sides == 2 else self.size / 2)
 
 
+def base_scales(settings: StepSettings, inputs: int) -> Tensor:
+    """Return the scale of every input, `(n,)` float64, before any sample is looked at."""
+    unit = torch.ones(inputs, dtype=torch.float64)
+    for value in (settings.x_scale, None if isinstance(settings.step, str) else settings.step):
+        unit = unit if value is None else unit * as_tensor(value)
+    return unit
+
+
 def scales(settings: StepSettings, x: Tensor, *, shared: bool) -> Tensor:
     """Return the scale of every input of every sample, `(B, n)` float64.
 
     Args:
-        settings: with the inputs' typical size; `step="auto"` follows inputs that are larger.
+        settings: with the inputs' typical size; where there is none, `step="auto"` follows inputs that are larger than 1.
         x: inputs `(B, n)`.
         shared: whether all inputs of a sample must have their scales in proportion, as those of tied entries.
     """
-    unit = torch.ones(x.shape[1], dtype=torch.float64)
-    if settings.x_scale is not None:
-        unit = unit * as_tensor(settings.x_scale)
+    unit = base_scales(settings, x.shape[1])
     if not isinstance(settings.step, str):
-        return (unit * as_tensor(settings.step)).expand(x.shape)
-    relative = (x.abs().to(torch.float64) / unit).clamp(min=1.0)
-    return unit * (relative.amax(1, keepdim=True) if shared else relative)
+        return unit.expand(x.shape)
+    if settings.x_scale is not None:
+        return unit.expand(x.shape)
+    # An input's rounding counts as noise, so that the best step grows with a root of its size. To grow with the size itself, as
+    # is common, suits functions of its logarithm alone: at 100, a step of float32 would be 0.5.
+    relative = x.abs().to(torch.float64).clamp(min=1.0) ** (1 / 3 if settings.difference == "central" else 1 / 2)
+    return relative.amax(1, keepdim=True).expand(x.shape) if shared else relative
 
 
 def default_size(settings: StepSettings, precision: float) -> float:
@@ -187,10 +201,14 @@ def measured(
     if not isinstance(settings.step, str) or noise == 0.0:
         return Step(default, noise)
     if is_corrupted:
-        return Step(min(max((3 * noise) ** (1 / 3), default), 2 * _COARSE), noise)
-    values = at(torch.linspace(-2.0, 2.0, 5, dtype=torch.float64) * _COARSE)
-    second, third = (_derivative(values, weights, order, noise) for weights, order in (_SECOND, _THIRD))
-    longest = 2 * _COARSE
+        return Step(min(max((3 * noise) ** (1 / 3), default), 2 * _WIDTHS[0]), noise)
+    places = [side * width * reach for width in _WIDTHS for reach in (1, 2) for side in (-1, 1)]
+    places = sorted({0.0, *places})
+    values = dict(zip(places, at(torch.tensor(places, dtype=torch.float64)), strict=True))
+    second, third = (
+        max(_derivative(values, width, *stencil, noise) for width in _WIDTHS) for stencil in (_SECOND, _THIRD)
+    )
+    longest = 2 * _WIDTHS[0]
     by_third = math.inf if third == 0.0 else (3 * noise / third) ** (1 / 3)
     if settings.difference == "central":
         return Step(min(max(by_third, default), longest), noise, third)
@@ -199,11 +217,16 @@ def measured(
     return Step(min(max(min(by_second, by_third), default), longest), noise, second)
 
 
-def _derivative(values: Tensor, weights: tuple[float, ...], order: int, noise: float) -> float:
-    """Return the size of a derivative at five points, with what noise adds to it taken off."""
-    seen = torch.einsum("g,gbm->bm", torch.tensor(weights, dtype=torch.float64), values)
+def _derivative(
+    values: dict[float, Tensor], width: float, weights: tuple[float, ...], order: int, noise: float
+) -> float:
+    """Return the size of a derivative from five points, with what noise adds taken off: 0 where it may be noise alone."""
+    seen = sum(weight * values[place * width] for place, weight in zip(range(-2, 3), weights, strict=True) if weight)
+    assert isinstance(seen, Tensor)
     spread = noise**2 * sum(w * w for w in weights)
-    return math.sqrt(max(float(seen.square().mean()) - spread, 0.0)) / _COARSE**order
+    square = float(seen.square().mean())
+    by_chance = spread * (1.0 + 4.0 * math.sqrt(2.0 / seen.numel()))
+    return math.sqrt(square - spread) / width**order if square > by_chance else 0.0
 
 
 def _noise(at: Callable[[Tensor], Tensor], precision: float) -> float:

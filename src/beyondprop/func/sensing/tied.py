@@ -137,8 +137,15 @@ class Tied:
         return torch.from_numpy(np.ascontiguousarray(self._factors.solve(unknowns.T.numpy()).T))
 
 
-def design(ties: Ties, count: int | None, generator: torch.Generator | None, *, more: int = 0) -> Tied:
+def design(ties: Ties, count: int | None, unit: Tensor, generator: torch.Generator | None, *, more: int = 0) -> Tied:
     """Return the problem for the fewest probes that determine all unknowns well and some more, or for `count` of them.
+
+    Args:
+        ties: which entries are equal.
+        count: of probes; None: as many as it takes.
+        unit: scale of every input, `(n,)`: entries are equal in the inputs' own units, so the probes are in these.
+        generator: for probes.
+        more: probes beyond those that it takes.
 
     Raises:
         ValueError: if `count` probes do not determine all unknowns.
@@ -148,7 +155,9 @@ def design(ties: Ties, count: int | None, generator: torch.Generator | None, *, 
     generator = generator or torch.Generator().manual_seed(0)
 
     def best_of(number: int) -> Tied:
-        return min((Tied(ties, general(number, n, generator)) for _ in range(_DRAWS)), key=lambda one: one.condition)
+        return min(
+            (Tied(ties, general(number, n, generator) * unit) for _ in range(_DRAWS)), key=lambda one: one.condition
+        )
 
     well = _WELL * math.sqrt(ties.count)
     found: Tied | None = None
@@ -159,7 +168,7 @@ def design(ties: Ties, count: int | None, generator: torch.Generator | None, *, 
     if found is not None and math.isfinite(found.condition):
         return found
     if count is None:
-        identity = Tied(ties, torch.eye(n, dtype=torch.float64))
+        identity = Tied(ties, torch.eye(n, dtype=torch.float64) * unit)
         if math.isfinite(identity.condition):
             return identity
     raise ValueError(

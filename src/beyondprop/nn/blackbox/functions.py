@@ -10,29 +10,29 @@ from torch import Tensor
 
 from beyondprop.nn.blackbox.call import Call
 
-
-def _folded(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors with the mapped dimension joined with the batch."""
-    found = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        if x.ndim < 2:
-            raise ValueError(
-                "The black box must get a batch (N, ...) inside vmap, too; give it x[None] and take [0] of what it returns."
-            )
-        found.append(x.reshape(-1, *x.shape[2:]))
-    return found
-
-
-def _unfolded(info: Any, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    found = tuple(x.reshape(info.batch_size, -1, *x.shape[1:]) for x in tensors)
-    return found, (0,) * len(found)
+Mapped = tuple[tuple[Tensor, ...], tuple[int, ...]]
+"""What a rule for `vmap` returns: outputs, and where their mapped dimension is."""
 
 
 def _is_transformed() -> bool:
     """Whether a transformation of `torch.func` is at work."""
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.peek_interpreter_stack() is not None
+
+
+def _to_front(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with the mapped dimension first."""
+    pairs = zip(tensors, dims, strict=True)
+    return [x.unsqueeze(0).expand(size, *x.shape) if d is None else x.movedim(d, 0) for x, d in pairs]
+
+
+def _folded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with their first dimension joined with the batch."""
+    if any(x.ndim < 2 for x in tensors):
+        raise ValueError(
+            "The black box must get a batch (N, ...) inside vmap, too; give it x[None] and take [0] of what it returns."
+        )
+    return [x.reshape(-1, *x.shape[2:]) for x in tensors]
 
 
 class Evaluate(torch.autograd.Function):
@@ -50,10 +50,11 @@ class Evaluate(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled() or _is_transformed():
-            found = Product.apply(ctx.call, ctx.count, True, *_barred(inputs), *cotangents)
+            stacked = Product.apply(ctx.call, ctx.count, True, *_barred(inputs), *(v[None] for v in cotangents))
+            found = [gradient[0] for gradient in stacked]
         else:  # nothing looks at what happens here
             found = ctx.call.pull(inputs, cotangents)
         gradients: list[Tensor | None] = [None] * ctx.count
@@ -66,11 +67,14 @@ class Evaluate(torch.autograd.Function):
         inputs = ctx.saved_tensors
         own = ctx.call.argnums(inputs)
         moved = [torch.zeros_like(inputs[i]) if (t := tangents[i]) is None else t for i in own]
-        return Product.apply(ctx.call, ctx.count, False, *_barred(inputs), *moved)
+        stacked = Product.apply(ctx.call, ctx.count, False, *_barred(inputs), *(u[None] for u in moved))
+        return tuple(image[0] for image in stacked)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, call: Call, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # type: ignore[override]
-        return _unfolded(info, Evaluate.apply(Call(call.box, call.seed), *_folded(info, in_dims[1:], inputs)))
+    def vmap(info: Any, in_dims: Any, call: Call, *inputs: Tensor) -> Mapped:  # type: ignore[override]
+        folded = _folded(_to_front(info.batch_size, in_dims[1:], inputs))
+        found = Evaluate.apply(Call(call.box, call.seed), *folded)
+        return tuple(x.reshape(info.batch_size, -1, *x.shape[1:]) for x in found), (0,) * len(found)
 
 
 class _Barred(torch.autograd.Function):
@@ -101,12 +105,14 @@ def _barred(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Product(torch.autograd.Function):
-    """`J^T v`, or `J u`: linear in what is multiplied, so that each is the other's derivative; nothing is known of J's own."""
+    """`J^T v`, or `J u`, for K factors `(K, N, ...)`: linear in these, so that each is the other's derivative.
+
+    Nothing is known of J's own derivative.
+    """
 
     @staticmethod
     def forward(call: Call, count: int, is_pull: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        multiply = call.pull if is_pull else call.push
-        return tuple(multiply(tensors[:count], tensors[count:]))
+        return call.products(tensors[:count], tensors[count:], is_pull=is_pull)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -114,7 +120,7 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(*tensors[: ctx.count])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         # What is barred says so where it is asked for.
         nothing = [torch.zeros_like(x) if x.requires_grad else None for x in inputs]
@@ -124,24 +130,21 @@ class Product(torch.autograd.Function):
     @staticmethod
     def vmap(  # type: ignore[override]
         info: Any, in_dims: Any, call: Call, count: int, is_pull: bool, *tensors: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        inputs, factors = tensors[:count], tensors[count:]
-        dims = in_dims[3 + count :]
-        if all(dim is None for dim in in_dims[3 : 3 + count]):  # one Jacobian for all that is multiplied
-            call.linearise(inputs)
-            each = [
-                Product.apply(
-                    call,
-                    count,
-                    is_pull,
-                    *inputs,
-                    *(v if d is None else v.select(d, i) for v, d in zip(factors, dims, strict=True)),
-                )
-                for i in range(info.batch_size)
-            ]
-            found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
-            return found, (0,) * len(found)
-        folded = _folded(info, in_dims[3:], tensors)
-        fresh = Call(call.box, call.seed)
-        fresh.restart(folded[:count])
-        return _unfolded(info, Product.apply(fresh, count, is_pull, *folded))
+    ) -> Mapped:
+        size, inputs, own = info.batch_size, tensors[:count], in_dims[3 : 3 + count]
+        factors = _to_front(size, in_dims[3 + count :], tensors[count:])  # (V, K, N, ...)
+        if all(dim is None for dim in own):  # one Jacobian for all factors
+            found = Product.apply(call, count, is_pull, *inputs, *_folded(factors))
+            return tuple(x.reshape(size, -1, *x.shape[1:]) for x in found), (0,) * len(found)
+        folded = _folded(_to_front(size, own, inputs))
+        factors = [x.movedim(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in factors]  # (K, V * N, ...)
+        found = Product.apply(_Restarted(call.box, call.seed), count, is_pull, *folded, *factors)
+        return tuple(x.reshape(x.shape[0], size, -1, *x.shape[2:]) for x in found), (1,) * len(found)
+
+
+class _Restarted(Call):
+    """A pass whose values another call has asked for."""
+
+    def products(self, inputs: Sequence[Tensor], factors: Sequence[Tensor], *, is_pull: bool) -> tuple[Tensor, ...]:
+        self.restart(inputs)
+        return super().products(inputs, factors, is_pull=is_pull)

@@ -16,7 +16,7 @@ from beyondprop.func.sensing.steps import Step
 _VERSION = 1
 _COUNTS = tuple(field.name for field in fields(Counts))
 _STEP = 4
-_HEAD = 1 + len(_COUNTS) + _STEP + 4
+_HEAD = 1 + len(_COUNTS) + _STEP + 5
 
 
 def packed(counts: Counts, sensor: Sensor) -> Tensor:
@@ -30,9 +30,9 @@ def packed(counts: Counts, sensor: Sensor) -> Tensor:
     head = [_VERSION, *(getattr(counts, name) for name in _COUNTS), *own]
     found = sensor.detection
     if found is None:
-        return torch.tensor([*head, 0, 0, 0, 0], dtype=torch.float64)
+        return torch.tensor([*head, 0, 0, 0, 0, 0], dtype=torch.float64)
     pattern = found.pattern
-    sizes = [*pattern.shape, pattern.nnz, found.probes]
+    sizes = [*pattern.shape, pattern.nnz, found.probes, sensor.unconfirmed]
     parts = [torch.tensor([*head, *sizes], dtype=torch.float64), pattern.rows, pattern.columns, found.residual]
     return torch.cat([part.to(torch.float64) for part in parts])
 
@@ -50,18 +50,16 @@ def unpacked(state: Tensor, counts: Counts, sensor: Sensor) -> None:
     values = state.detach().to("cpu", torch.float64)
     own = dict(zip(_COUNTS, values[1 : 1 + len(_COUNTS)].tolist(), strict=True))
     has_step, size, noise, curvature = values[1 + len(_COUNTS) : 1 + len(_COUNTS) + _STEP].tolist()
-    m, n, nnz, probes = (int(value) for value in values[_HEAD - 4 : _HEAD].tolist())
+    m, n, nnz, probes, unconfirmed = (int(value) for value in values[_HEAD - 5 : _HEAD].tolist())
     if len(values) != _HEAD + 2 * nnz + m:
         raise ValueError("The state of a BlackBox is cut short.")
     for name, value in own.items():
         setattr(counts, name, max(getattr(counts, name), int(value)))
     if has_step:
         sensor.measured_step = Step(size, noise, None if curvature < 0 else curvature)
-    if not m:
+    if not m or sensor.wanted.pattern != "discover":  # a pattern that is given holds
         return
     rows, columns, residual = values[_HEAD:].split([nnz, nnz, m])
     doubtful = torch.nonzero(residual == 1.0).flatten()
-    sensor.detection, sensor.plan = (
-        Detection(Pattern.of_entries(rows, columns, (m, n)), probes, residual, doubtful),
-        None,
-    )
+    sensor.detection = Detection(Pattern.of_entries(rows, columns, (m, n)), probes, residual, doubtful)
+    sensor.plan, sensor.unconfirmed = None, unconfirmed

@@ -38,10 +38,11 @@ class BlackBox(nn.Module):
             same seed in all calls of one forward pass and its backward pass.
         out_features: numbers that it returns for a row; None: as many as it does.
         argnums: which of several inputs are differentiated; None: those that hold floats.
-        refresh: how many backward passes a sample's Jacobian serves, as long as its inputs stay where they were.
+        refresh: how many backward passes a sample's Jacobian serves, as long as its inputs stay where they were; all samples
+            of a batch are sensed then, also where their gradient is 0.
         refresh_within: how far they may move for that, relative to their size where it is above 1.
-        generator: for probe directions; None: those of a plan are always the same, random ones (`spsa`) come from torch's
-            global state.
+        generator: for probe directions; its state is not stored. None: those of a plan are always the same, random ones
+            (`spsa`) come from torch's global state.
         **options: what is known of the Jacobian (`Wanted`): `pattern` (bool `(m, n)`, `scipy.sparse`, `"dense"` or
             `"discover"`), `structure`, `method`, `probes`, `sparsity`; how far probes go (`StepSettings`): `difference`,
             `step`, `noise`, `x_scale`, `bounds`; how `fn` is called (`CallSettings`): `arrays`, `vectorized`, `executor`,
@@ -49,6 +50,7 @@ class BlackBox(nn.Module):
 
     Attributes:
         costly: tells the laboratory that nothing is to be measured on the side.
+        sizes: outputs and inputs of a row, once they are known.
 
     Raises:
         TypeError, ValueError: for bad options here; for bad input, or a box that returns what it should not, in `forward`.
@@ -82,11 +84,17 @@ class BlackBox(nn.Module):
             )
         self.out_features = out_features
         self.argnums = (argnums,) if isinstance(argnums, int) else None if argnums is None else tuple(argnums)
+        if self.argnums is not None and (not self.argnums or len({*self.argnums}) < len(self.argnums)):
+            raise ValueError(f"argnums must name one input or more, each once, got {argnums!r}.")
+        if refresh > 1 and calls.seed_kwarg is not None:
+            raise ValueError(
+                "refresh > 1 does not go with seed_kwarg: a seed is that of one pass, and so are its Jacobians."
+            )
         self.generator = generator
         self.reuse = Reuse(refresh, refresh_within)
         self.caller = Caller(fn, calls)
         self.sensor = Sensor(wanted, steps, generator)
-        self._sizes: tuple[int, int] | None = None
+        self.sizes: tuple[int, int] | None = None
         self.handle = registered(self)
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -121,9 +129,11 @@ class BlackBox(nn.Module):
         wanted = self.sensor.wanted
         if isinstance(wanted.pattern, Pattern):
             return wanted.pattern.shape
+        if self.sensor.detection is not None:
+            return self.sensor.detection.pattern.shape
         if wanted.structure is not None and not isinstance(wanted.structure, str):
             return tuple(wanted.structure.shape)  # type: ignore[return-value]
-        return self._sizes
+        return self.sizes
 
     @property
     def pattern(self) -> Pattern | None:
@@ -158,7 +168,7 @@ class BlackBox(nn.Module):
         call = Call(self)
         if self.sensor.steps.difference == "forward" or self.caller.shapes is None:
             call.value(inputs)
-        found = call.linearise(inputs)
+        found = call.sensed(inputs)
         like = inputs[call.argnums(inputs)[0]]
         return (found.dense() if layout == "dense" else found.coo()).to(like.device, like.dtype)
 
@@ -173,10 +183,10 @@ class BlackBox(nn.Module):
         """
         call = Call(self)
         leaves = call.value(inputs, "evaluation")
-        jacobians = call.linearise(inputs, kind="evaluation")
+        jacobians = call.sensed(inputs, kind="evaluation")
         batch = call.batch(inputs)
         y = flattened(leaves)
-        return check(self.sensor, batch, y, batch.precision(leaves), jacobians, n_probes, tolerance)
+        return check(self.sensor, batch, y, batch.precision, jacobians, n_probes, tolerance)
 
     def extra_repr(self) -> str:
         name = getattr(self.caller.fn, "__name__", type(self.caller.fn).__name__)

@@ -26,7 +26,8 @@ def opaque(box: Any, inputs: list[Tensor]) -> Any:
     Raises:
         RuntimeError: if it is not known how many numbers the box returns.
     """
-    *leaves, _ = torch.ops.beyondprop.black_box(inputs, box.handle)
+    # Two calls at one input are two calls: what is joined with nothing, `empty`, keeps the compiler from making them one.
+    *leaves, _ = torch.ops.beyondprop.black_box(inputs, torch.empty(0), box.handle)
     return box.structured(leaves)
 
 
@@ -35,13 +36,13 @@ def _call(handle: int, seed: int | None = None) -> Any:
     return box.new_call(seed)
 
 
-def _black_box(inputs: list[Tensor], handle: int) -> list[Tensor]:
+def _black_box(inputs: list[Tensor], token: Tensor, handle: int) -> list[Tensor]:
     call = _call(handle)
     seed = torch.tensor(-1 if call.seed is None else call.seed)
     return [*call.cast(call.value(inputs), inputs), seed]
 
 
-def _shaped(inputs: list[Tensor], handle: int) -> list[Tensor]:
+def _shaped(inputs: list[Tensor], token: Tensor, handle: int) -> list[Tensor]:
     box = _boxes[handle]
     shapes = box.caller.shapes
     if shapes is None:
@@ -51,7 +52,7 @@ def _shaped(inputs: list[Tensor], handle: int) -> list[Tensor]:
             )
         shapes = ((box.out_features,),)
     like = inputs[box.new_call(0).argnums(inputs)[0]]
-    return [*(like.new_empty(len(like), *shape) for shape in shapes), torch.empty((), dtype=torch.int64)]
+    return [*(like.new_empty(like.shape[0], *shape) for shape in shapes), torch.empty((), dtype=torch.int64)]
 
 
 def _pull(inputs: list[Tensor], cotangents: list[Tensor], seed: Tensor, handle: int) -> list[Tensor]:
@@ -66,23 +67,23 @@ def _pull_shaped(inputs: list[Tensor], cotangents: list[Tensor], seed: Tensor, h
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, ctx.handle = inputs
+    tensors, _, ctx.handle = inputs
     ctx.count = len(tensors)
     ctx.save_for_backward(*tensors, output[-1])
 
 
-def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[list[Tensor | None], None]:
+def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
     *inputs, seed = ctx.saved_tensors
     found = torch.ops.beyondprop.black_box_pull(inputs, list(cotangents[:-1]), seed, ctx.handle)
     gradients: list[Tensor | None] = [None] * ctx.count
     for index, gradient in zip(_boxes[ctx.handle].new_call(0).argnums(inputs), found, strict=True):
         gradients[index] = gradient
-    return gradients, None
+    return gradients, None, None
 
 
 # Not by `custom_op`, which loads torch's compiler with this module.
 _library = torch.library.Library("beyondprop", "DEF")
-_library.define("black_box(Tensor[] inputs, int handle) -> Tensor[]")
+_library.define("black_box(Tensor[] inputs, Tensor token, int handle) -> Tensor[]")
 _library.define("black_box_pull(Tensor[] inputs, Tensor[] cotangents, Tensor seed, int handle) -> Tensor[]")
 _library.impl("black_box", _black_box, "CompositeExplicitAutograd")
 _library.impl("black_box_pull", _pull, "CompositeExplicitAutograd")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from beyondprop import _checks
-from beyondprop.func.sensing.linearised import Linearised
+from beyondprop.func.sensing.linearised import Linearised, Sparse
 
 
 class Reuse:
@@ -32,31 +34,69 @@ class Reuse:
         if within is not None:
             _checks.non_negative("refresh_within", within)
         self.refresh, self.within = refresh, within or 0.0
+        self.lock = threading.Lock()
         self.x: Tensor | None = None
+        self.fixed: list[Tensor] = []
         self.found: Linearised | None = None
         self.age = torch.zeros(0, dtype=torch.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.Lock())
 
     @property
     def is_on(self) -> bool:
         """Whether any Jacobian serves twice."""
         return self.refresh > 1
 
-    def linearise(self, x: Tensor, sense: Callable[[Tensor | None], Linearised]) -> Linearised:
-        """Return the Jacobians at `x` `(B, n)`.
+    def linearise(self, x: Tensor, fixed: Sequence[Tensor], sense: Callable[[Tensor | None], Linearised]) -> Linearised:
+        """Return the Jacobians at `x` `(B, n)`, which is differentiated, and `fixed`, which is not.
 
         Args:
-            x: the inputs.
+            x: may have moved a little.
+            fixed: further inputs, each `(B, ...)`, which must be what they were.
             sense: returns the Jacobians of some rows; of all where it gets None.
         """
-        if self.x is None or self.found is None or self.x.shape != x.shape:
-            found = sense(None)
-            self.x, self.found, self.age = x.clone(), found, torch.ones(len(x), dtype=torch.int64)
-            return found
-        moved = ((x - self.x).abs() > self.within * x.abs().clamp(min=1.0)).any(1)
-        rows = torch.nonzero(moved | (self.age >= self.refresh)).flatten()
-        if len(rows):
-            self.found = self.found.replaced(rows, sense(rows))
-            self.x[rows] = x[rows]
-            self.age[rows] = 0
-        self.age += 1
+        with self.lock:
+            return self._linearised(x, fixed, sense)
+
+    def _linearised(
+        self, x: Tensor, fixed: Sequence[Tensor], sense: Callable[[Tensor | None], Linearised]
+    ) -> Linearised:
+        stale = self._stale(x, fixed)
+        rows = None if stale is None else torch.nonzero(stale).flatten()
+        if rows is not None and self.found is not None and self.x is not None:
+            if not len(rows):
+                self.age += 1
+                return self.found
+            if len(rows) < len(x):
+                others = sense(rows)
+                if _is_alike(self.found, others):
+                    self.found = self.found.replaced(rows, others)
+                    self.x[rows] = x[rows]
+                    self.age[rows] = 0
+                    self.age += 1
+                    self.fixed = [kept.clone() for kept in fixed]
+                    return self.found
+        self.found = sense(None)
+        self.x, self.fixed = x.clone(), [kept.clone() for kept in fixed]
+        self.age = torch.ones(len(x), dtype=torch.int64)
         return self.found
+
+    def _stale(self, x: Tensor, fixed: Sequence[Tensor]) -> Tensor | None:
+        """Return which rows must be sensed anew; None: all."""
+        if self.x is None or self.x.shape != x.shape or [f.shape for f in fixed] != [f.shape for f in self.fixed]:
+            return None
+        stale = ((x - self.x).abs() > self.within * x.abs().clamp(min=1.0)).any(1) | (self.age >= self.refresh)
+        for now, before in zip(fixed, self.fixed, strict=True):
+            stale |= (now != before).reshape(len(x), -1).any(1).cpu()
+        return stale
+
+
+def _is_alike(found: Linearised, others: Linearised) -> bool:
+    """Whether both have one form: a pattern that was found may have grown."""
+    if isinstance(found, Sparse) and isinstance(others, Sparse):
+        return found.pattern == others.pattern
+    return type(found) is type(others)
