@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain as one_after_another
 from operator import is_
 
@@ -15,6 +16,19 @@ from beyondprop.errors import UnsupportedModelError
 def is_costly(model: nn.Module) -> bool:
     """Whether a model, or a module of it, is dear to run (`module.costly`): nothing is to be measured on the side then."""
     return any(getattr(module, "costly", False) for module in model.modules())
+
+
+@contextmanager
+def standing_in(model: nn.Module) -> Iterator[None]:
+    """Let modules that are dear to run, and can, answer without being run (`module.stands_in`): for checks of structure."""
+    able = [module for module in model.modules() if getattr(module, "stands_in", None) is False]
+    try:
+        for module in able:
+            module.stands_in = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module in able:
+            module.stands_in = False  # type: ignore[assignment]
 
 
 class Structure:

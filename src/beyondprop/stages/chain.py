@@ -15,7 +15,7 @@ from beyondprop.nn.functional import evaluation_mode
 from beyondprop.nn.recurrent import Recurrent
 from beyondprop.nn.reversible import Recomputed, ReversibleSequential
 from beyondprop.nn.reversible.couplings import Coupling
-from beyondprop.nn.structure import Structure
+from beyondprop.nn.structure import Structure, standing_in
 from beyondprop.stages.affine import RESHAPES, AffineStage
 from beyondprop.stages.block import BlockStage
 from beyondprop.stages.pipeline import PipelineStage
@@ -226,7 +226,7 @@ class Chain:
 
     @torch.no_grad()  # a checkpoint around the first batch would miss what autograd saves here in its second run
     def _check_composition(self, x: Tensor) -> None:
-        with evaluation_mode(self.model, *self._followers):
+        with evaluation_mode(self.model, *self._followers), standing_in(self.model):
             expected, z = self.model(x), x
             for stage in self.stages:
                 z = stage.forward(z)

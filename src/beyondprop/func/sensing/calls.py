@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import os
-import pickle
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Future
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +14,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from beyondprop import _checks
 from beyondprop.errors import BlackBoxError, CallBudgetExceededError
+from beyondprop.func.sensing.executors import called, evaluated, mapper, parts_of
+from beyondprop.func.sensing.returned import as_tensor, given, is_coarse, of_numbers, same, unusable
 
 ARRAYS = ("numpy", "torch")
 ON_NAN = ("raise", "drop")
@@ -102,7 +97,7 @@ class CallSettings:
         if self.max_calls is not None:
             _checks.at_least("max_calls", self.max_calls, 1)
         if self.executor is not None:
-            _mapper(self.executor)
+            mapper(self.executor)
 
 
 @dataclass
@@ -213,10 +208,10 @@ class Caller:
     ) -> tuple[list[Tensor], Tensor | None, Exception | None]:
         """Evaluate rows once: the outputs, if there are any; which rows have no result, if not all have; an exception."""
         own, total = self.settings, len(inputs[0])
-        given = [_given(x.detach(), own.arrays) for x in inputs]
-        before = [np.array(x) if isinstance(x, np.ndarray) else x.clone() for x in given] if own.debug else []
+        arguments = [given(x.detach(), own.arrays) for x in inputs]
+        before = [np.array(x) if isinstance(x, np.ndarray) else x.clone() for x in arguments] if own.debug else []
         if own.is_direct:
-            pieces = [_called(self.fn, given, {})]
+            pieces = [called(self.fn, arguments, {})]
         else:
             seeds = None
             if own.seed_kwarg is not None:
@@ -224,24 +219,32 @@ class Caller:
                 seeds = (
                     [first] if own.vectorized else [first + int(r) for r in (range(total) if rows is None else rows)]
                 )
-            pieces = _evaluated(own, self.fn, given, seeds)
-        if any(not _same(old, new) for old, new in zip(before, given, strict=False)):
+            pieces = evaluated(own, self.fn, arguments, seeds)
+        if any(not same(old, new) for old, new in zip(before, arguments, strict=False)):
             raise BlackBoxError("The black box overwrites its input; let it work on a copy.")
         results, errors = [result for result, _ in pieces], [error for _, error in pieces]
         error = next((error for error in errors if error is not None), None)
         if all(each is not None for each in errors):
             return [], torch.ones(total, dtype=torch.bool), error
+        is_first = self.shapes is None
         if len(results) == 1 and own.vectorized:
             found = self._leaves(results[0], total)
-            return found, _failed(found), error
+            self._look_inside(found, inputs, is_first=is_first)
+            return found, unusable(found), error
         found, failed = self._joined([None if e else r for r, e in zip(results, errors, strict=True)], total)
-        if (infinite := _failed(found)) is not None:
+        self._look_inside(found, inputs, is_first=is_first)
+        if (infinite := unusable(found)) is not None:
             failed |= infinite
         return found, failed if bool(failed.any()) else None, error
 
+    def _look_inside(self, found: Sequence[Tensor], inputs: Sequence[Tensor], *, is_first: bool) -> None:
+        """Notice a box that computes in float32 inside, and takes and returns float64."""
+        if is_first and is_coarse(found) and not is_coarse([x for x in inputs if x.is_floating_point()]):
+            self.precision = max(self.precision, torch.finfo(torch.float32).eps)
+
     def _joined(self, results: list[Any], total: int) -> tuple[list[Tensor], Tensor]:
         """Return all pieces as one, rows without a result NaN, and which rows these are."""
-        sizes = _sizes(len(results), total) if self.settings.vectorized else [1] * total
+        sizes = parts_of(len(results), total) if self.settings.vectorized else [1] * total
         parts = [None if r is None else self._leaves(r, size) for r, size in zip(results, sizes, strict=True)]
         like = next(part for part in parts if part is not None)
         failed = torch.cat([torch.full((size,), part is None) for part, size in zip(parts, sizes, strict=True)])
@@ -256,13 +259,13 @@ class Caller:
 
     def _leaves(self, result: Any, rows: int) -> list[Tensor]:
         """Return a piece's outputs `(rows, ...)`, checked against those before."""
-        leaves, spec = tree_flatten(result)
+        leaves, spec = tree_flatten(of_numbers(result))
         if not leaves:
             raise TypeError("The black box returned nothing; it must return floats.")
         found = []
         for leaf in leaves:
             # A copy: a box may return its input, or a buffer that the next call overwrites.
-            value = leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else _as_tensor(leaf)
+            value = leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else as_tensor(leaf)
             if not value.is_floating_point():
                 raise TypeError(
                     f"The black box returned {str(value.dtype).removeprefix('torch.')}; it must return floats, of which a "
@@ -284,143 +287,3 @@ class Caller:
                 "they are."
             )
         return found
-
-
-def _as_tensor(value: Any) -> Tensor:
-    try:
-        return torch.from_numpy(np.array(value))
-    except TypeError:
-        raise TypeError(
-            f"The black box returned {type(value).__name__}; it must return floats or arrays of floats."
-        ) from None
-
-
-def _given(x: Tensor, arrays: str) -> Any:
-    """Return an input as the box takes it, in memory of its own: many a box works in place."""
-    return x.clone() if arrays == "torch" else x.to("cpu", copy=True).numpy()
-
-
-def _failed(leaves: Sequence[Tensor]) -> Tensor | None:
-    """Return which rows are not finite; None: all are."""
-    if all(math.isfinite(leaf.sum().item()) for leaf in leaves):  # one pass; what overflows is looked at row by row
-        return None
-    found = torch.zeros(len(leaves[0]), dtype=torch.bool)
-    for leaf in leaves:
-        found |= ~(leaf.isfinite().flatten(1).all(1) if leaf.ndim > 1 else leaf.isfinite())
-    return found if bool(found.any()) else None
-
-
-def _same(old: Any, new: Any) -> bool:
-    return torch.equal(torch.as_tensor(old).nan_to_num(), torch.as_tensor(new).nan_to_num())
-
-
-def _sizes(pieces: int, total: int) -> list[int]:
-    return [total // pieces + (index < total % pieces) for index in range(pieces)]
-
-
-Piece = tuple[Any, Exception | None]
-
-
-def _evaluated(own: CallSettings, fn: Any, given: list[Any], seeds: list[int] | None) -> list[Piece]:
-    """Return results and exceptions: of every row, or of every piece of them where the box takes many."""
-    total = len(given[0])
-    name = own.seed_kwarg
-    if own.vectorized:
-        extra = {} if name is None or seeds is None else {name: seeds[0]}
-        # A seed is that of one call: split, every piece would draw the same numbers.
-        count = 1 if own.executor is None or extra else min(total, _workers(own.executor))
-        ends = np.cumsum([0, *_sizes(count, total)]).tolist()
-        jobs = [([tuple(x[low:high] for x in given)], [extra]) for low, high in pairwise(ends)]
-    else:
-        count = total if own.executor is None else min(total, 4 * _workers(own.executor))
-        ends = np.cumsum([0, *_sizes(count, total)]).tolist()
-        extras = [{} if name is None or seeds is None else {name: seed} for seed in seeds or [0] * total]
-        rows = list(zip(*given, strict=True))
-        jobs = [(rows[low:high], extras[low:high]) for low, high in pairwise(ends)]
-    run = partial(_run, fn)
-    if own.executor is None:
-        return [piece for job in jobs for piece in run(job)]
-    return [piece for part in _mapper(own.executor)(run, jobs) for piece in part]
-
-
-def _run(fn: Any, job: tuple[list[tuple[Any, ...]], list[dict[str, Any]]]) -> list[Piece]:
-    """Call the box for each set of arguments; also in another process."""
-    found = [_called(fn, arguments, extra) for arguments, extra in zip(*job, strict=True)]
-    return [(result, None if error is None else _sendable(error)) for result, error in found]
-
-
-def _called(fn: Any, arguments: Sequence[Any], extra: dict[str, Any]) -> Piece:
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for kind in {x.device.type for x in arguments if isinstance(x, Tensor)}:
-                if torch.is_autocast_enabled(kind):  # a backward pass has none: both are to compute alike
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            return fn(*arguments, **extra), None
-    except Exception as error:  # whatever a simulator raises
-        return None, error
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # of any kind, from __reduce__ of any class
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def _workers(executor: Any) -> int:
-    for name in ("_max_workers", "_processes", "n_jobs"):
-        count = getattr(executor, name, None)
-        if isinstance(count, int) and count > 0:
-            return count
-    return os.cpu_count() or 1
-
-
-def _mapper(executor: Any) -> Callable[[Any, list[Any]], list[Any]]:
-    """Return how an executor applies a function to a list."""
-    if isinstance(executor, type):
-        raise TypeError(
-            f"executor must be one that runs, got the class {executor.__name__}; give {executor.__name__}()."
-        )
-    if hasattr(executor, "submit"):
-        return partial(_submitted, executor)
-    if hasattr(executor, "n_jobs") and callable(executor):
-        parallel: Any = executor
-        return partial(_guarded, executor, lambda run, jobs: parallel((run, (job,), {}) for job in jobs))
-    if hasattr(executor, "map"):
-        return partial(_guarded, executor, executor.map)
-    raise TypeError(
-        f"executor must be a concurrent.futures.Executor, a joblib.Parallel or a pool with map, got {type(executor).__name__}."
-    )
-
-
-def _submitted(executor: Any, run: Any, jobs: list[Any]) -> list[Any]:
-    futures: list[Future[Any]] = []
-
-    def results(run: Any, jobs: list[Any]) -> list[Any]:
-        futures.extend(executor.submit(run, job) for job in jobs)
-        return [future.result() for future in futures]
-
-    try:
-        return _guarded(executor, results, run, jobs)
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _guarded(executor: Any, apply: Callable[[Any, list[Any]], Any], run: Any, jobs: list[Any]) -> list[Any]:
-    """Name what is wrong with an executor, and not with the box."""
-    try:
-        return list(apply(run, jobs))
-    except BrokenExecutor as error:
-        raise BlackBoxError(
-            f"The {type(executor).__name__} is broken, as a worker died in a call of the black box: {error} Make a new one."
-        ) from error
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        if "pickle" not in str(error):
-            raise
-        raise BlackBoxError(
-            f"The black box cannot be sent to another process ({error}): define it at the top level of a module, or take "
-            "threads."
-        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,8 @@ class Wanted:
         elif self.pattern is not None:
             object.__setattr__(self, "pattern", Pattern(self.pattern))
         for name in ("probes", "sparsity"):
+            if hasattr(getattr(self, name), "__index__") and not isinstance(getattr(self, name), bool):
+                object.__setattr__(self, name, operator.index(getattr(self, name)))  # NumPy's integers, too
             if (value := getattr(self, name)) is not None:
                 _checks.at_least(name, value, 1)
         needs = self.method in ("coloring", "regression", "robust", "rainbow")
@@ -120,6 +123,13 @@ class Plan:
         """The worst condition number of a system that is solved."""
         solver = self.rows or self.tied
         return None if solver is None else solver.condition
+
+    @property
+    def own(self) -> Tensor | None:
+        """The one probe that moves each input, `(n,)`; None: several do."""
+        if self.coloring is not None:
+            return self.coloring.colors
+        return torch.arange(self.probes) if self.method == "dense" else None
 
     @property
     def scales_are_shared(self) -> bool:

@@ -20,11 +20,16 @@ class Seen(NamedTuple):
         probes: the directions that were taken, in units of the inputs' scales, `(B, k, n)`.
         differences: directional derivatives along them, `(B, k, m)`.
         missing: which of them are not known, `(B, k)`; None: all are.
+        magnitude: size of the outputs in units of a derivative, `(m,)`: what rounding takes its share of.
+        moved: by how much each input was moved by the one probe that moves it, `(B, n)`, `probes` being those that were
+            meant; None: several move it.
     """
 
     probes: Tensor
     differences: Tensor
     missing: Tensor | None
+    magnitude: Tensor
+    moved: Tensor | None = None
 
 
 def unscaled(jacobians: Linearised, unit: Tensor) -> Linearised:
@@ -49,7 +54,8 @@ def by_color(seen: Seen, colors: Tensor, pattern: Pattern) -> Tensor:
             f"Probe {probe} of sample {sample} has no result, and colouring needs every one: allow retries, or take "
             "method='regression' with more probes."
         )
-    moved = seen.probes[:, color, pattern.columns]
+    assert seen.moved is not None
+    moved = seen.moved[:, pattern.columns]
     _check_moved(moved)
     return seen.differences[:, color, pattern.rows] / moved
 
@@ -65,7 +71,8 @@ def entry_by_entry(seen: Seen, pattern: Pattern | None) -> Linearised:
         raise ValueError(
             f"Input {probe} of sample {sample} has no result, and dense differencing needs every one: allow retries."
         )
-    moved = seen.probes.diagonal(dim1=1, dim2=2)
+    moved = seen.moved
+    assert moved is not None
     _check_moved(moved)
     matrices = (seen.differences / moved[..., None]).mT
     return Dense(matrices) if pattern is None else Sparse(pattern, matrices[:, pattern.rows, pattern.columns])

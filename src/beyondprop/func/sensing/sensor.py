@@ -42,6 +42,7 @@ _MOST_NUMBERS = 32_000_000
 _MISFIT, _SLIGHT = 1e-2, 1e-3
 _LOOKED_AT, _FIRST_LOOKS, _CONFIRMATIONS = 8, 16, 2
 _MOST_MEASURED = 1024
+_DROWNED = 0.02
 
 
 @dataclass
@@ -156,12 +157,14 @@ class Sensor:
         if found.method == "robust":
             jacobians = self._robust(found, x, probes, unit, step, evaluate, kind)
         else:
-            seen = look(self.steps, x, y, probes, unit, step.size, evaluate, kind)
+            seen = look(self.steps, x, y, probes, unit, step.size, evaluate, kind, found.own)
             check_shape(found.shape, seen.differences.shape[-1], x.shape[1])
             if found.tied is not None:  # what is tied are entries in the inputs' own units
                 base = base_scales(self.steps, x.shape[1])
                 seen, unit = seen._replace(probes=seen.probes * base), unit[:, :1] / base[:1]
                 unit = unit.expand(len(x), x.shape[1])
+            if kind == "backward":
+                self._check_rounding(seen, precision)
             jacobians = self._solved(found, seen, step)
             if isinstance(jacobians, Sparse) and kind == "backward":  # `verify` tells by itself
                 if self.unconfirmed and not is_new and not self._confirmed(jacobians, x, unit, step, evaluate):
@@ -297,6 +300,23 @@ class Sensor:
             assert solver is not None
             jacobians = solver.fit(seen.differences, seen.probes, seen.missing)
         return jacobians
+
+    def _check_rounding(self, seen: Seen, precision: float) -> None:
+        """Tell derivatives that drown in the rounding of large outputs."""
+        if self._warned or self._looks > _FIRST_LOOKS:
+            return
+        drowned = precision * seen.magnitude
+        worst = int(drowned.argmax())
+        known = seen.differences[:_LOOKED_AT].nan_to_num(0.0)
+        if float(drowned[worst]) > _DROWNED * float(known.square().mean().sqrt()) > 0:
+            self._warned = True
+            warnings.warn(
+                f"Derivatives of a black box drown in rounding: output {worst} is {float(drowned[worst]) / precision:.1e} "
+                f"times what a derivative of 1 changes in a step, in numbers that are precise to {precision:.0e}. "
+                "Subtract an offset inside the box, let it return float64, or give x_scale or a larger step.",
+                SensingWarning,
+                stacklevel=2,
+            )
 
     def _check_fit(self, jacobians: Sparse, seen: Seen, step: Step) -> None:
         """Compare what is left of some samples' directional derivatives with what noise explains; it costs no call.

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from beyondprop import _checks
+from beyondprop.func.sensing.designs import general
 
 DIFFERENCES = ("central", "forward")
 
@@ -47,6 +49,10 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         _checks.one_of("difference", self.difference, DIFFERENCES)
+        for name in ("step", "noise"):  # numbers of NumPy and torch, too
+            value = getattr(self, name)
+            if isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0):
+                object.__setattr__(self, name, value.item())
         if isinstance(self.step, str):
             _checks.one_of("step", self.step, ("auto",))
         elif isinstance(self.step, int | float):
@@ -145,9 +151,9 @@ def scales(settings: StepSettings, x: Tensor, *, shared: bool) -> Tensor:
         return unit.expand(x.shape)
     if settings.x_scale is not None:
         return unit.expand(x.shape)
-    # An input's rounding counts as noise, so that the best step grows with a root of its size. To grow with the size itself, as
-    # is common, suits functions of its logarithm alone: at 100, a step of float32 would be 0.5.
-    relative = x.abs().to(torch.float64).clamp(min=1.0) ** (1 / 3 if settings.difference == "central" else 1 / 2)
+    # With the root of an input's size the error is bounded for functions that change with it (angles) and with its logarithm
+    # (sizes) alike. With the size itself, as is common, a step of float32 would be 0.5 at 100.
+    relative = x.abs().to(torch.float64).clamp(min=1.0).sqrt()
     return relative.amax(1, keepdim=True).expand(x.shape) if shared else relative
 
 
@@ -189,14 +195,16 @@ def measured(
     x = x[samples].to(torch.float64)
     direction = probes[torch.arange(_SAMPLES) % len(probes)] * scales(settings, x, shared=shared)
 
-    def at(places: Tensor) -> Tensor:
+    def at(places: Tensor, direction: Tensor = direction) -> Tensor:
         points = x + places[:, None, None] * direction
         return evaluate(points if low is None else torch.clamp(points, low, high), samples)
 
     default = default_size(settings, precision)
     noise = settings.noise
     if noise == "estimate":
-        noise = _noise(at, precision)
+        # Along inputs by themselves most outputs would not move at all, and seem to have none.
+        full = general(_SAMPLES, x.shape[1], None) * scales(settings, x, shared=shared)
+        noise = _noise(lambda places: at(places, full), precision)
     noise = float(noise or 0.0)
     if not isinstance(settings.step, str) or noise == 0.0:
         return Step(default, noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class BlackBox(nn.Module):
     Attributes:
         costly: tells the laboratory that nothing is to be measured on the side.
         sizes: outputs and inputs of a row, once they are known.
+        stands_in: whether it answers without a call of the box, while the structure of a model is looked at.
 
     Raises:
         TypeError, ValueError: for bad options here; for bad input, or a box that returns what it should not, in `forward`.
@@ -95,6 +97,7 @@ class BlackBox(nn.Module):
         self.caller = Caller(fn, calls)
         self.sensor = Sensor(wanted, steps, generator)
         self.sizes: tuple[int, int] | None = None
+        self.stands_in = False
         self.handle = registered(self)
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -106,9 +109,20 @@ class BlackBox(nn.Module):
         """
         if torch.compiler.is_compiling():
             return opaque(self, list(inputs))
+        if self.stands_in and len(inputs) == 1 and (found := self._stand_in(inputs[0])) is not None:
+            return found
         call = Call(self)
         leaves = Evaluate.apply(call, *inputs)
         return self.structured(leaves if isinstance(leaves, tuple) else (leaves,))
+
+    def _stand_in(self, x: Tensor) -> Tensor | None:
+        """Return numbers that follow an input, in the shape of the box's output, without a call; None: it is not known."""
+        shapes = self.caller.shapes or (None if self.out_features is None else ((self.out_features,),))
+        if shapes is None or len(shapes) != 1:
+            return None
+        flat = x.flatten(1)
+        place = torch.arange(math.prod(shapes[0]), device=x.device) % flat.shape[1]
+        return (flat[:, place] + flat.mean(1, keepdim=True)).reshape(len(x), *shapes[0])
 
     def new_call(self, seed: int | None = None) -> Call:
         """Return a forward pass that is to be made, by a seed where the box takes one."""
