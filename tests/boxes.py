@@ -115,4 +115,5 @@ def points(rows: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64)
 
 def far(found: Tensor, wanted: Tensor) -> float:
     """Return the distance relative to what is wanted."""
+    found, wanted = found.detach(), wanted.detach()
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-300))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def _joblib(**options: Any) -> Iterator[Any]:
 def _ray() -> Iterator[Any]:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")
-    from ray.util.multiprocessing import Pool
+    from ray.util.multiprocessing import Pool  # pyright: ignore[reportMissingImports]
 
     with Pool(2) as pool:
         yield pool
@@ -91,7 +92,7 @@ EXECUTORS: dict[str, Callable[[], Any]] = {
     "many threads": lambda: ThreadPoolExecutor(100),
     "processes": lambda: ProcessPoolExecutor(2, mp_context=CONTEXT),
     "pool": lambda: CONTEXT.Pool(2),
-    "thread pool": lambda: multiprocessing.pool.ThreadPool(2),
+    "thread pool": lambda: ThreadPool(2),
     "joblib threads": lambda: _joblib(n_jobs=2, backend="threading"),
     "joblib": lambda: _joblib(n_jobs=1),
     "joblib generator": lambda: _joblib(n_jobs=2, backend="threading", return_as="generator"),
@@ -107,7 +108,12 @@ def test_every_executor_finds_the_same_bits(make: Callable[[], Any]) -> None:
     x = points(5, 8)
     with make() as executor:
         for box, vectorized in ((row_box, False), (rows_box, True)):
-            for options in ({"pattern": MASK}, {"method": "dense"}, {"pattern": MASK, "method": "regression"}):
+            settings: tuple[dict[str, Any], ...] = (
+                {"pattern": MASK},
+                {"method": "dense"},
+                {"pattern": MASK, "method": "regression"},
+            )
+            for options in settings:
                 alone = jacobian(box, x, vectorized=vectorized, **options)
                 assert torch.equal(jacobian(box, x, vectorized=vectorized, executor=executor, **options), alone)
         seeds = [torch.Generator().manual_seed(1) for _ in range(2)]

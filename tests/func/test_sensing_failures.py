@@ -166,7 +166,7 @@ def test_tied_entries_that_are_no_longer_determined_are_named() -> None:
     """A full symmetric matrix needs as many probes as it has rows: what it does to a direction left out is not seen."""
     matrix = _symmetric()
     inner = Failing(lambda made: made == 11, "nan")
-    with pytest.raises(ValueError, match=r"could not be determined .* more probes"):
+    with pytest.raises(ValueError, match=r"sample 2 do not determine the tied entries.* more probes"):
         jacobian(
             lambda row: row @ matrix.numpy() + 0 * inner(row),
             points(4, 8),
@@ -278,3 +278,40 @@ def test_a_box_that_returns_its_input_or_one_buffer() -> None:
     assert x.grad is not None
     assert far(x.grad, 2 * x.detach() + 8 * x.detach()) <= 1e-8
     assert torch.equal(BlackBox(lambda a: a)(x).detach(), x.detach())
+
+
+@pytest.mark.parametrize(
+    "kind", ["longdouble", ">f8", "fortran", "reversed", "broadcast", "masked", "lists", "float16"]
+)
+def test_arrays_of_all_kinds(kind: str) -> None:
+    """What simulators return; the last is as good as half precision is."""
+    made: dict[str, Callable[[np.ndarray], Any]] = {
+        "fortran": np.asfortranarray,
+        "reversed": lambda y: y[:, ::-1].copy()[:, ::-1],
+        "broadcast": lambda y: np.broadcast_to(y, y.shape),
+        "masked": lambda y: np.ma.masked_array(y, mask=False),
+        "lists": np.ndarray.tolist,
+    }
+    change = made.get(kind, lambda y: y.astype(kind))
+    x = points(3, 8)
+    found = jacobian(lambda a: change(SMOOTH(a)), x, pattern=MASK)
+    assert far(found, SMOOTH.jacobian(x)) <= (0.02 if kind == "float16" else 1e-8)
+
+
+def test_a_row_of_plain_numbers_is_an_array() -> None:
+    layer = BlackBox(lambda row: [row[0] ** 2, float(row[1]), 3.0 * row[0]], vectorized=False, pattern=torch.ones(3, 2))
+    x = points(4, 2).requires_grad_()
+    y = layer(x)
+    assert isinstance(y, Tensor)
+    assert y.shape == (4, 3)
+    y.sum().backward()
+    assert x.grad is not None
+    assert far(x.grad, torch.stack([2 * x[:, 0] + 3, torch.ones(4)], 1)) <= 1e-8
+
+
+def test_numbers_from_numpy_and_torch_are_numbers() -> None:
+    x = points(3, 8)
+    widest = MASK.sum(1).max() + 2
+    for probes, noise in ((widest.numpy()[()], np.float32(1e-6)), (int(widest), torch.tensor(1e-6))):
+        found = jacobian(SMOOTH, x, pattern=MASK, method="regression", probes=probes, noise=noise)
+        assert far(found, SMOOTH.jacobian(x)) <= 1e-2

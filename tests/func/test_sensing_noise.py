@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from boxes import Counted, Noisy, Smooth, far, points, random_pattern
+from torch import Tensor
 
 from beyondprop.errors import SensingWarning
-from beyondprop.func.sensing import jacobian
+from beyondprop.func.sensing import jacobian, verify
 from beyondprop.nn import BlackBox
 
 MASK = random_pattern(20, 20, 3)
@@ -40,6 +41,19 @@ def test_rounding_inside_a_float64_box_is_found_as_noise() -> None:
     rounding = float(np.sqrt(np.square(inside).mean()))
     assert layer.info.noise is not None
     assert rounding / 3 <= layer.info.noise <= 3 * rounding
+
+
+@pytest.mark.parametrize("method", ["coloring", "regression", "dense"])
+@pytest.mark.parametrize("difference", ["central", "forward"])
+@pytest.mark.parametrize("digits", [3, 6])
+def test_rounded_outputs_are_found_as_noise(digits: int, difference: str, method: str) -> None:
+    """What a simulator prints with a few digits: small steps see nothing, or a jump."""
+    smooth, x = Smooth(MASK), points(8, 20)
+    found = jacobian(
+        lambda a: np.round(smooth(a), digits), x, pattern=MASK, method=method, noise="estimate", difference=difference
+    )
+    best = 10.0**-digits
+    assert far(found, smooth.jacobian(x)) <= (5 * best ** (2 / 3) if difference == "central" else 5 * best**0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -199,3 +213,44 @@ def test_a_call_that_is_made_again_keeps_its_random_numbers(vectorized: bool) ->
         box if vectorized else row_box, x, pattern=MASK, seed_kwarg="seed", retries=1, vectorized=vectorized
     )
     assert far(found, noisy.fn.jacobian(x)) <= 1e-4  # type: ignore[attr-defined]
+
+
+# ---- outputs of unlike units ---------------------------------------------------------------------------------------------
+
+UNITS = np.where(np.arange(20) < 10, 1e6, 1e-6)
+
+
+def _errors(found: Tensor, x: Tensor) -> Tensor:
+    right = Smooth(MASK).jacobian(x) * torch.from_numpy(UNITS)[:, None]
+    return (found - right).norm(dim=(0, 2)) / right.norm(dim=(0, 2))
+
+
+@pytest.mark.parametrize("which", ["all", "small", "large"])
+@pytest.mark.parametrize("method", ["coloring", "regression"])
+def test_outputs_of_unlike_units_are_noisy_each_by_itself(which: str, method: str) -> None:
+    smooth, rng, x = Smooth(MASK), np.random.default_rng(0), points(8, 20)
+    noisy = {"all": UNITS > 0, "small": UNITS < 1, "large": UNITS > 1}[which]
+
+    def box(a: np.ndarray) -> np.ndarray:
+        return (smooth(a) + 1e-4 * noisy * rng.standard_normal((len(a), 20))) * UNITS
+
+    options: dict[str, Any] = dict(pattern=MASK, method=method, noise="estimate")
+    assert float(_errors(jacobian(box, x, **options), x).max()) <= 0.02
+    assert verify(box, x, **options)
+
+
+def test_a_missing_entry_of_a_small_output_is_noticed() -> None:
+    smooth, lacking = Smooth(MASK), MASK.clone()
+    lacking[15, torch.nonzero(MASK[15])[0, 0]] = False
+    with pytest.warns(SensingWarning, match="at output 15"):
+        jacobian(lambda a: smooth(a) * UNITS, points(8, 20), pattern=lacking, method="regression")
+
+
+@pytest.mark.parametrize("method", ["coloring", "dense"])
+def test_outputs_that_are_large_beside_their_changes_are_noticed(method: str) -> None:
+    """A pressure in pascals, in float32: its changes drown in rounding."""
+    smooth, x = Smooth(MASK), points(8, 20, dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = jacobian(lambda a: smooth(a) + np.float32(1e5), x, pattern=MASK, method=method)
+    assert far(found, smooth.jacobian(x)) <= 0.05 or any(issubclass(w.category, SensingWarning) for w in seen)

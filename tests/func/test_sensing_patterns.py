@@ -58,7 +58,9 @@ def test_a_torch_csr_tensor_is_one_too() -> None:
 def test_stored_zeros_and_repeated_entries_of_sparse_matrices() -> None:
     stored = sparse.coo_matrix(([1.0, 0.0, 2.0, 3.0], ([0, 1, 2, 2], [0, 1, 2, 2])), shape=(3, 3))
     assert Pattern(stored).mask().tolist() == [[True, False, False], [False, False, False], [False, False, True]]
-    again = torch.sparse_coo_tensor([[0, 0, 1], [1, 1, 0]], [1.0, 1.0, 0.0], (2, 2), check_invariants=False)
+    again = torch.sparse_coo_tensor(
+        torch.tensor([[0, 0, 1], [1, 1, 0]]), torch.tensor([1.0, 1.0, 0.0]), (2, 2), check_invariants=False
+    )
     assert Pattern(again).mask().tolist() == [[False, True], [False, False]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def test_a_public_sparse_finite_difference_jacobian() -> None:
     """SciPy has one in a private module (scipy issue 14946): ours is the same matrix for fewer calls."""
     smooth, x = Smooth(MASK), points(1, 100)[0]
     theirs, ours = Counted(smooth), Counted(smooth)
-    sparse = approx_derivative(
+    sparse: Any = approx_derivative(
         lambda row: theirs(row[None])[0], x.numpy(), method="3-point", sparsity=csr_matrix(MASK.numpy().astype(int))
     )
     found = jacobian(ours, x, pattern=csr_matrix(MASK.numpy()), layout="coo")

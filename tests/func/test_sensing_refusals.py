@@ -101,7 +101,8 @@ def test_too_few_probes() -> None:
         jacobian(SMOOTH, X, pattern=MASK, probes=2)
     with pytest.raises(ValueError, match=r"takes as many probes as there are colours, .* got 2"):
         jacobian(SMOOTH, X, pattern=MASK, method="coloring", probes=2)
-    for options in ({"method": "dense"}, {"pattern": "dense"}):
+    for named in ("method", "pattern"):
+        options: dict[str, Any] = {named: "dense"}
         with pytest.raises(ValueError, match="probes"):
             jacobian(SMOOTH, X, probes=5, **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_ties_at_bounds_and_of_large_inputs() -> None:
 
 
 def test_refusals() -> None:
-    def given(**options: object) -> None:
+    def given(**options: Any) -> None:
         jacobian(Linear(torch.eye(4)), points(1, 4), **options)
 
     with pytest.raises(ValueError, match="symmetr"):

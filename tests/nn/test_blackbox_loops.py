@@ -235,13 +235,15 @@ def test_checkpointing(reentrant: bool, whole: bool) -> None:
     LOSS(twin(X), Y).backward()
     assert far(gradients(model), gradients(twin)) <= 1e-7
     layer = model[2]
+    assert isinstance(layer, BlackBox)
     assert layer.plan is not None
     assert box.rows == layer.stats.total == 12 * (2 + layer.plan.calls)  # what is thrown away is called again
 
 
 def test_a_moving_average_of_the_model() -> None:
     model = net()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    layer = model[2]
+    average: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -250,10 +252,11 @@ def test_a_moving_average_of_the_model() -> None:
         average.update_parameters(model)
     with torch.no_grad():
         assert bool(average(X).isfinite().all())
-    assert average.module[2].stats.total == model[2].stats.total  # one box
-    buffered = AveragedModel(model, use_buffers=True)
+    assert isinstance(layer, BlackBox)
+    assert average.module[2].stats.total == layer.stats.total  # one box
+    buffered: Any = AveragedModel(model, use_buffers=True)
     buffered.update_parameters(model)
-    assert torch.equal(buffered.module[2].get_extra_state(), model[2].get_extra_state())
+    assert torch.equal(buffered.module[2].get_extra_state(), layer.get_extra_state())
 
 
 def test_hooks_of_the_layer() -> None:

@@ -110,7 +110,8 @@ class Caller:
         counts: its calls so far.
         spec, shapes: the structure of what it returns, and the shape of each output without the rows; None before the first
             call.
-        precision: of the coarsest numbers that it returned, relative; 0 before the first call.
+        precision: of the coarsest numbers that it returned last, relative; 0 before the first call.
+        is_coarse: whether it returned float32's numbers as float64.
         lock: held while calls are counted.
     """
 
@@ -120,6 +121,7 @@ class Caller:
     spec: TreeSpec | None = None
     shapes: tuple[tuple[int, ...], ...] | None = None
     precision: float = 0.0
+    is_coarse: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -240,7 +242,7 @@ class Caller:
     def _look_inside(self, found: Sequence[Tensor], inputs: Sequence[Tensor], *, is_first: bool) -> None:
         """Notice a box that computes in float32 inside, and takes and returns float64."""
         if is_first and is_coarse(found) and not is_coarse([x for x in inputs if x.is_floating_point()]):
-            self.precision = max(self.precision, torch.finfo(torch.float32).eps)
+            self.is_coarse, self.precision = True, torch.finfo(torch.float32).eps
 
     def _joined(self, results: list[Any], total: int) -> tuple[list[Tensor], Tensor]:
         """Return all pieces as one, rows without a result NaN, and which rows these are."""
@@ -277,7 +279,8 @@ class Caller:
                     "If it takes one row at a time, give vectorized=False."
                 )
             found.append(value if self.settings.vectorized else value[None])
-        self.precision = max(self.precision, *(torch.finfo(x.dtype).eps for x in found))
+        inside = torch.finfo(torch.float32).eps if self.is_coarse else 0.0
+        self.precision = max(inside, *(torch.finfo(x.dtype).eps for x in found))
         shapes = tuple(tuple(x.shape[1:]) for x in found)
         if self.shapes is None:
             self.spec, self.shapes = spec, shapes

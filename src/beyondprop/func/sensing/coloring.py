@@ -37,6 +37,14 @@ class Coloring:
     order: str
     pattern: Pattern
 
+    def __post_init__(self) -> None:
+        pattern = self.pattern
+        if len(self.colors) != pattern.shape[1]:
+            raise ValueError(f"colors must be one for each of {pattern.shape[1]} columns, got {len(self.colors)}.")
+        seen = pattern.rows * max(self.count, 1) + self.colors[pattern.columns]
+        if len(torch.unique(seen)) < pattern.nnz:
+            raise ValueError("colors must be such that no row has two columns of one colour.")
+
     def seeds(self) -> Tensor:
         """Return the probes, `(count, n)`, float64: 1 where an input has the colour."""
         found = torch.zeros(self.count, self.pattern.shape[1], dtype=torch.float64)

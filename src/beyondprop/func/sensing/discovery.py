@@ -33,7 +33,8 @@ class Detection:
         pattern: the entries that are nonzero.
         probes: directions a sample that it took, those held out among them.
         residual: misfit of each output along probes that the pattern was not found with, relative to its derivatives, `(m,)`.
-        unexplained: outputs that no few inputs explain, whose rows are taken as dense.
+        unexplained: outputs that miss the probes that were held out by more than noise and curvature explain: entries may lack
+            in their rows.
 
     Where each input was moved by itself, nothing was held out, and the residual is 0.
     """
@@ -44,7 +45,7 @@ class Detection:
     unexplained: Tensor
 
     def __repr__(self) -> str:
-        doubt = f", {len(self.unexplained)} outputs taken as dense" if len(self.unexplained) else ""
+        doubt = f", {len(self.unexplained)} outputs not explained" if len(self.unexplained) else ""
         worst = float(self.residual.max())
         return f"Detection({self.pattern!r}, {self.probes} probes a sample, residual at most {worst:.1e}{doubt})"
 
@@ -96,7 +97,7 @@ def detect(
         if missed > _GAIN * before and bool((found.residual[doubtful] < _MINOR).all()):
             return found  # more probes show no more: what is missed is curvature, or noise beyond what was told
         if probes is not None or not bool(doubtful.any()):
-            return _explained(found, doubtful)
+            return found
         before = missed
         count = min(max(count + 2, math.ceil(1.25 * count)), inputs)
 
@@ -129,16 +130,7 @@ def _tried(
     allowed = blur * own.sqrt() * (1.0 + 4.0 / math.sqrt(2.0 * batch * _HELD_OUT))
     residual = torch.where(scale > 0, misfit / scale.clamp(min=1e-300), 0.0)
     excess = misfit - _TOLERANCE * scale - _AMPLE * allowed
-    return Detection(Pattern(mask), count, residual, torch.empty(0, dtype=torch.int64)), excess
-
-
-def _explained(found: Detection, doubtful: Tensor) -> Detection:
-    """Return what was found with the rows that it does not explain taken as dense."""
-    if not bool(doubtful.any()):
-        return found
-    mask = found.pattern.mask()
-    mask[doubtful] = True
-    return Detection(Pattern(mask), found.probes, found.residual, torch.nonzero(doubtful).flatten())
+    return Detection(Pattern(mask), count, residual, torch.nonzero(excess > 0).flatten()), excess
 
 
 def _dense(look: Look, batch: int, outputs: int, inputs: int, blur: float, negligible: float) -> Detection:

@@ -50,12 +50,21 @@ class Rows:
             return each_sample(self.pattern, differences, probes, missing)
         rate = float((probes - self.probes).abs().max()) * self.condition
         if rate > _CLOSE:
+            check_moved(probes[(self.probes != 0).expand_as(probes)])
             return each_sample(self.pattern, differences, probes)
         found, error = self.solve(differences), rate
         while error > _EXACT:  # each correction leaves this share of the error before it
             found.values += self.solve(differences - found.along(probes)).values
             error *= rate
         return found
+
+
+def check_moved(moved: Tensor) -> None:
+    """Raise `ValueError` where an input was not moved that should have been."""
+    if bool((moved == 0).any()):
+        raise ValueError(
+            "A probe does not move an input at all: its step is below rounding. Give a larger step or x_scale."
+        )
 
 
 def each_sample(pattern: Pattern, differences: Tensor, probes: Tensor, missing: Tensor | None = None) -> Sparse:

@@ -85,6 +85,11 @@ class Wanted:
             raise ValueError(
                 f"method={self.method!r} uses no pattern, and pattern='discover' would pay for one; leave it out."
             )
+        if self.pattern == "discover" and self.method == "robust":
+            raise ValueError(
+                "method='robust' is for calls that may be wrong, from which no pattern can be discovered; give it, or discover it "
+                "from others."
+            )
         if self.method == "l1" and self.pattern is not None:
             raise ValueError("method='l1' is for a pattern that is not known; leave pattern out, or take 'regression'.")
         if self.method == "l1" and self.sparsity is None and self.probes is None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from beyondprop.func.sensing.least_squares import check_moved
 from beyondprop.func.sensing.linearised import Dense, Linearised, Probed, Sparse
 from beyondprop.func.sensing.patterns import Pattern
 from beyondprop.func.sensing.robust import least_absolute
@@ -56,7 +57,7 @@ def by_color(seen: Seen, colors: Tensor, pattern: Pattern) -> Tensor:
         )
     assert seen.moved is not None
     moved = seen.moved[:, pattern.columns]
-    _check_moved(moved)
+    check_moved(moved)
     return seen.differences[:, color, pattern.rows] / moved
 
 
@@ -73,16 +74,9 @@ def entry_by_entry(seen: Seen, pattern: Pattern | None) -> Linearised:
         )
     moved = seen.moved
     assert moved is not None
-    _check_moved(moved)
+    check_moved(moved)
     matrices = (seen.differences / moved[..., None]).mT
     return Dense(matrices) if pattern is None else Sparse(pattern, matrices[:, pattern.rows, pattern.columns])
-
-
-def _check_moved(moved: Tensor) -> None:
-    if bool((moved == 0).any()):
-        raise ValueError(
-            "A probe does not move an input at all: its step is below rounding. Give a larger step or x_scale."
-        )
 
 
 def mean_of_probes(seen: Seen) -> Probed:

@@ -38,7 +38,6 @@ from beyondprop.func.sensing.steps import (
     scales,
 )
 
-_MOST_NUMBERS = 32_000_000
 _MISFIT, _SLIGHT = 1e-2, 1e-3
 _LOOKED_AT, _FIRST_LOOKS, _CONFIRMATIONS = 8, 16, 2
 _MOST_MEASURED = 1024
@@ -79,6 +78,7 @@ class Sensor:
         report: what was found when the box was sensed last.
         measured_step: the step that noise and curvature made; None: not measured.
         unconfirmed: on how many further batches the pattern that was found is to be looked at.
+        flat: batches since the step was measured where the box showed no curvature; at the 1st, 2nd, 4th, ... it is again.
     """
 
     def __init__(self, wanted: Wanted, steps: StepSettings, generator: torch.Generator | None = None) -> None:
@@ -91,8 +91,8 @@ class Sensor:
         self.detection: Detection | None = None
         self.report = Report()
         self.measured_step: Step | None = None
-        self.unconfirmed = 0
-        self._warned, self._looks, self._flat = False, 0, 0
+        self.unconfirmed = self.flat = 0
+        self._warned, self._looks = False, 0
 
     @property
     def sides(self) -> int:
@@ -223,10 +223,11 @@ class Sensor:
         """Whether there is no step yet, or one as long as any: where the box was flat, it is measured again, now and then."""
         if self.measured_step is None:
             return True
-        if self.measured_step.size < LONGEST or self.wanted.method == "robust":
+        is_given = not isinstance(self.steps.step, str)
+        if is_given or self.measured_step.size < LONGEST or self.wanted.method == "robust":
             return False
-        self._flat += 1
-        return self._flat <= _MOST_MEASURED and self._flat.bit_count() == 1
+        self.flat += 1
+        return self.flat <= _MOST_MEASURED and self.flat.bit_count() == 1
 
     def _confirmed(self, jacobians: Sparse, x: Tensor, unit: Tensor, step: Step, evaluate: Evaluate) -> bool:
         """Look along one fresh direction at some samples of a batch that the pattern was not found on."""
@@ -370,7 +371,9 @@ class Sensor:
         assert found.pattern is not None
         pattern = found.pattern
         supports = [(rows, columns) for rows, columns, _ in pattern.supports]
-        parts, _, inliers = decode(reach, (raw - middle) / step.size, supports, intercept=True)
+        parts, _, inliers = decode(
+            reach, (raw - middle) / step.size, supports, intercept=True, known_noise=step.noise / step.size
+        )
         jacobians = Sparse(pattern, joined(parts, pattern, batch))
         self.report.residual = None
         if self.sides == 2:

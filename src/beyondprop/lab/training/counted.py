@@ -24,7 +24,9 @@ KEPT = "kept_bytes"
 def counters(model: nn.Module) -> dict[str, float]:
     """Return what the modules of a model have counted (`module.counters`, numbers by name), added up by name."""
     found: dict[str, float] = {}
-    for module in model.modules():
+    # Copies of a black box count together, and each has the whole count.
+    owners = {id(getattr(module, "caller", module)): module for module in model.modules()}
+    for module in owners.values():
         for key, value in (getattr(module, "counters", None) or {}).items():
             number = value.item() if isinstance(value, Tensor) else value
             found[key] = found.get(key, 0) + number
@@ -33,9 +35,10 @@ def counters(model: nn.Module) -> dict[str, float]:
 
 def counted_anew(model: nn.Module) -> nn.Module:
     """Return a model whose black boxes count, and budget, their calls from 0, whoever else calls what is in them."""
-    for module in model.modules():
-        if isinstance(module, BlackBox):
-            module.caller = replace(module.caller, counts=Counts())
+    boxes = [module for module in model.modules() if isinstance(module, BlackBox)]
+    fresh = {id(box.caller): replace(box.caller, counts=Counts()) for box in boxes}
+    for box in boxes:
+        box.caller = fresh[id(box.caller)]
     return model
 
 

@@ -56,10 +56,12 @@ def unpacked(state: Tensor, counts: Counts, sensor: Sensor) -> None:
     for name, value in own.items():
         setattr(counts, name, max(getattr(counts, name), int(value)))
     if has_step:
+        sensor.flat = int(has_step) - 1
         sensor.measured_step = Step(size, noise, None if curvature < 0 else curvature)
     if not m or sensor.wanted.pattern != "discover":  # a pattern that is given holds
         return
     rows, columns, residual = values[_HEAD:].split([nnz, nnz, m])
-    doubtful = torch.nonzero(residual == 1.0).flatten()
-    sensor.detection = Detection(Pattern.of_entries(rows, columns, (m, n)), probes, residual, doubtful)
+    sensor.detection = Detection(
+        Pattern.of_entries(rows, columns, (m, n)), probes, residual, torch.empty(0, dtype=torch.int64)
+    )
     sensor.plan, sensor.unconfirmed = None, unconfirmed

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _boxes: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count(1)
+_guessed: set[int] = set()
 
 
 def registered(box: Any) -> int:
@@ -38,8 +39,14 @@ def _call(handle: int, seed: int | None = None) -> Any:
 
 def _black_box(inputs: list[Tensor], token: Tensor, handle: int) -> list[Tensor]:
     call = _call(handle)
-    seed = torch.tensor(-1 if call.seed is None else call.seed)
-    return [*call.cast(call.value(inputs), inputs), seed]
+    leaves = call.cast(call.value(inputs), inputs)
+    box = _boxes[handle]
+    if handle in _guessed and [tuple(leaf.shape[1:]) for leaf in leaves] != [(box.out_features,)]:
+        raise RuntimeError(
+            f"A black box was compiled for outputs (N, {box.out_features}) and returns others; call it once before it is "
+            "compiled."
+        )
+    return [*leaves, torch.tensor(-1 if call.seed is None else call.seed)]
 
 
 def _shaped(inputs: list[Tensor], token: Tensor, handle: int) -> list[Tensor]:
@@ -51,6 +58,7 @@ def _shaped(inputs: list[Tensor], token: Tensor, handle: int) -> list[Tensor]:
                 "The size of a black box's output is not known: give out_features, or call it once before it is compiled."
             )
         shapes = ((box.out_features,),)
+        _guessed.add(handle)
     like = inputs[box.new_call(0).argnums(inputs)[0]]
     return [*(like.new_empty(like.shape[0], *shape) for shape in shapes), torch.empty((), dtype=torch.int64)]
 

@@ -34,7 +34,7 @@ class Reuse:
         if within is not None:
             _checks.non_negative("refresh_within", within)
         self.refresh, self.within = refresh, within or 0.0
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.x: Tensor | None = None
         self.fixed: list[Tensor] = []
         self.found: Linearised | None = None
@@ -44,7 +44,7 @@ class Reuse:
         return {name: value for name, value in vars(self).items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.Lock())
+        vars(self).update(state, lock=threading.RLock())
 
     @property
     def is_on(self) -> bool:
