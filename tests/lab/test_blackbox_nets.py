@@ -102,7 +102,6 @@ def test_the_form_says_how_it_is_sensed() -> None:
     for method in ("coloring", "regression", "robust", "rainbow"):
         assert _box(_net(method)).plan.method == method
     assert _box(_net("regression:probes=6")).plan.probes == 6
-    assert _box(_net("regression:noise=0.1", width=64)).plan.probes == 5
     assert _box(_net("noise=0.1")).sensor.steps.noise == 0.1
     assert isinstance(_box(_net("exact:noise=0.1")), TorchOscillators)
     assert _box(_net("stopped")) is not None
@@ -220,15 +219,13 @@ def test_the_watchdog_sees_that_it_is_stopped() -> None:
         trained.step(x, y)
 
 
-def test_noise_costs_calls_once_and_is_measured_against() -> None:
+def test_noise_is_measured_against_at_few_calls() -> None:
     model = _net("coloring:noise=0.05")
     trained, box = _rule("adam", model), _box(model)
-    trained.step(*_batch(12, torch.float32))
-    setup = box.stats.setup
-    assert 0 < setup <= 32
-    assert box.counters["calls"] == 12 * (1 + box.plan.calls) + setup
-    trained.step(*_batch(12, torch.float32))
-    assert box.stats.setup == setup
+    for _ in range(40):
+        trained.step(*_batch(12, torch.float32))
+    assert box.counters["calls"] == 40 * 12 * (1 + box.plan.calls) + box.stats.setup
+    assert 0 < box.stats.setup < 0.1 * box.stats.total
     assert box.info.step > 0.1  # far beyond what rounding alone would ask for
 
 
@@ -239,11 +236,10 @@ def test_the_state_has_the_calls_and_the_pattern_that_was_found() -> None:
         fresh.load_state_dict(model.state_dict())
         assert _box(fresh).counters == _box(model).counters
         assert _box(fresh).counters["calls"] > 0
-        trained = _rule("adam", fresh)
-        before = _box(fresh).counters["calls"]
-        trained.step(*_batch(12, torch.float32))
-        sensed = _box(fresh).plan.calls if method not in ("exact", "stopped") else 0
-        assert _box(fresh).counters["calls"] - before == 12 * (1 + sensed)  # nothing is found or measured again
+        for _ in range(3):
+            for each in (model, fresh):
+                _rule("adam", each).step(*_batch(12, torch.float32))
+            assert _box(fresh).counters == _box(model).counters  # nothing is found or measured again
 
 
 def test_a_block_that_autograd_differentiates_is_not_run_on_the_side() -> None:

@@ -41,10 +41,10 @@ def test_the_full_version_counts_what_was_called(tmp_path: Path, monkeypatch: py
     found = {row.label: row for row in rows}
     assert len(found) == len(rows)
     assert all(len(row.measured) == 3 and not math.isnan(row.mean) for row in rows)
-    calls = found[f"{TITLES[COLORING]}: calls a training row"]
-    assert calls.verdict == "reached"
-    assert all(9 < value <= 9.2 for value in calls.measured)  # a step for the noise is found once
-    assert all(129 < value <= 129.2 for value in found[f"{TITLES[DENSE]}: calls a training row"].measured)
+    for net, each in ((COLORING, 9), (DENSE, 129)):
+        calls = found[f"{TITLES[net]}: calls a training row"]
+        assert all(each < value < each + 2 for value in calls.measured)  # a step for the noise is found, too
+        assert calls.at_most == (10.0 if net == COLORING else None)
     ratio = found[f"calls to 5 %, {TITLES[DENSE]} over {TITLES[COLORING]}"]
     assert ratio.at_least == 5.0
     assert found[f"{TITLES[COLORING]} minus {TITLES[EXACT]}"].at_least == -0.3
