@@ -87,8 +87,8 @@ class Wanted:
             )
         if self.pattern == "discover" and self.method == "robust":
             raise ValueError(
-                "method='robust' is for calls that may be wrong, from which no pattern can be discovered; give it, or discover it "
-                "from others."
+                "method='robust' is for calls that may be wrong, from which no pattern can be discovered; give it, or "
+                "discover it from others."
             )
         if self.method == "l1" and self.pattern is not None:
             raise ValueError("method='l1' is for a pattern that is not known; leave pattern out, or take 'regression'.")

@@ -209,7 +209,7 @@ def measured(
     if not isinstance(settings.step, str) or noise == 0.0:
         return Step(default, noise)
     if is_corrupted:
-        return Step(min(max((3 * noise) ** (1 / 3), default), 2 * _WIDTHS[0]), noise)
+        return Step(min(max((3 * noise) ** (1 / 3), default), LONGEST), noise)
     places = [side * width * reach for width in _WIDTHS for reach in (1, 2) for side in (-1, 1)]
     places = sorted({0.0, *places})
     values = dict(zip(places, at(torch.tensor(places, dtype=torch.float64)), strict=True))
