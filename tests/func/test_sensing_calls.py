@@ -155,12 +155,12 @@ def test_verification_is_counted(difference: str, sides: int) -> None:
     layer = BlackBox(box, pattern=MASK, difference=difference)
     report = layer.verify(points(4, 12), n_probes=3)
     assert layer.plan is not None
-    # The value, the Jacobian, three probes, and once without the first row: whether rows look at each other.
-    assert box.rows == layer.stats.total == 4 * (1 + layer.plan.calls + 3 * sides) + 3
-    assert report.calls == 4 * 3 * sides + 3
+    # The value, the Jacobian, three probes on both sides, and once without the first row: whether rows look at each other.
+    assert box.rows == layer.stats.total == layer.stats.evaluation == 4 * (1 + layer.plan.calls + 3 * 2) + 3
+    assert report.calls == 4 * 3 * 2 + 3
     box.since()
     verify(box, points(4, 12), pattern=MASK, difference=difference)
-    assert box.since() == 4 * (1 + layer.plan.calls + 3 * sides) + 3
+    assert box.since() == 4 * (1 + layer.plan.calls + 3 * 2) + 3
 
 
 @every_difference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from boxes import Counted, Linear, Noisy, Smooth, far, points, random_pattern
 
-from beyondprop.errors import BlackBoxError
+from beyondprop.errors import BlackBoxError, SensingWarning
 from beyondprop.func.sensing import jacobian, verify, vjp
 from beyondprop.nn import BlackBox
 
@@ -116,8 +117,14 @@ def test_rows_of_unknown_pattern(sparsity: int, difference: str) -> None:
     mask = random_pattern(60, 120, sparsity)
     smooth, x = Smooth(mask), points(3, 120)
     box = Counted(smooth)
-    found = jacobian(box, x, sparsity=sparsity, difference=difference)
-    assert far(found, smooth.jacobian(x)) <= (1e-6 if difference == "central" else 1e-3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = jacobian(box, x, sparsity=sparsity, difference=difference)
+    right = smooth.jacobian(x)
+    bad = (found - right).norm(dim=2) > (1e-6 if difference == "central" else 1e-3) * right.norm(dim=2)
+    # One row in a thousand takes more probes: then it is said.
+    assert int(bad.sum()) <= 1
+    assert not bool(bad.any()) or any(issubclass(each.category, SensingWarning) for each in said)
     assert box.rows < 3 * 120
 
 

@@ -108,9 +108,9 @@ def test_a_simulator_inside_a_graph() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 12), BlackBox(simulator), torch.nn.Linear(12, 1)).double()
     x = points(32, 3)
     y = torch.sin(x.sum(1, keepdim=True))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-2)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
         loss.backward()

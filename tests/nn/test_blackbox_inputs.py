@@ -306,3 +306,29 @@ def test_inputs_without_gradient_and_mixed() -> None:
     assert b.grad is not None
     assert far(b.grad, a) <= 1e-8
     assert a.grad is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("arrays", ["numpy", "torch"])
+@pytest.mark.parametrize("method", ["coloring", "regression", "dense", "spsa"])
+def test_inputs_on_a_cuda_device(method: str, arrays: str) -> None:
+    """The box gets arrays of the host, or tensors where they are; outputs and gradients are on the input's device."""
+    devices = set()
+
+    def box(x: Any) -> Any:
+        devices.add(str(getattr(x, "device", "cpu")).split(":")[0])
+        return SMOOTH(x) if arrays == "numpy" else SMOOTH.torch(x.cpu()).to(x.device)
+
+    layer = BlackBox(box, pattern=None if method == "spsa" else MASK, method=method, arrays=arrays)
+    x = points(4, 8).cuda().requires_grad_()
+    y = layer(x)
+    assert y.is_cuda
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_cuda
+    if method != "spsa":
+        twin = points(4, 8).requires_grad_()
+        SMOOTH.torch(twin).square().sum().backward()
+        assert twin.grad is not None
+        assert far(x.grad.cpu(), twin.grad) <= 1e-7
+    assert devices == {"cuda" if arrays == "torch" else "cpu"}

@@ -317,6 +317,35 @@ def test_an_input_that_is_changed_in_place_after_the_pass_is_complained_of() -> 
     assert far(x.grad, 2 * SMOOTH.jacobian(x.detach()).sum(1)) <= 1e-7
 
 
+def test_a_rollout_through_one_box() -> None:
+    """Model-based control: the same simulator step after step, the gradient through all of them."""
+    square = Smooth(random_pattern(6, 6, 2))
+    layer = BlackBox(square, pattern=square.mask)
+    found = []
+    for step in (layer, square.torch):
+        start = points(2, 6).requires_grad_()
+        state = start
+        for _ in range(6):
+            state = state + 0.1 * step(state)
+        state.square().sum().backward()
+        found.append(start.grad)
+    assert far(found[0], found[1]) <= 1e-8  # type: ignore[arg-type]
+    assert layer.plan is not None
+    assert layer.stats.total == 2 * 6 * (1 + layer.plan.calls)
+
+
+def test_a_cotangent_that_is_no_number_is_passed_on() -> None:
+    layer = BlackBox(SMOOTH, pattern=MASK)
+    x = points(3, 8).requires_grad_()
+    y = layer(x)
+    v = torch.ones_like(y)
+    v[1] = float("nan")
+    y.backward(v)
+    assert x.grad is not None
+    assert bool(x.grad[[0, 2]].isfinite().all())
+    assert bool(x.grad[1, MASK.any(0)].isnan().all())
+
+
 # ---- what is raised inside -----------------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ def is_costly(model: nn.Module) -> bool:
 
 @contextmanager
 def standing_in(model: nn.Module) -> Iterator[None]:
-    """Let modules that are dear to run, and can, answer without being run (`module.stands_in`): for checks of structure."""
-    able = [module for module in model.modules() if getattr(module, "stands_in", None) is False]
+    """Let modules that are dear to run answer without being run, where they can: for checks of structure."""
+    able = [module for module in model.modules() if getattr(module, "can_stand_in", False)]
     try:
         for module in able:
             module.stands_in = True  # type: ignore[assignment]

@@ -56,7 +56,7 @@ def detect(
     outputs: int,
     inputs: int,
     *,
-    blur: float,
+    blur: Tensor,
     precision: float,
     probes: int | None,
     sparsity: int | None,
@@ -72,7 +72,7 @@ def detect(
         batch: B.
         outputs: m.
         inputs: n.
-        blur: error of a directional derivative, by noise and curvature.
+        blur: error of each output's directional derivatives, by noise and curvature, `(m,)`.
         precision: of a directional derivative without noise, relative.
         probes: how many a sample, all in all; None: as needed.
         sparsity: the largest number of nonzeros in a row; None: not known.
@@ -90,8 +90,8 @@ def detect(
         new, along = look(drawn)
         taken = new if taken is None else torch.cat([taken, new], 1)
         seen = along if seen is None else torch.cat([seen, along], 1)
-        rounding = precision * float(seen.square().mean().sqrt())
-        found, misfit = _tried(taken, seen, max(blur, rounding), max(_PRUNED, 10.0 * precision), sparsity)
+        rounding = precision * seen.square().mean((0, 1)).sqrt()
+        found, misfit = _tried(taken, seen, torch.maximum(blur, rounding), max(_PRUNED, 10.0 * precision), sparsity)
         doubtful = misfit > 0
         missed = float(misfit.clamp(min=0.0).square().sum())
         if missed > _GAIN * before and bool((found.residual[doubtful] < _MINOR).all()):
@@ -110,7 +110,7 @@ def _first(batch: int, inputs: int, sparsity: int | None) -> int:
 
 
 def _tried(
-    probes: Tensor, seen: Tensor, blur: float, negligible: float, sparsity: int | None
+    probes: Tensor, seen: Tensor, blur: Tensor, negligible: float, sparsity: int | None
 ) -> tuple[Detection, Tensor]:
     """Find a pattern along all probes but those held out, and by how much each output misses these beyond what is due."""
     batch, count = probes.shape[:2]
@@ -133,7 +133,7 @@ def _tried(
     return Detection(Pattern(mask), count, residual, torch.nonzero(excess > 0).flatten()), excess
 
 
-def _dense(look: Look, batch: int, outputs: int, inputs: int, blur: float, negligible: float) -> Detection:
+def _dense(look: Look, batch: int, outputs: int, inputs: int, blur: Tensor, negligible: float) -> Detection:
     """Move every input by itself."""
     probes, along = look(torch.eye(inputs, dtype=torch.float64).expand(batch, -1, -1))
     moved = probes.diagonal(dim1=1, dim2=2)
@@ -141,7 +141,7 @@ def _dense(look: Look, batch: int, outputs: int, inputs: int, blur: float, negli
     size = values.square().mean(0).sqrt()
     largest = size.amax(1, keepdim=True)
     by_chance = blur * math.sqrt(1.0 + 6.0 * math.sqrt(2.0 / batch))
-    floor = torch.maximum(negligible * largest, torch.full_like(largest, by_chance))
+    floor = torch.maximum(negligible * largest, by_chance[:, None])
     return Detection(
         Pattern((size > floor) & (size > 0)),
         inputs,

@@ -101,6 +101,10 @@ class Dense(Linearised):
     def push(self, tangent: Tensor) -> Tensor:
         return torch.einsum("bmn,bn->bm", self.matrices, tangent)
 
+    def along(self, probes: Tensor) -> Tensor:
+        """Return `J_b d` for probes `(k, n)` or `(B, k, n)`, as `(B, k, m)`."""
+        return probes @ self.matrices.mT
+
     def dense(self) -> Tensor:
         return self.matrices
 

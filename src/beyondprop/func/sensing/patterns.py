@@ -167,6 +167,8 @@ def _entries(value: Any) -> tuple[Tensor, Tensor, tuple[int, ...]]:
             "pattern must be a bool tensor (outputs, inputs), a scipy.sparse matrix, 'dense' or 'discover', got "
             f"{type(value).__name__}."
         )
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "fc":
+        value = value.astype(bool)
     mask = torch.as_tensor(value.copy() if isinstance(value, np.ndarray) else value).detach().cpu()
     if mask.is_floating_point() and mask.isnan().any():
         raise ValueError("pattern holds NaN; its entries must be True or False.")

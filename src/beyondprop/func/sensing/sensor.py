@@ -12,7 +12,7 @@ from torch import Tensor
 from beyondprop.errors import SensingWarning
 from beyondprop.func.sensing import designs
 from beyondprop.func.sensing.discovery import Detection, detect
-from beyondprop.func.sensing.linearised import Linearised, Sparse
+from beyondprop.func.sensing.linearised import Dense, Linearised, Probed, Sparse
 from beyondprop.func.sensing.looking import Evaluate, evaluated, look, points_of
 from beyondprop.func.sensing.patterns import Pattern
 from beyondprop.func.sensing.plan import Plan, Wanted, check_shape, plan
@@ -54,6 +54,7 @@ class Report:
         curvature: see `Step`.
         condition: the worst condition number of a system that is solved; None: none is.
         residual: relative misfit of directional derivatives, where there are more than unknowns; None: there are not.
+        shares: see `Step`.
     """
 
     step: float | None = None
@@ -61,6 +62,7 @@ class Report:
     curvature: float | None = None
     condition: float | None = None
     residual: float | None = None
+    shares: Tensor | None = None
 
 
 class Sensor:
@@ -77,6 +79,7 @@ class Sensor:
         detection: what was found with `pattern="discover"`.
         report: what was found when the box was sensed last.
         measured_step: the step that noise and curvature made; None: not measured.
+        precision: of the box's numbers, relative, as it was last.
         unconfirmed: on how many further batches the pattern that was found is to be looked at.
         flat: batches since the step was measured where the box showed no curvature; at the 1st, 2nd, 4th, ... it is again.
     """
@@ -92,6 +95,7 @@ class Sensor:
         self.report = Report()
         self.measured_step: Step | None = None
         self.unconfirmed = self.flat = 0
+        self.precision = 0.0
         self._warned, self._looks = False, 0
 
     @property
@@ -146,7 +150,7 @@ class Sensor:
             is_new = True
         else:
             is_new = False
-        found = self.prepare(outputs, x.shape[1])
+        found, self.precision = self.prepare(outputs, x.shape[1]), precision
         if found.pattern is not None and not found.probes:
             return Sparse(found.pattern, torch.zeros(len(x), 0, dtype=torch.float64))
         probes = found.directions
@@ -164,14 +168,21 @@ class Sensor:
                 seen, unit = seen._replace(probes=seen.probes * base), unit[:, :1] / base[:1]
                 unit = unit.expand(len(x), x.shape[1])
             if kind == "backward":
-                self._check_rounding(seen, precision)
+                self._check_rounding(seen, precision, step.size)
             jacobians = self._solved(found, seen, step)
-            if isinstance(jacobians, Sparse) and kind == "backward":  # `verify` tells by itself
-                if self.unconfirmed and not is_new and not self._confirmed(jacobians, x, unit, step, evaluate):
+            if kind == "backward" and not isinstance(jacobians, Probed):  # `verify` tells by itself
+                if (
+                    isinstance(jacobians, Sparse)
+                    and self.unconfirmed
+                    and not is_new
+                    and not self._confirmed(jacobians, x, unit, step, evaluate)
+                ):
                     self._widen(x, precision, outputs, evaluate)
                     return self.linearise(x, y, precision, outputs, evaluate, kind)
+                assert isinstance(jacobians, Sparse | Dense)
                 self._check_fit(jacobians, seen, step)
         self.report.step, self.report.noise, self.report.curvature = step.size, step.noise, step.curvature
+        self.report.shares = step.shares
         self.report.condition = found.condition
         return unscaled(jacobians, unit)
 
@@ -195,7 +206,7 @@ class Sensor:
             len(x),
             outputs,
             x.shape[1],
-            blur=step.blur(2) + step.bend(self.sides),
+            blur=torch.as_tensor(step.error(2)).expand(outputs),
             precision=10.0 * precision ** (2 / 3 if self.sides == 2 else 1 / 2),
             probes=probes,
             sparsity=self.wanted.sparsity,
@@ -238,8 +249,7 @@ class Sensor:
         told = Sparse(jacobians.pattern, jacobians.values[few]).along(seen.probes)
         left, known = (v.square().mean((0, 1)).sqrt() for v in (seen.differences - told, seen.differences))
         widest = math.sqrt(1.0 + jacobians.pattern.widest)
-        blur = step.blur(self.sides) + step.bend(self.sides)
-        allowed = _MISFIT * known + _SLIGHT * known.square().mean().sqrt() + 10.0 * blur * widest
+        allowed = _MISFIT * known + self._slight(seen, step) + 10.0 * step.error(self.sides) * widest
         return bool((left <= allowed).all())
 
     def _widen(self, x: Tensor, precision: float, outputs: int, evaluate: Evaluate) -> None:
@@ -302,24 +312,33 @@ class Sensor:
             jacobians = solver.fit(seen.differences, seen.probes, seen.missing)
         return jacobians
 
-    def _check_rounding(self, seen: Seen, precision: float) -> None:
+    def _check_rounding(self, seen: Seen, precision: float, size: float) -> None:
         """Tell derivatives that drown in the rounding of large outputs."""
         if self._warned or self._looks > _FIRST_LOOKS:
             return
         drowned = precision * seen.magnitude
-        worst = int(drowned.argmax())
-        known = seen.differences[:_LOOKED_AT].nan_to_num(0.0)
-        if float(drowned[worst]) > _DROWNED * float(known.square().mean().sqrt()) > 0:
+        known = seen.differences[:_LOOKED_AT].nan_to_num(0.0).square().mean((0, 1)).sqrt()
+        # An output that does not change at all is rounding alone, which matters where it is large beside the others' changes.
+        counts = drowned > _SLIGHT * float(known.square().mean().sqrt())
+        excess = torch.where(counts, drowned - _DROWNED * known, 0.0)
+        worst = int(excess.argmax())
+        if float(excess[worst]) > 0:
             self._warned = True
+            width = self.sides * size
             warnings.warn(
-                f"Derivatives of a black box drown in rounding: output {worst} is {float(drowned[worst]) / precision:.1e} "
-                f"times what a derivative of 1 changes in a step, in numbers that are precise to {precision:.0e}. "
+                f"Derivatives of a black box drown in rounding: output {worst}, of {float(seen.magnitude[worst]) * width:.1e}, "
+                f"is precise to {precision:.0e} of that, and a step changes it by {float(known[worst]) * width:.1e}. "
                 "Subtract an offset inside the box, let it return float64, or give x_scale or a larger step.",
                 SensingWarning,
                 stacklevel=2,
             )
 
-    def _check_fit(self, jacobians: Sparse, seen: Seen, step: Step) -> None:
+    def _slight(self, seen: Seen, step: Step) -> Tensor:
+        """Return what rounding and bends that nobody measured may do to each output's derivatives, `(m,)`."""
+        values = seen.magnitude * self.sides * step.size
+        return values * (3.0 * self.precision / step.size + 10.0 * step.size**2)
+
+    def _check_fit(self, jacobians: Sparse | Dense, seen: Seen, step: Step) -> None:
         """Compare what is left of some samples' directional derivatives with what noise explains; it costs no call.
 
         The first times, and then now and again.
@@ -329,14 +348,15 @@ class Sensor:
             return
         few = slice(_LOOKED_AT)
         known = seen.differences[few]
-        left = known - Sparse(jacobians.pattern, jacobians.values[few]).along(seen.probes[few])
+        taken = seen.probes[few] if seen.moved is None else seen.probes[few] * seen.moved[few, None]
+        left = known - jacobians.of(torch.arange(len(known))).along(taken)
         if seen.missing is not None:
             gone = seen.missing[few, :, None]
             left, known = left.masked_fill(gone, 0.0), known.masked_fill(gone, 0.0)
         of_output, misfit = known.square().mean((0, 1)).sqrt(), left.square().mean((0, 1)).sqrt()
         size = float(known.square().mean().sqrt())
         self.report.residual = float(left.square().mean().sqrt()) / size if size > 0 else 0.0
-        excess = misfit - (_MISFIT * of_output + _SLIGHT * size + 6.0 * (step.blur(self.sides) + step.bend(self.sides)))
+        excess = misfit - (_MISFIT * of_output + self._slight(seen, step) + 6.0 * step.error(self.sides))
         worst = int(excess.argmax())
         if float(excess[worst]) > 0 and not self._warned:
             self._warned = True

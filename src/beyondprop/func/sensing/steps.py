@@ -19,6 +19,7 @@ DIFFERENCES = ("central", "forward")
 _POINTS = 8
 _LEVELS = (3, 4, 5)
 _WIDENINGS = 3
+_UNLIKE = 4.0
 _WIDTHS = (0.25, 0.125, 0.0625)
 _SECOND = ((0.0, 1.0, -2.0, 1.0, 0.0), 2)
 _THIRD = ((-0.5, 1.0, 0.0, -1.0, 0.5), 3)
@@ -112,18 +113,25 @@ class Step:
 
     Attributes:
         size: the distance, in units of each input's scale.
-        noise: standard deviation of the outputs.
+        noise: standard deviation of the outputs, r.m.s. over these.
         curvature: size of the third derivative along a probe with central differences, of the second with forward ones;
             None: not measured.
+        shares: noise of each output in units of `noise`, `(m,)`; None: all alike.
     """
 
     size: float
     noise: float
     curvature: float | None = None
+    shares: Tensor | None = None
 
     def blur(self, sides: int) -> float:
         """Return the standard deviation of a directional derivative of so many calls, 1 or 2."""
         return self.noise * math.sqrt(2.0) / (sides * self.size)
+
+    def error(self, sides: int) -> Tensor | float:
+        """Return the error of each output's directional derivative by noise and curvature, `(m,)`, or one for all."""
+        found = self.blur(sides) + self.bend(sides)
+        return found if self.shares is None else found * self.shares
 
     def bend(self, sides: int) -> float:
         """Return by how much curvature, where it was measured, moves a directional derivative of so many calls."""
@@ -205,52 +213,70 @@ def measured(
         # Along inputs by themselves most outputs would not move at all, and seem to have none.
         full = general(_SAMPLES, x.shape[1], None) * scales(settings, x, shared=shared)
         noise = _noise(lambda places: at(places, full), precision)
-    noise = float(noise or 0.0)
-    if not isinstance(settings.step, str) or noise == 0.0:
-        return Step(default, noise)
+    each = noise if isinstance(noise, Tensor) else None
+    if each is not None and float(each.max()) < _UNLIKE * float(each.min()):
+        noise, each = each.square().mean().sqrt(), None  # alike but for the error of an estimate
+    size = float(noise or 0.0) if each is None else float(each.square().mean().sqrt())
+    shares = None if each is None or size == 0.0 else each / size
+    if not isinstance(settings.step, str) or size == 0.0:
+        return Step(default, size, None, shares)
     if is_corrupted:
-        return Step(min(max((3 * noise) ** (1 / 3), default), LONGEST), noise)
+        return Step(min(max((3 * size) ** (1 / 3), default), LONGEST), size)
     places = [side * width * reach for width in _WIDTHS for reach in (1, 2) for side in (-1, 1)]
     places = sorted({0.0, *places})
-    values = dict(zip(places, at(torch.tensor(places, dtype=torch.float64)), strict=True))
+    seen = at(torch.tensor(places, dtype=torch.float64))
+    if each is not None:  # in units of each output's own noise, of those that have any
+        seen = seen[..., each > 0] / each[each > 0]
+    values = dict(zip(places, seen / (size if each is None else 1.0), strict=True))
+    margin = 0.0 if each is None else 1.0  # the noise of single outputs is known less well
     second, third = (
-        max(_derivative(values, width, *stencil, noise) for width in _WIDTHS) for stencil in (_SECOND, _THIRD)
+        max(_derivative(values, width, *stencil, margin) for width in _WIDTHS) for stencil in (_SECOND, _THIRD)
     )
-    longest = 2 * _WIDTHS[0]
-    by_third = math.inf if third == 0.0 else (3 * noise / third) ** (1 / 3)
+    by_third = math.inf if third == 0.0 else (3 / third) ** (1 / 3)
     if settings.difference == "central":
-        return Step(min(max(by_third, default), longest), noise, third)
-    by_second = math.inf if second == 0.0 else 2 * (noise / second) ** 0.5
+        return Step(min(max(by_third, default), LONGEST), size, size * third, shares)
+    by_second = math.inf if second == 0.0 else 2 / second**0.5
     # A function that is odd around a point has no second derivative there; then the third one bends it.
-    return Step(min(max(min(by_second, by_third), default), longest), noise, second)
+    return Step(min(max(min(by_second, by_third), default), LONGEST), size, size * second, shares)
 
 
 def _derivative(
-    values: dict[float, Tensor], width: float, weights: tuple[float, ...], order: int, noise: float
+    values: dict[float, Tensor], width: float, weights: tuple[float, ...], order: int, margin: float
 ) -> float:
-    """Return the size of a derivative from five points, with what noise adds taken off: 0 where it may be noise alone."""
+    """Return the size of a derivative from five points, in units of noise, which is taken off: 0 where it may be all."""
     seen = sum(weight * values[place * width] for place, weight in zip(range(-2, 3), weights, strict=True) if weight)
     assert isinstance(seen, Tensor)
-    spread = noise**2 * sum(w * w for w in weights)
+    spread = sum(w * w for w in weights)
     square = float(seen.square().mean())
-    by_chance = spread * (1.0 + 4.0 * math.sqrt(2.0 / seen.numel()))
+    by_chance = spread * (1.0 + margin + 4.0 * math.sqrt(2.0 / seen.numel()))
     return math.sqrt(square - spread) / width**order if square > by_chance else 0.0
 
 
-def _noise(at: Callable[[Tensor], Tensor], precision: float) -> float:
-    """Return the noise of a box from differences of high order between near points, which smooth change leaves alone."""
-    width = math.sqrt(precision)
+def _noise(at: Callable[[Tensor], Tensor], precision: float) -> Tensor:
+    """Return the noise of each output, `(m,)`, from differences of high order between near points.
+
+    Smooth change leaves these alone. Numbers that are rounded to equal ones have a coarser precision than they seem to: they
+    are looked at again, farther apart.
+    """
+    width, result = math.sqrt(precision), None
     for _ in range(_WIDENINGS + 1):
         values = at(torch.linspace(-0.5, 0.5, _POINTS, dtype=torch.float64) * width)
-        if float((values[1:] == values[:-1]).double().mean()) < 0.5:
+        changes = (values[1:] != values[:-1]).double().mean((0, 1)) >= 0.5
+        now = _spread_of(values)
+        result = now if result is None else torch.where(result > 0, result, now)
+        result = torch.where(changes | (result == 0), result, 0.0)
+        if bool(changes.all()) or float(changes.double().mean()) >= 0.5:
             break
-        width *= 100.0  # rounded to equal numbers: the box's own precision is coarser
-    else:
-        return 0.0
+        width *= 100.0
+    assert result is not None
+    return result
+
+
+def _spread_of(values: Tensor) -> Tensor:
     found = []
     for level in range(1, max(_LEVELS) + 1):
         values = values.diff(dim=0)
         if level in _LEVELS:
             share = math.factorial(level) ** 2 / math.factorial(2 * level)
-            found.append(share * float(values.square().mean()))
-    return math.sqrt(sorted(found)[len(found) // 2])
+            found.append(share * values.square().mean((0, 1)))
+    return torch.stack(found).median(0).values.sqrt()

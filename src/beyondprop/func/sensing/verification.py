@@ -99,7 +99,7 @@ def check(
     rows, inputs = batch.x.shape
     probes = torch.stack([designs.general(count, inputs, generator) for _ in range(rows)]) * (_RMS * math.sqrt(count))
     report = sensor.report
-    step = Step(report.step or precision ** (1 / 3), report.noise or 0.0, report.curvature)
+    step = Step(report.step or precision ** (1 / 3), report.noise or 0.0, report.curvature, report.shares)
     unit = scales(sensor.steps, batch.x, shared=False)
     # Central differences in any case: they bend less than what is checked.
     seen = look(sensor.steps, batch.x, None, probes, unit, step.size, batch.evaluate, "evaluation")
@@ -115,7 +115,8 @@ def check(
     own = _ERROR * step.blur(sensor.sides) * _RMS * math.sqrt(widest)
     spread = 1.0 + 4.0 / math.sqrt(2.0 * rows * count)
     bend = step.bend(2) + step.bend(sensor.sides) * _RMS * math.sqrt(widest)
-    expected = (math.hypot(step.blur(2), own) * spread + 2.0 * bend) / size
+    shares = 1.0 if step.shares is None else step.shares
+    expected = (math.hypot(step.blur(2), own) * spread + 2.0 * bend) * shares / size
     # An output that does not move at all, but for rounding, has no direction to be wrong in.
     silent = size <= 1e3 * precision / step.size * (1.0 + y.abs().amax(0))
     # Where calls may be wrong, one that differs says nothing.

@@ -56,7 +56,7 @@ class Evaluate(torch.autograd.Function):
             stacked = Product.apply(ctx.call, ctx.count, True, *_barred(inputs), *(v[None] for v in cotangents))
             found = [gradient[0] for gradient in stacked]
         else:  # nothing looks at what happens here
-            found = ctx.call.pull(inputs, cotangents)
+            found = _pulled(ctx.call, inputs, cotangents)
         gradients: list[Tensor | None] = [None] * ctx.count
         for index, gradient in zip(ctx.call.argnums(inputs), found, strict=True):
             gradients[index] = gradient
@@ -75,6 +75,18 @@ class Evaluate(torch.autograd.Function):
         folded = _folded(_to_front(info.batch_size, in_dims[1:], inputs))
         found = Evaluate.apply(Call(call.box, call.seed), *folded)
         return tuple(x.reshape(info.batch_size, -1, *x.shape[1:]) for x in found), (0,) * len(found)
+
+
+def _pulled(call: Call, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    try:
+        return call.pull(inputs, cotangents)
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):
+            raise
+        raise RuntimeError(
+            "BlackBox takes no batched cotangents (vectorize=True, is_grads_batched=True), which autograd's engine keeps to "
+            "itself; torch.func.jacrev and vmap sense once for all of them."
+        ) from error
 
 
 class _Barred(torch.autograd.Function):

@@ -25,7 +25,7 @@ def packed(counts: Counts, sensor: Sensor) -> Tensor:
     own = (
         [0.0] * _STEP
         if step is None
-        else [1.0, step.size, step.noise, -1.0 if step.curvature is None else step.curvature]
+        else [1.0 + sensor.flat, step.size, step.noise, -1.0 if step.curvature is None else step.curvature]
     )
     head = [_VERSION, *(getattr(counts, name) for name in _COUNTS), *own]
     found = sensor.detection

@@ -115,14 +115,25 @@ class BlackBox(nn.Module):
         leaves = Evaluate.apply(call, *inputs)
         return self.structured(leaves if isinstance(leaves, tuple) else (leaves,))
 
+    @property
+    def can_stand_in(self) -> bool:
+        """Whether it is known what its output looks like."""
+        return self._output_shape() is not None
+
+    def _output_shape(self) -> tuple[int, ...] | None:
+        if self.caller.shapes is not None:
+            return self.caller.shapes[0] if len(self.caller.shapes) == 1 else None
+        known = self._known_sizes()
+        outputs = self.out_features or (None if known is None else known[0])
+        return None if outputs is None else (outputs,)
+
     def _stand_in(self, x: Tensor) -> Tensor | None:
         """Return numbers that follow an input, in the shape of the box's output, without a call; None: it is not known."""
-        shapes = self.caller.shapes or (None if self.out_features is None else ((self.out_features,),))
-        if shapes is None or len(shapes) != 1:
+        if (shape := self._output_shape()) is None:
             return None
         flat = x.flatten(1)
-        place = torch.arange(math.prod(shapes[0]), device=x.device) % flat.shape[1]
-        return (flat[:, place] + flat.mean(1, keepdim=True)).reshape(len(x), *shapes[0])
+        place = torch.arange(math.prod(shape), device=x.device) % flat.shape[1]
+        return (flat[:, place] + flat.mean(1, keepdim=True)).reshape(len(x), *shape)
 
     def new_call(self, seed: int | None = None) -> Call:
         """Return a forward pass that is to be made, by a seed where the box takes one."""
