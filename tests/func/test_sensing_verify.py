@@ -9,6 +9,7 @@ import pytest
 import torch
 from boxes import Linear, Noisy, Smooth, arrow, points, random_pattern
 
+from beyondprop.errors import SensingWarning
 from beyondprop.func.sensing import detect_pattern, verify
 from beyondprop.nn import BlackBox
 
@@ -135,6 +136,7 @@ def test_what_was_found_can_be_trusted_or_is_said_not_to_be() -> None:
         box, x = Smooth(mask, seed), points(8, 30, seed)
         found = detect_pattern(box, x)
         assert verify(box, points(8, 30, seed + 100), pattern=found.pattern)
-        poor = detect_pattern(box, x[:2], probes=3)
+        with pytest.warns(SensingWarning, match="do not explain"):
+            poor = detect_pattern(box, x[:2], probes=3)
         missing = bool((mask & ~poor.pattern.mask()).any())
         assert not missing or not verify(box, x, pattern=poor.pattern)

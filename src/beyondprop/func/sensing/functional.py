@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beyondprop import _checks
+from beyondprop.errors import SensingWarning
 from beyondprop.func.sensing.batch import Batch, flattened
 from beyondprop.func.sensing.calls import Caller, CallSettings
 from beyondprop.func.sensing.discovery import Detection
@@ -192,7 +194,15 @@ def detect_pattern(
         _checks.at_least("probes", probes, 3)
     sensed = _Sensed(fn, x, generator, {"pattern": "discover", "sparsity": sparsity, **options})
     y, precision = sensed.start()
-    return sensed.sensor.discover(sensed.batch.x, precision, y.shape[1], sensed.batch.evaluate, probes)
+    found = sensed.sensor.discover(sensed.batch.x, precision, y.shape[1], sensed.batch.evaluate, probes)
+    if probes is not None and len(found.unexplained):
+        warnings.warn(
+            f"{probes} probes a row do not explain {len(found.unexplained)} of {y.shape[1]} outputs, whose rows may lack "
+            "entries: give more probes or rows, or leave probes out.",
+            SensingWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def verify(

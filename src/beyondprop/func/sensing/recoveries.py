@@ -13,6 +13,8 @@ from beyondprop.func.sensing.patterns import Pattern
 from beyondprop.func.sensing.robust import least_absolute
 from beyondprop.func.sensing.sparse_rows import recover_rows
 
+_MOST_RESTARTED, _STARTS = 64, 40
+
 
 class Seen(NamedTuple):
     """What probes have shown of a batch.
@@ -103,12 +105,32 @@ def row_by_row(seen: Seen, blur: float, sparsity: int | None) -> Dense:
     shared = seen.probes[:1]
     if float((seen.probes - shared).abs().max()) < 1e-3:
         flat = seen.differences.mT.reshape(-1, count)
-        found = recover_rows(shared[0], flat, noise=blur, sparsity=sparsity)
-        return Dense(found.view(batch, outputs, -1))
-    each = [
-        recover_rows(p, d.mT, noise=blur, sparsity=sparsity) for p, d in zip(seen.probes, seen.differences, strict=True)
-    ]
-    return Dense(torch.stack(each))
+        found = recover_rows(shared[0], flat, noise=blur, sparsity=sparsity).view(batch, outputs, -1)
+    else:
+        each = zip(seen.probes, seen.differences, strict=True)
+        found = torch.stack([recover_rows(p, d.mT, noise=blur, sparsity=sparsity) for p, d in each])
+    if sparsity is not None:
+        full = torch.nonzero((found != 0).sum(2) > sparsity)
+        for sample, row in full[:_MOST_RESTARTED].tolist():
+            found[sample, row] = _restarted(seen.probes[sample], seen.differences[sample, :, row], sparsity)
+    return Dense(found)
+
+
+def _restarted(probes: Tensor, values: Tensor, sparsity: int) -> Tensor:
+    """Return a row of at most so many nonzeros, greedily from each of the columns that fit best alone; the best of these."""
+    norms = probes.norm(dim=0).clamp(min=1e-300)
+    fitting = ((values @ probes) / norms).abs()
+    support = fitting.topk(min(_STARTS, len(norms))).indices[:, None]  # (starts, 1)
+    for size in range(1, sparsity + 1):
+        systems = probes[:, support].permute(1, 0, 2)
+        solution = torch.linalg.lstsq(systems, values.expand(len(support), -1)[..., None]).solution
+        left = values - (systems @ solution)[..., 0]
+        if size == sparsity:
+            best = int(left.norm(dim=1).argmin())
+            return torch.zeros_like(norms).index_copy(0, support[best], solution[best, :, 0])
+        fitting = ((left @ probes) / norms).abs().scatter(1, support, 0.0)
+        support = torch.cat([support, fitting.argmax(1, keepdim=True)], 1)
+    raise AssertionError("sparsity is at least 1")
 
 
 def decoded(seen: Seen, pattern: Pattern) -> Sparse:

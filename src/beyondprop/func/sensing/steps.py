@@ -15,14 +15,15 @@ from beyondprop import _checks
 from beyondprop.func.sensing.designs import general
 
 DIFFERENCES = ("central", "forward")
+Stencil = tuple[tuple[float, ...], int]
 
 _POINTS = 8
 _LEVELS = (3, 4, 5)
 _WIDENINGS = 3
-_UNLIKE = 4.0
+_UNLIKE, _STEPS = 4.0, 80
 _WIDTHS = (0.25, 0.125, 0.0625)
-_SECOND = ((0.0, 1.0, -2.0, 1.0, 0.0), 2)
-_THIRD = ((-0.5, 1.0, 0.0, -1.0, 0.5), 3)
+_SECOND: Stencil = ((0.0, 1.0, -2.0, 1.0, 0.0), 2)
+_THIRD: Stencil = ((-0.5, 1.0, 0.0, -1.0, 0.5), 3)
 _SAMPLES = 4
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]
@@ -225,31 +226,62 @@ def measured(
     places = [side * width * reach for width in _WIDTHS for reach in (1, 2) for side in (-1, 1)]
     places = sorted({0.0, *places})
     seen = at(torch.tensor(places, dtype=torch.float64))
-    if each is not None:  # in units of each output's own noise, of those that have any
-        seen = seen[..., each > 0] / each[each > 0]
-    values = dict(zip(places, seen / (size if each is None else 1.0), strict=True))
-    margin = 0.0 if each is None else 1.0  # the noise of single outputs is known less well
+    central = settings.difference == "central"
+    if each is not None:
+        size_of, bend = _balanced(dict(zip(places, seen, strict=True)), each, default, central=central)
+        return Step(size_of, size, bend, shares)
+    values = dict(zip(places, seen / size, strict=True))
     second, third = (
-        max(_derivative(values, width, *stencil, margin) for width in _WIDTHS) for stencil in (_SECOND, _THIRD)
+        max(float(_derivative(values, w, stencil, None)) for w in _WIDTHS) for stencil in (_SECOND, _THIRD)
     )
     by_third = math.inf if third == 0.0 else (3 / third) ** (1 / 3)
-    if settings.difference == "central":
+    if central:
         return Step(min(max(by_third, default), LONGEST), size, size * third, shares)
     by_second = math.inf if second == 0.0 else 2 / second**0.5
     # A function that is odd around a point has no second derivative there; then the third one bends it.
     return Step(min(max(min(by_second, by_third), default), LONGEST), size, size * second, shares)
 
 
-def _derivative(
-    values: dict[float, Tensor], width: float, weights: tuple[float, ...], order: int, margin: float
-) -> float:
-    """Return the size of a derivative from five points, in units of noise, which is taken off: 0 where it may be all."""
+def _balanced(values: dict[float, Tensor], noise: Tensor, default: float, *, central: bool) -> tuple[float, float]:
+    """Return the step at which outputs of unlike noise have the least errors, relative to their own derivatives; and its bend.
+
+    An output that no step serves counts as lost, and has no say. The bend is a derivative, in units of the noise of all.
+    """
+    first = (values[_WIDTHS[-1]] - values[-_WIDTHS[-1]]).square().mean(0).sqrt() / (2 * _WIDTHS[-1])
+    scaled = {place: value / noise.clamp(min=1e-300) for place, value in values.items()}
+    stencils = (_THIRD,) if central else (_SECOND, _THIRD)
+    curves = [
+        noise * torch.stack([_derivative(scaled, width, stencil, 0) for width in _WIDTHS]).amax(0)
+        for stencil in stencils
+    ]
+    steps = torch.logspace(math.log10(default), math.log10(LONGEST), _STEPS, dtype=torch.float64)[:, None]
+    error = (
+        noise / (math.sqrt(2.0) * steps) + curves[0] * steps**2 / 6
+        if central
+        else (noise * math.sqrt(2.0) / steps + curves[0] * steps / 2 + curves[1] * steps**2 / 6)
+    )
+    lost = (error / first.clamp(min=1e-300)).clamp(max=1.0).mean(1)
+    best = float(steps[int(lost.argmin()), 0])
+    return best, float(curves[0].square().mean().sqrt())
+
+
+def _derivative(values: dict[float, Tensor], width: float, stencil: Stencil, over: int | None) -> Tensor:
+    """Return the size of a derivative from five points, in units of noise, which is taken off: 0 where it may be all.
+
+    Args:
+        values: at places, `(S, m)` each, in units of noise.
+        width: between two points.
+        stencil: weights and order.
+        over: 0 for each output's, `(m,)`; None for that of all.
+    """
+    weights, order = stencil
     seen = sum(weight * values[place * width] for place, weight in zip(range(-2, 3), weights, strict=True) if weight)
     assert isinstance(seen, Tensor)
     spread = sum(w * w for w in weights)
-    square = float(seen.square().mean())
-    by_chance = spread * (1.0 + margin + 4.0 * math.sqrt(2.0 / seen.numel()))
-    return math.sqrt(square - spread) / width**order if square > by_chance else 0.0
+    square = seen.square().mean() if over is None else seen.square().mean(over)
+    number = seen.numel() if over is None else len(seen)
+    by_chance = spread * (1.0 + 4.0 * math.sqrt(2.0 / number))
+    return torch.where(square > by_chance, (square - spread).clamp(min=0.0).sqrt() / width**order, 0.0)
 
 
 def _noise(at: Callable[[Tensor], Tensor], precision: float) -> Tensor:
@@ -258,7 +290,7 @@ def _noise(at: Callable[[Tensor], Tensor], precision: float) -> Tensor:
     Smooth change leaves these alone. Numbers that are rounded to equal ones have a coarser precision than they seem to: they
     are looked at again, farther apart.
     """
-    width, result = math.sqrt(precision), None
+    width, result, now = math.sqrt(precision), None, torch.zeros(())
     for _ in range(_WIDENINGS + 1):
         values = at(torch.linspace(-0.5, 0.5, _POINTS, dtype=torch.float64) * width)
         changes = (values[1:] != values[:-1]).double().mean((0, 1)) >= 0.5
@@ -269,7 +301,8 @@ def _noise(at: Callable[[Tensor], Tensor], precision: float) -> Tensor:
             break
         width *= 100.0
     assert result is not None
-    return result
+    # What changed now and then alone is known less well, and is no less noisy for that.
+    return torch.where(result > 0, result, now)
 
 
 def _spread_of(values: Tensor) -> Tensor:
