@@ -133,6 +133,28 @@ def test_a_noisy_box_at_its_bounds() -> None:
     assert far(found, smooth.jacobian(x)) <= 0.05
 
 
+@pytest.mark.parametrize("difference", ["central", "forward"])
+@pytest.mark.parametrize("per_row", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_wrong_calls_are_told_from_those_that_bounds_hold_back(per_row: int, difference: str, seed: int) -> None:
+    """Where all inputs are at a bound, half of the calls do not move: they tell nothing of a slope, and are no majority."""
+    mask = random_pattern(23, 9, per_row, seed)
+    smooth, x = Smooth(mask, seed), _inside(-0.5, 0.5, torch.float64)
+    found = jacobian(smooth, x, pattern=mask, method="robust", bounds=(-0.5, 0.5), difference=difference)
+    assert far(found, smooth.jacobian(x)) <= 1e-4
+
+
+@pytest.mark.parametrize("method", ["coloring", "regression", "dense"])
+@pytest.mark.parametrize("noise", [1e-6, "estimate"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_step_at_bounds_is_no_longer_than_bends_allow(noise: Any, method: str, seed: int) -> None:
+    mask = random_pattern(3, 23, 2, seed)
+    smooth, x = Smooth(mask, seed), points(5, 23, seed).clamp(-0.5, 0.5)
+    box = Noisy(smooth, 1e-6, seed)
+    found = jacobian(box, x, pattern=mask, method=method, bounds=(-0.5, 0.5), noise=noise)
+    assert far(found, smooth.jacobian(x)) <= 0.02
+
+
 # ---- what lies outside, and what is no bound -----------------------------------------------------------------------------
 
 

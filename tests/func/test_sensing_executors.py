@@ -193,9 +193,7 @@ def test_an_executor_that_was_shut_down() -> None:
 
 @pytest.mark.parametrize("executor", [4, "threads", Executor, object(), [1]])
 def test_what_is_no_executor(executor: Any) -> None:
-    with pytest.raises(
-        TypeError, match=r"executor must be (a concurrent.futures.Executor, a joblib.Parallel or a pool|one that runs)"
-    ):
+    with pytest.raises(TypeError, match=r"executor must be a concurrent.futures.Executor, a joblib.Parallel or a pool"):
         BlackBox(row_box, executor=executor)
 
 

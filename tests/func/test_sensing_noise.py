@@ -254,3 +254,17 @@ def test_outputs_that_are_large_beside_their_changes_are_noticed(method: str) ->
         warnings.simplefilter("always")
         found = jacobian(lambda a: smooth(a) + np.float32(1e5), x, pattern=MASK, method=method)
     assert far(found, smooth.jacobian(x)) <= 0.05 or any(issubclass(w.category, SensingWarning) for w in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["coloring", "regression", "dense"])
+def test_outputs_that_stand_still_are_not_said_to_drown(method: str, dtype: torch.dtype) -> None:
+    """A reading of 1000 that depends on nothing has an exact derivative, 0."""
+    mask = MASK.clone()
+    mask[4] = False
+    smooth = Smooth(mask)
+    offset = np.where(np.arange(20) == 4, 1000.0, 0.0)
+    x = points(8, 20, dtype=dtype)
+    found = jacobian(lambda a: smooth(a) + offset.astype(a.dtype), x, pattern=mask, method=method)
+    assert not bool(found[:, 4].any())
+    assert far(found, smooth.jacobian(x)) <= 1e-3

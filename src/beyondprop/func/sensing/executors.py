@@ -85,10 +85,9 @@ def _workers(executor: Any) -> int:
 
 def mapper(executor: Any) -> Callable[[Any, list[Any]], list[Any]]:
     """Return how an executor applies a function to a list."""
+    accepted = "executor must be a concurrent.futures.Executor, a joblib.Parallel or a pool with map"
     if isinstance(executor, type):
-        raise TypeError(
-            f"executor must be one that runs, got the class {executor.__name__}; give {executor.__name__}()."
-        )
+        raise TypeError(f"{accepted}, got the class {executor.__name__}; give {executor.__name__}().")
     if hasattr(executor, "submit"):
         return partial(_submitted, executor)
     if hasattr(executor, "n_jobs") and callable(executor):
@@ -96,9 +95,7 @@ def mapper(executor: Any) -> Callable[[Any, list[Any]], list[Any]]:
         return partial(_guarded, executor, lambda run, jobs: parallel((run, (job,), {}) for job in jobs))
     if hasattr(executor, "map"):
         return partial(_guarded, executor, executor.map)
-    raise TypeError(
-        f"executor must be a concurrent.futures.Executor, a joblib.Parallel or a pool with map, got {type(executor).__name__}."
-    )
+    raise TypeError(f"{accepted}, got {type(executor).__name__}.")
 
 
 def _submitted(executor: Any, run: Any, jobs: list[Any]) -> list[Any]:

@@ -318,8 +318,8 @@ class Sensor:
             return
         drowned = precision * seen.magnitude
         known = seen.differences[:_LOOKED_AT].nan_to_num(0.0).square().mean((0, 1)).sqrt()
-        # An output that does not change at all is rounding alone, which matters where it is large beside the others' changes.
-        counts = drowned > _SLIGHT * float(known.square().mean().sqrt())
+        # What changes by rounding alone matters where that is large beside the others' changes.
+        counts = (drowned > _SLIGHT * float(known.square().mean().sqrt())) & (known > 0)
         excess = torch.where(counts, drowned - _DROWNED * known, 0.0)
         worst = int(excess.argmax())
         if float(excess[worst]) > 0:
@@ -391,9 +391,9 @@ class Sensor:
         assert found.pattern is not None
         pattern = found.pattern
         supports = [(rows, columns) for rows, columns, _ in pattern.supports]
-        parts, _, inliers = decode(
-            reach, (raw - middle) / step.size, supports, intercept=True, known_noise=step.noise / step.size
-        )
+        # One-sided, as at bounds, and with a value that is fitted, a call bends by as much as the step.
+        known_noise = step.noise / step.size if step.noise else step.size * float(raw.abs().nanmedian())
+        parts, _, inliers = decode(reach, (raw - middle) / step.size, supports, intercept=True, known_noise=known_noise)
         jacobians = Sparse(pattern, joined(parts, pattern, batch))
         self.report.residual = None
         if self.sides == 2:

@@ -234,6 +234,8 @@ def measured(
     second, third = (
         max(float(_derivative(values, w, stencil, None)) for w in _WIDTHS) for stencil in (_SECOND, _THIRD)
     )
+    if third == 0.0 and settings.bounds is not None:
+        third = 1.0 / size  # cut short, points may show nothing: then it is taken for 1
     by_third = math.inf if third == 0.0 else (3 / third) ** (1 / 3)
     if central:
         return Step(min(max(by_third, default), LONGEST), size, size * third, shares)
