@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +82,9 @@ def detect(
     count = probes or min(inputs, _first(batch, inputs, sparsity) + _HELD_OUT)
     taken: Tensor | None = None
     seen: Tensor | None = None
-    before = math.inf
+    mask = torch.zeros(outputs, inputs, dtype=torch.bool)
+    residual = torch.zeros(outputs, dtype=torch.float64)
+    open_rows, before = torch.arange(outputs), math.inf
     while True:
         if count >= inputs / 2 and probes is None:
             return _dense(look, batch, outputs, inputs, blur, max(_SLIGHT, 10.0 * precision))
@@ -90,14 +93,17 @@ def detect(
         new, along = look(drawn)
         taken = new if taken is None else torch.cat([taken, new], 1)
         seen = along if seen is None else torch.cat([seen, along], 1)
-        rounding = precision * seen.square().mean((0, 1)).sqrt()
-        found, misfit = _tried(taken, seen, torch.maximum(blur, rounding), max(_PRUNED, 10.0 * precision), sparsity)
-        doubtful = misfit > 0
-        missed = float(misfit.clamp(min=0.0).square().sum())
-        if missed > _GAIN * before and bool((found.residual[doubtful] < _MINOR).all()):
-            return found  # more probes show no more: what is missed is curvature, or noise beyond what was told
-        if probes is not None or not bool(doubtful.any()):
-            return found
+        # What is explained stays as it is: only the others are asked again.
+        part = seen[:, :, open_rows]
+        error = torch.maximum(blur[open_rows], precision * part.square().mean((0, 1)).sqrt())
+        tried = _tried(taken, part, error, max(_PRUNED, 10.0 * precision), sparsity)
+        mask[open_rows], residual[open_rows] = tried.mask, tried.residual
+        open_rows = open_rows[tried.excess > 0]
+        missed = float(tried.excess.clamp(min=0.0).square().sum())
+        shows_no_more = missed > _GAIN * before and bool((residual[open_rows] < _MINOR).all())
+        if probes is not None or not len(open_rows) or shows_no_more:
+            # What is missed still is curvature, or noise beyond what was told.
+            return Detection(Pattern(mask), count, residual, open_rows)
         before = missed
         count = min(max(count + 2, math.ceil(1.25 * count)), inputs)
 
@@ -109,10 +115,16 @@ def _first(batch: int, inputs: int, sparsity: int | None) -> int:
     return math.ceil(known + 0.5 + max(alone - known, 0.0) / batch**0.8)
 
 
-def _tried(
-    probes: Tensor, seen: Tensor, blur: Tensor, negligible: float, sparsity: int | None
-) -> tuple[Detection, Tensor]:
-    """Find a pattern along all probes but those held out, and by how much each output misses these beyond what is due."""
+class _Tried(NamedTuple):
+    """Supports of rows `(r, n)`; their misfit along what was held out, relative, and what of it is more than is due, `(r,)`."""
+
+    mask: Tensor
+    residual: Tensor
+    excess: Tensor
+
+
+def _tried(probes: Tensor, seen: Tensor, blur: Tensor, negligible: float, sparsity: int | None) -> _Tried:
+    """Find supports along all probes but those held out, and look along these."""
     batch, count = probes.shape[:2]
     fitted = max(count - _HELD_OUT, 1)
     # Whether a support explains its row is asked of the probes that were held out: curvature is no noise, and as large here.
@@ -129,8 +141,7 @@ def _tried(
     own = 1.0 + pattern.row_counts / (fitted - pattern.row_counts).clamp(min=1)
     allowed = blur * own.sqrt() * (1.0 + 4.0 / math.sqrt(2.0 * batch * _HELD_OUT))
     residual = torch.where(scale > 0, misfit / scale.clamp(min=1e-300), 0.0)
-    excess = misfit - _TOLERANCE * scale - _AMPLE * allowed
-    return Detection(Pattern(mask), count, residual, torch.nonzero(excess > 0).flatten()), excess
+    return _Tried(mask, residual, misfit - _TOLERANCE * scale - _AMPLE * allowed)
 
 
 def _dense(look: Look, batch: int, outputs: int, inputs: int, blur: Tensor, negligible: float) -> Detection:

@@ -177,7 +177,7 @@ def detect_pattern(
     Args:
         fn: as for `jacobian`.
         x: `(N, n)`: the more rows, the fewer probes each takes.
-        probes: directions a row; None: about `sparsity + 2`, and twice as many as long as they leave something unexplained.
+        probes: directions a row; None: about `sparsity + 2`, and a quarter more as long as they leave something unexplained.
         sparsity: the largest number of nonzeros in a row; None: not known.
         generator: as for `jacobian`.
         **options: as for `jacobian`.

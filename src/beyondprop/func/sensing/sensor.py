@@ -145,11 +145,8 @@ class Sensor:
             BlackBoxError, CallBudgetExceededError: as the calls do.
             ValueError: if the calls that are left do not determine a row.
         """
-        if self.must_discover:
+        if is_new := self.must_discover:
             self.discover(x, precision, outputs, evaluate)
-            is_new = True
-        else:
-            is_new = False
         found, self.precision = self.prepare(outputs, x.shape[1]), precision
         if found.pattern is not None and not found.probes:
             return Sparse(found.pattern, torch.zeros(len(x), 0, dtype=torch.float64))
@@ -171,10 +168,10 @@ class Sensor:
                 self._check_rounding(seen, precision, step.size)
             jacobians = self._solved(found, seen, step)
             if kind == "backward" and not isinstance(jacobians, Probed):  # `verify` tells by itself
+                must_look = self.unconfirmed > 0 and not is_new
                 if (
-                    isinstance(jacobians, Sparse)
-                    and self.unconfirmed
-                    and not is_new
+                    must_look
+                    and isinstance(jacobians, Sparse)
                     and not self._confirmed(jacobians, x, unit, step, evaluate)
                 ):
                     self._widen(x, precision, outputs, evaluate)

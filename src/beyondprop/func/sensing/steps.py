@@ -20,7 +20,7 @@ Stencil = tuple[tuple[float, ...], int]
 _POINTS = 8
 _LEVELS = (3, 4, 5)
 _WIDENINGS = 3
-_UNLIKE, _STEPS = 4.0, 80
+_UNLIKE, _STEPS, _RESPONSE = 4.0, 80, 7.0
 _WIDTHS = (0.25, 0.125, 0.0625)
 _SECOND: Stencil = ((0.0, 1.0, -2.0, 1.0, 0.0), 2)
 _THIRD: Stencil = ((-0.5, 1.0, 0.0, -1.0, 0.5), 3)
@@ -230,6 +230,9 @@ def measured(
     if each is not None:
         size_of, bend = _balanced(dict(zip(places, seen, strict=True)), each, default, central=central)
         return Step(size_of, size, bend, shares)
+    # Along single inputs most outputs may not move at all, and say nothing of those that do.
+    responds = (seen[-1] - seen[0]).abs() > _RESPONSE * size
+    seen = seen[:, responds] if int(responds.sum()) >= _SAMPLES else seen
     values = dict(zip(places, seen / size, strict=True))
     second, third = (
         max(float(_derivative(values, w, stencil, None)) for w in _WIDTHS) for stencil in (_SECOND, _THIRD)
