@@ -35,6 +35,7 @@ from beyondprop.nn.revnets import (
     revnet164,
 )
 from beyondprop.nn.revtransformer import ReversibleEncoder
+from beyondprop.nn.spiking import CubaLIF, PoissonEncoder, SpikeCountLoss, SpikeCounts, SpikingLayer
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
 __all__ = [
@@ -42,10 +43,12 @@ __all__ = [
     "AffineCoupling",
     "BlackBox",
     "Coupling",
+    "CubaLIF",
     "ElmanCell",
     "MeanOverPositions",
     "MomentumCoupling",
     "Patches",
+    "PoissonEncoder",
     "PooledShortcut",
     "Positions",
     "Recomputed",
@@ -55,6 +58,9 @@ __all__ = [
     "ReversibleSequential",
     "Shortcut",
     "Sign",
+    "SpikeCountLoss",
+    "SpikeCounts",
+    "SpikingLayer",
     "Step",
     "TransitionCoupling",
     "Unwound",

@@ -1,0 +1,53 @@
+"""Backpropagation through time with a surrogate slope: the baseline that HM2-BP is set beside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop.nn.spiking.neuron import CubaLIF
+from beyondprop.nn.spiking.scans import SLACK
+
+WIDTH = 2.0
+"""Of the slope `1 / (1 + (pi / 2 * WIDTH * d)^2)`, d the distance from the threshold in units of it."""
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, distance: Tensor) -> Tensor:
+        ctx.save_for_backward(distance)
+        return (distance > 0).to(distance.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (distance,) = ctx.saved_tensors
+        return gradient / (1.0 + (math.pi / 2 * WIDTH * distance).square())
+
+
+def fire(x: Tensor, op: nn.Module, neuron: CubaLIF) -> Tensor:
+    """Return the spikes of `scans.simulate`, differentiable in every step; the reset is not differentiated.
+
+    Args:
+        x: spikes `(T, N, ...)`.
+        op: the operator.
+        neuron: what fires.
+    """
+    drive = op(x.flatten(0, 1))
+    drive = drive.view(*x.shape[:2], *drive.shape[1:])
+    v, p = torch.zeros_like(drive[0]), torch.zeros_like(drive[0])
+    held = torch.zeros(drive.shape[1:], dtype=torch.int32, device=drive.device)
+    found = []
+    for t in range(len(drive)):
+        v, p = v * (1.0 - 1.0 / neuron.tau_mem), p * (1.0 - 1.0 / neuron.tau_syn)
+        if t >= neuron.delay:
+            p = p + drive[t - neuron.delay]
+        v = (v + p / neuron.tau_syn).masked_fill(held > 0, 0.0)
+        held = (held - 1).clamp(min=0)
+        spike = _Spike.apply((v - neuron.threshold + SLACK) / neuron.threshold)
+        fired = spike.detach() > 0
+        v, held = v.masked_fill(fired, 0.0), held.masked_fill(fired, neuron.refractory)
+        found.append(spike)
+    return torch.stack(found)
