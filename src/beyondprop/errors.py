@@ -11,6 +11,7 @@ __all__ = [
     "NonFiniteError",
     "ReconstructionWarning",
     "SensingWarning",
+    "SpikingWarning",
     "UnsupportedModelError",
 ]
 
@@ -73,3 +74,7 @@ class DataUnavailableError(FileNotFoundError):
 
 class DataIntegrityError(ValueError):
     """A file of a data set is there, but its content is not what it must be."""
+
+
+class SpikingWarning(UserWarning):
+    """All neurons of a spiking layer are silent, or fire in nearly every step."""

@@ -35,7 +35,17 @@ from beyondprop.nn.revnets import (
     revnet164,
 )
 from beyondprop.nn.revtransformer import ReversibleEncoder
-from beyondprop.nn.spiking import CubaLIF, PoissonEncoder, SpikeCountLoss, SpikeCounts, SpikingLayer
+from beyondprop.nn.spiking import (
+    CubaLIF,
+    CurrentEncoder,
+    LatencyEncoder,
+    PoissonEncoder,
+    SpikeCountLoss,
+    SpikeCounts,
+    SpikeMonitor,
+    SpikingLayer,
+    SpikingSumPool2d,
+)
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
 __all__ = [
@@ -44,7 +54,9 @@ __all__ = [
     "BlackBox",
     "Coupling",
     "CubaLIF",
+    "CurrentEncoder",
     "ElmanCell",
+    "LatencyEncoder",
     "MeanOverPositions",
     "MomentumCoupling",
     "Patches",
@@ -60,7 +72,9 @@ __all__ = [
     "Sign",
     "SpikeCountLoss",
     "SpikeCounts",
+    "SpikeMonitor",
     "SpikingLayer",
+    "SpikingSumPool2d",
     "Step",
     "TransitionCoupling",
     "Unwound",

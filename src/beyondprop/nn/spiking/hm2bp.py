@@ -9,16 +9,43 @@ i's membranes at its firings, near threshold times count. A coefficient c_i for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
+from beyondprop.errors import NonFiniteError
 from beyondprop.nn.spiking import scans
 from beyondprop.nn.spiking.neuron import CubaLIF
 
 SILENT_WEIGHT = 0.1
 """What e is taken for, from a train that spikes to a neuron that does not: else it would never recover."""
+
+LEAST_LATERAL = 0.1
+"""Below which the denominator of the lateral factor is not let: it reaches 0 with a small threshold, or a strong inhibition."""
+
+
+NO_DRIVE = (
+    "The drive of a SpikingLayer is NaN or Inf, of which its neurons would be silent; look at its input and its weights, and "
+    "at the learning rate."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the backward pass is told beside the spikes; `SpikingLayer` explains each."""
+
+    neuron: CubaLIF
+    lateral: float
+    silent: str
+    silent_ratio: float
+    side_effect: bool
+    injected: int
+    kernel: str
 
 
 class Fire(torch.autograd.Function):
@@ -31,68 +58,150 @@ class Fire(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, op: nn.Module, neuron: CubaLIF, silent_ratio: float, side_effect: bool, *weights: Tensor
+        ctx: Any, x: Tensor, op: nn.Module, settings: Settings, names: tuple[str, ...], *weights: Tensor
     ) -> Tensor:
-        with torch.no_grad():
-            drive = applied(op, x)
-        spikes = scans.simulate(drive.flatten(2), neuron)
-        ctx.op, ctx.neuron, ctx.silent_ratio, ctx.side_effect = op, neuron, silent_ratio, side_effect
-        ctx.shape = drive.shape
-        ctx.save_for_backward(x, drive if side_effect else drive.new_empty(0), spikes, *weights)
+        drive = applied(op, names, weights, x)
+        flat = precise(drive.flatten(2))
+        spikes = fired(flat, settings.neuron, settings.lateral)
+        ctx.op, ctx.settings, ctx.names, ctx.shape = op, settings, names, drive.shape
+        ctx.save_for_backward(x, flat if settings.side_effect else flat.new_empty(0), spikes, *weights)
         return spikes.to(drive.dtype).view(drive.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, drive, spikes, *weights = ctx.saved_tensors
-        neuron, shape = ctx.neuron, ctx.shape
-        by_count = gradient.flatten(2).mean(0)  # dE/do, (N, F)
+        set_to: Settings = ctx.settings
+        neuron, kernel = set_to.neuron, scans.Filter.of(set_to.neuron, set_to.kernel)
+        by_count = _by_count(precise(gradient).flatten(2))
+        silent = ~spikes.any(0)
+        if set_to.injected:
+            spikes = _injected(spikes, silent & (by_count < 0), set_to.injected)
         counts = spikes.sum(0).to(by_count.dtype)
-        silent = counts == 0
+        never = counts == 0  # silent, and nothing injected
         delta = by_count / neuron.threshold
-        q = scans.weights_of_firings(spikes, neuron, by_count.dtype)
-        factor = torch.ones_like(delta)
-        if ctx.side_effect:
-            membrane = (q * scans.response(drive.flatten(2), neuron)).sum(0)
-            factor = 1.0 + torch.where(silent, 0.0, membrane / (neuron.threshold * counts.clamp(min=1.0)))
-        wanted_x, wanted_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
-        down = scans.adjoint_response(q * delta, neuron) if wanted_x else None
+        q = scans.weights_of_firings(spikes, kernel.keep_mem, neuron.refractory, by_count.dtype)
+        wanted_x, wanted_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         gradients: list[Tensor | None] = [None] * len(weights)
-        if wanted_w:
-            own = scans.adjoint_response(q * (delta * factor), neuron)
-            # A silent neuron learns from every train that spikes, the same from each.
-            heard = (x.flatten(2).sum(0) > 0).to(own.dtype).view(x.shape[1:])
-            quiet = torch.where(silent, SILENT_WEIGHT * delta * factor, 0.0)
-            gradients = weight_gradients(ctx.op, x, own.view(shape), heard, quiet.view(shape[1:]), weights)
         found = None
-        if down is not None:
-            found = _below(ctx.op, x, down.view(shape), delta.view(shape[1:]), ctx.silent_ratio)
-        return found, None, None, None, None, *gradients
+        with torch.autocast(x.device.type, enabled=False):
+            if wanted_w:
+                factor = torch.ones_like(delta)
+                if set_to.side_effect:
+                    membrane = (q * scans.response(drive, kernel)).sum(0)
+                    is_reference = set_to.silent == "reference"
+                    without = never if is_reference else silent
+                    own = torch.where(without, 0.0, membrane / (neuron.threshold * counts.clamp(min=1.0)))
+                    if is_reference:
+                        all_inputs = applied(ctx.op, ctx.names, weights, torch.ones_like(x[:1]))[0].flatten(1)
+                        own = torch.where(never, 0.5 / neuron.threshold * all_inputs, own)
+                    factor = factor + own
+                if set_to.lateral:
+                    factor = factor * lateral_factor(q, spikes, set_to.lateral, neuron, kernel)
+                learned = scans.adjoint_response(q * (delta * factor), kernel)
+                quiet = torch.where(never, SILENT_WEIGHT * delta * factor, 0.0)
+                gradients = _by_weights(ctx, x, learned.view(ctx.shape), quiet.view(ctx.shape[1:]), weights)
+            if wanted_x:
+                down = scans.adjoint_response(q * delta, kernel)
+                found = _below(
+                    ctx, x, down.view(ctx.shape), delta.view(ctx.shape[1:]), never.view(ctx.shape[1:]), weights
+                )
+        return found, None, None, None, *gradients
 
 
-def applied(op: nn.Module, x: Tensor) -> Tensor:
-    """Return the operator at every step of `(T, N, ...)`."""
-    found = op(x.flatten(0, 1))
-    return found.view(*x.shape[:2], *found.shape[1:])
+def precise(x: Tensor) -> Tensor:
+    """Return it in single precision at least: recursions over many steps lose half of them in less."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def weight_gradients(
-    op: nn.Module, x: Tensor, cotangent: Tensor, heard: Tensor, quiet: Tensor, weights: list[Tensor]
+def fired(drive: Tensor, neuron: CubaLIF, lateral: float) -> Tensor:
+    """Return the spikes of `scans.simulate`.
+
+    Raises:
+        NonFiniteError: if a drive that arrived is NaN or Inf, of which a neuron would be silent for ever.
+    """
+    spikes, last = scans.simulate(drive, neuron, lateral)
+    refuse_not_finite(last)
+    return spikes
+
+
+def refuse_not_finite(currents: Tensor) -> None:
+    """Raise if a current is NaN or Inf; it is not reset, and still has whatever came."""
+    if not bool(torch.isfinite(currents).all()):
+        raise NonFiniteError(NO_DRIVE, where="drive")
+
+
+def applied(op: nn.Module, names: Sequence[str], weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Return the operator, with these weights, at every step of `(T, N, ...)`."""
+    found = functional_call(op, dict(zip(names, weights, strict=True)), (x.flatten(0, 1),))
+    return found.reshape(*x.shape[:2], *found.shape[1:])
+
+
+def lateral_factor(q: Tensor, spikes: Tensor, strength: float, neuron: CubaLIF, kernel: scans.Filter) -> Tensor:
+    """Return lambda `(N, F)`: how a neuron's change comes back to it through those that it inhibits.
+
+    `1 / (1 - w0^2 sum_l (e_lj / (o_j nu)) (e_jl / (o_l nu)))`, over pairs of which both fire.
+    """
+    heard = scans.response(spikes.to(q.dtype), kernel.delayed(kernel.delay - neuron.delay + 1))
+    e = torch.einsum("tbi,tbj->bij", q, heard)
+    e.diagonal(dim1=1, dim2=2).zero_()
+    counts = spikes.sum(0).to(q.dtype)
+    ratio = torch.where(counts[:, None] > 0, e / (neuron.threshold * counts.clamp(min=1.0)[:, None]), 0.0)
+    back = strength**2 * (ratio * ratio.transpose(1, 2)).sum(2)
+    return 1.0 / (1.0 - back).clamp(min=LEAST_LATERAL)
+
+
+def _by_count(gradient: Tensor) -> Tensor:
+    """Return the derivative by a count, `(N, F)`, of derivatives by all of its spikes, `(T, N, F)`."""
+    first = gradient[0]
+    if gradient.stride(0) == 0 or len(gradient) == 1:
+        return first
+    apart = (gradient - first).abs().amax()
+    if bool(apart > 1e-4 * gradient.abs().amax()):
+        raise RuntimeError(
+            "A SpikingLayer with rule='hm2bp' knows derivatives by counts, the same in every step of time, and those that "
+            "came back to it differ from step to step. Read the spikes through SpikeCounts; let nothing that differs in time "
+            "(dropout, max pooling, a surrogate layer, a loss of single steps) stand behind it; or take rule='surrogate'."
+        )
+    return gradient.mean(0)
+
+
+def _injected(spikes: Tensor, into: Tensor, count: int) -> Tensor:
+    """Return the spikes with evenly spaced ones in those neurons, `(N, F)`."""
+    period = (len(spikes) - 1) // count  # the published code divides the number of steps, and may have twice as many
+    times = torch.arange(len(spikes), device=spikes.device)
+    when = (times > 0) & (times % period == 0) & (times <= count * period)
+    return spikes | (when[:, None, None] & into)
+
+
+def _by_weights(
+    ctx: Any, x: Tensor, cotangent: Tensor, quiet: Tensor, weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return the gradients of an operator's weights: of spikes in every step, and of what silent neurons heard of."""
+    """Return the gradients of an operator's weights: of spikes in every step, and of what silent neurons heard of.
+
+    A silent neuron learns from every train that spikes, the same from each.
+    """
+    heard = (x != 0).any(0).to(x.dtype)
+    leaves = [w.detach().requires_grad_(need) for w, need in zip(weights, ctx.needs_input_grad[4:], strict=True)]
     with torch.enable_grad():
-        output = applied(op, torch.cat([x, heard[None].to(x.dtype)]))
-    wanted = [w for w in weights if w.requires_grad]
-    found = iter(torch.autograd.grad(output, wanted, torch.cat([cotangent, quiet[None]]), allow_unused=True))
-    return [next(found) if w.requires_grad else None for w in weights]
+        output = applied(ctx.op, ctx.names, leaves, torch.cat([x, heard[None]]))
+    wanted = [w for w in leaves if w.requires_grad]
+    both = torch.cat([cotangent, quiet[None]]).to(output.dtype)
+    found = iter(torch.autograd.grad(output, wanted, both, allow_unused=True))
+    return [next(found) if w.requires_grad else None for w in leaves]
 
 
-def _below(op: nn.Module, x: Tensor, cotangent: Tensor, delta: Tensor, silent_ratio: float) -> Tensor:
-    """Return dE/do of the trains below, alike in every step: `sum_i delta_i W_ij e_ij / o_j`; e/o is fixed where o is 0."""
+def _below(ctx: Any, x: Tensor, cotangent: Tensor, delta: Tensor, never: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return dE/do of the trains below, alike in every step: `sum_i delta_i W_ij e_ij / o_j`.
+
+    e over count is fixed for every pair of which one is silent.
+    """
     with torch.enable_grad():
-        z = x.detach().requires_grad_()
-        (all_steps,) = torch.autograd.grad(applied(op, z), z, cotangent)
-        one = torch.zeros_like(x[0]).requires_grad_()
-        (fallback,) = torch.autograd.grad(op(one), one, delta)
-    counts = x.sum(0)
-    spoken = (all_steps * x).sum(0) / counts.clamp(min=1.0)
-    return torch.where(counts > 0, spoken, silent_ratio * fallback).expand_as(x)
+        # Two steps more than there are: what all neurons send, and what those send that are silent.
+        z = torch.zeros_like(x[:1]).expand(len(x) + 2, *x.shape[1:]).contiguous().requires_grad_()
+        output = applied(ctx.op, ctx.names, [w.detach() for w in weights], z)
+    fixed = ctx.settings.silent_ratio * torch.stack([delta, torch.where(never, delta, 0.0)])
+    (found,) = torch.autograd.grad(output, z, torch.cat([cotangent, fixed]).to(output.dtype))
+    counts = precise(x).sum(0)
+    spoken = (precise(found[:-2]) * x).sum(0) / torch.where(counts == 0, 1.0, counts) + found[-1]
+    return torch.where(counts == 0, found[-2], spoken).to(x.dtype).expand_as(x)

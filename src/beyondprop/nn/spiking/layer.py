@@ -1,16 +1,17 @@
-"""Layers of spiking neurons around any linear operator, and what stands before and behind them."""
+"""Layers of spiking neurons around any linear operator."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.nn.spiking import surrogate
-from beyondprop.nn.spiking.hm2bp import Fire
+from beyondprop.nn.spiking.hm2bp import Fire, Settings, precise, refuse_not_finite
 from beyondprop.nn.spiking.neuron import CubaLIF
+from beyondprop.nn.spiking.scans import Filter, Membranes
 
 RULES = ("hm2bp", "surrogate")
 
@@ -18,18 +19,27 @@ RULES = ("hm2bp", "surrogate")
 class SpikingLayer(nn.Module):
     """Spikes `(N, T, ...)` through a linear operator into neurons that spike, `(N, T, ...)`.
 
-    The whole sequence is one call, from a state of zero; nothing is kept between calls.
+    The whole sequence is one call, from a state of zero; nothing is kept between calls. `step` takes one step of time, with
+    the state in the caller's hands.
 
     Args:
-        op: a linear operator on `(N, ...)`, without bias: Linear, a convolution, pooling.
+        op: a linear operator on `(N, ...)`, without bias: Linear, a convolution, average pooling.
         neuron: what fires.
         rule: `"hm2bp"` differentiates counts through the spikes that happened; it takes and returns the same derivative in
             every step, that by a count. `"surrogate"` is backpropagation through time with a smooth slope in the spike's place.
+        lateral: strength by which each spike inhibits all other neurons of the layer one step later; for read-outs, since
+            `hm2bp` then keeps a number for each pair of neurons.
+        silent: (`hm2bp`) `"recover"` lets a neuron without spikes learn without the side effect; `"reference"` has that of the
+            published code, which can turn its gradient around.
         silent_ratio: (`hm2bp`) what a contribution over its count is taken for where that is 0; the published code has 1.
         side_effect: (`hm2bp`) whether a change of weights is taken to move firings, too, which about doubles gradients.
+        injected: (`hm2bp`) so many evenly spaced spikes are put, in the backward pass alone, into a neuron that is silent and
+            that the loss wants to fire; the target count, in a read-out. 0: none.
+        kernel: (`hm2bp`) `"discrete"`, what is simulated; `"continuous"`, the exponentials of the published code.
 
     Raises:
-        ValueError: for an operator with bias, an unknown rule, or input without a time dimension.
+        ValueError: for an operator with bias or one that is not linear, an unknown rule, or input without a time dimension.
+        NonFiniteError: if what arrives at the neurons is NaN or Inf.
 
     Source: Jin, Zhang & Li, "Hybrid macro/micro level backpropagation for training deep spiking neural networks", NeurIPS 2018,
     arXiv 1805.07866; surrogate slopes: Neftci, Mostafa & Zenke, IEEE Signal Processing Magazine 36 (2019).
@@ -41,8 +51,12 @@ class SpikingLayer(nn.Module):
         neuron: CubaLIF,
         *,
         rule: str = "hm2bp",
+        lateral: float = 0.0,
+        silent: str = "recover",
         silent_ratio: float = 0.1,
         side_effect: bool = True,
+        injected: int = 0,
+        kernel: str = "discrete",
     ) -> None:
         super().__init__()
         if getattr(op, "bias", None) is not None:
@@ -51,107 +65,134 @@ class SpikingLayer(nn.Module):
                 "bias=False."
             )
         _checks.one_of("rule", rule, RULES)
+        _checks.one_of("silent", silent, ("recover", "reference"))
+        _checks.one_of("kernel", kernel, ("discrete", "continuous"))
+        Filter.of(neuron, kernel)  # it may have none
         self.op, self.neuron, self.rule = op, neuron, rule
-        self.silent_ratio, self.side_effect = _checks.positive("silent_ratio", silent_ratio), side_effect
+        self.lateral = _checks.non_negative("lateral", lateral)
+        self.silent, self.silent_ratio = silent, _checks.positive("silent_ratio", silent_ratio)
+        self.side_effect, self.kernel = side_effect, kernel
+        self.injected = _checks.at_least("injected", injected, 0)
+        self._seen: tuple[object, ...] = ()  # the operator's modules when it was seen to be linear
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Return the spikes that follow, `(N, T, ...)`, 0 or 1 in the precision of the weights.
 
         Raises:
-            ValueError: if there is no time dimension, or no step in it.
+            ValueError: if there is no time dimension, or no step in it, or fewer than the injected spikes need.
         """
         if spikes.ndim < 3 or not spikes.shape[1]:
             raise ValueError(
                 f"Spikes must have the shape (N, T, ...) with T >= 1, the time second, got {tuple(spikes.shape)}."
             )
-        weights = tuple(self.op.parameters())
-        kind = weights[0].dtype if weights else torch.get_default_dtype()
-        x = spikes.transpose(0, 1).to(kind).contiguous()  # time first inside: every step is one piece of memory
-        if self.rule == "surrogate":
-            return surrogate.fire(x, self.op, self.neuron).transpose(0, 1)
-        found = Fire.apply(x, self.op, self.neuron, self.silent_ratio, self.side_effect, *weights)
-        return found.transpose(0, 1)
+        most = (spikes.shape[1] - 1) // (self.neuron.refractory + 1)
+        if self.injected > most:
+            raise ValueError(
+                f"injected must be <= {most}, which is as often as the neuron fires in {spikes.shape[1]} steps with "
+                f"refractory={self.neuron.refractory}, got {self.injected}."
+            )
+        x = self._prepared(spikes.transpose(0, 1))  # time first inside: every step is one piece of memory
+        with torch.autocast(x.device.type, enabled=False):  # a filter over many steps loses half of them in bfloat16
+            if self.rule == "surrogate":
+                return surrogate.fire(x, self.op, self.neuron, self.lateral).transpose(0, 1)
+            named = dict(self.op.named_parameters())
+            settings = Settings(
+                self.neuron, self.lateral, self.silent, self.silent_ratio, self.side_effect, self.injected, self.kernel
+            )
+            return Fire.apply(x, self.op, settings, tuple(named), *named.values()).transpose(0, 1)
+
+    @torch.no_grad()
+    def step(self, spikes: Tensor, state: SpikingState | None = None) -> tuple[Tensor, SpikingState]:
+        """Return the spikes of one step of time, `(N, ...)` to `(N, ...)`, and the state behind it; no gradient.
+
+        Args:
+            spikes: of this step, `(N, ...)`.
+            state: what the step before returned; None begins anew. It is not changed.
+
+        Raises:
+            ValueError: if the state is one of other neurons, or of another batch.
+        """
+        with torch.autocast(spikes.device.type, enabled=False):
+            drive = self.op(self._prepared(spikes[None])[0])
+        flat = precise(drive.flatten(1))
+        if state is None:
+            state = SpikingState(Membranes(flat, self.neuron, self.lateral), ())
+        elif state.membranes.v.shape != flat.shape or state.membranes.neuron != self.neuron:
+            raise ValueError(
+                f"The state is one of {tuple(state.membranes.v.shape)} neurons (batch, neurons), {state.membranes.neuron}, and "
+                f"this layer has {tuple(flat.shape)}, {self.neuron}; begin a new sequence with state=None."
+            )
+        membranes, waiting = state.membranes.copy(), (*state.waiting, flat)
+        arriving = waiting[0] if len(waiting) > self.neuron.delay else None
+        fired = membranes.advance(arriving, torch.empty_like(flat, dtype=torch.bool))
+        refuse_not_finite(membranes.p)
+        kept = waiting[1:] if arriving is not None else waiting
+        return fired.to(drive.dtype).view(drive.shape), SpikingState(membranes, kept)
+
+    def drive(self, spikes: Tensor) -> Tensor:
+        """Return what the synapses send into the neurons in each step, `(T, N, neurons)`, before its delay."""
+        x = self._prepared(spikes.transpose(0, 1))
+        with torch.autocast(x.device.type, enabled=False):
+            return precise(self.op(x.flatten(0, 1)).reshape(*x.shape[:2], -1))
+
+    def _prepared(self, spikes: Tensor) -> Tensor:
+        """Return spikes `(T, N, ...)` in the precision of the weights; look at the operator, the first time."""
+        if any(nn.parameter.is_lazy(p) for p in self.op.parameters()):
+            with torch.no_grad():
+                self.op(spikes[0].to(torch.get_default_dtype()))
+        given = spikes.dtype if spikes.is_floating_point() else torch.get_default_dtype()
+        kind = next((p.dtype for p in self.op.parameters()), given)
+        x = spikes.to(kind).contiguous()
+        modules = tuple((id(module), module.training) for module in self.op.modules())
+        if self._seen != modules and x.numel():
+            _refuse_nonlinear(self.op, x[0, :1])
+            self._seen = modules
+        return x
 
     def extra_repr(self) -> str:
-        return f"{self.neuron}, rule={self.rule!r}"
+        return f"{self.neuron}, rule={self.rule!r}" + (f", lateral={self.lateral:g}" if self.lateral else "")
 
 
-class SpikeCounts(nn.Module):
-    """Spikes `(N, T, ...)` to counts `(N, ...)`, whose derivatives go to every step alike."""
+class SpikingState(NamedTuple):
+    """What a `SpikingLayer` is left with after a step of time: its membranes, and drives that have not arrived yet."""
 
-    def forward(self, spikes: Tensor) -> Tensor:
-        return spikes.sum(1)
-
-
-class PoissonEncoder(nn.Module):
-    """Numbers in [0, 1], `(N, ...)`, to random spikes `(N, T, ...)`: in each step with the probability `max_rate * x`.
-
-    Args:
-        steps: T.
-        max_rate: probability of a spike in a step at 1, in (0, 1].
-        generator: of the draws; None: torch's global state.
-
-    Raises:
-        ValueError: if a number lies outside [0, 1], or is NaN.
-    """
-
-    def __init__(self, steps: int, max_rate: float = 1.0, *, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.steps = _checks.at_least("steps", steps, 1)
-        if not 0 < _checks.positive("max_rate", max_rate) <= 1:
-            raise ValueError(f"max_rate must be a probability in (0, 1], got {max_rate!r}.")
-        self.max_rate, self.generator = max_rate, generator
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the spikes; no gradient goes through them."""
-        x = x.detach()
-        if not bool(((x >= 0) & (x <= 1)).all()):
-            raise ValueError("A PoissonEncoder takes numbers in [0, 1]; scale the input, and look for NaN in it.")
-        drawn = torch.rand((len(x), self.steps, *x.shape[1:]), generator=self.generator, device=x.device, dtype=x.dtype)
-        return (drawn < self.max_rate * x[:, None]).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"steps={self.steps}, max_rate={self.max_rate:g}"
+    membranes: Membranes
+    waiting: tuple[Tensor, ...]
 
 
-class SpikeCountLoss(nn.Module):
-    """Half the squared distance of counts `(N, classes)` from a target for the label and a smaller one for the others.
+@torch.no_grad()
+def _refuse_nonlinear(op: nn.Module, like: Tensor) -> None:
+    """Raise for a part that is known not to be linear, and if the operator of -2 x is not -2 times that of x."""
+    for name, module in op.named_modules():
+        biased = getattr(module, "bias", None) is not None
+        if biased or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            raise ValueError(
+                f"op must be linear, without bias, and the same at every call, and {name or 'op'} in it is a "
+                f"{type(module).__name__}" + (" with a bias; give bias=False." if biased else "; leave it out.")
+            )
+    x = torch.cos(torch.arange(like.numel(), device=like.device)).to(like.dtype).view(like.shape)
+    once, twice = precise(op(x)), precise(op(-2.0 * x))
+    tolerance = 1e-3 if once.dtype == like.dtype else 5e-2
+    # What is NaN or Inf is refused where it arrives, by its own name.
+    if bool(((twice + 2.0 * once).abs() > tolerance * once.abs().amax()).any()):
+        raise ValueError(
+            f"op must be linear and without bias, and op(-2 x) is not -2 op(x) for this {type(op).__name__}; leave out biases, "
+            "activations, dropout and normalisation: a layer's nonlinearity is its neurons."
+        )
+
+
+class SpikingSumPool2d(SpikingLayer):
+    """Neurons over windows of spikes `(N, T, C, H, W)`, each driven by the sum of its window; nothing in it is trained.
 
     Args:
-        target: count of the label's neuron.
-        off: count of the others.
-        margin: distance within which there is no error.
+        kernel_size: width of a window, and the step from one to the next.
+        neuron: what fires.
+        rule: as in `SpikingLayer`.
+        silent_ratio: as in `SpikingLayer`.
 
-    Raises:
-        ValueError: unless 0 <= off < target and margin >= 0.
-
-    Source: Jin, Zhang & Li, NeurIPS 2018, equation 10, with the dead zone of their code.
+    Source: Jin, Zhang & Li, NeurIPS 2018, section 4; their code also divides the error below by the window.
     """
 
-    def __init__(self, target: float = 10.0, off: float = 1.0, margin: float = 1.0) -> None:
-        super().__init__()
-        _checks.non_negative("off", off)
-        _checks.non_negative("margin", margin)
-        if not target > off:
-            raise ValueError(f"target must be larger than off, got {target!r} and {off!r}.")
-        self.target, self.off, self.margin = target, off, margin
-
-    def forward(self, counts: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over the batch."""
-        wanted = torch.full_like(counts, self.off)
-        wanted.scatter_(1, labels[:, None], self.target)
-        error = counts - wanted
-        # Inside the margin the derivative is 0; outside it is the whole distance, as the authors' code has it.
-        inside = error.abs() <= self.margin
-        return 0.5 * error.masked_fill(inside, 0.0).square().sum() / len(counts)
-
-
-def describe(layer: SpikingLayer, spikes: Tensor) -> dict[str, Any]:
-    """Return what a layer's spikes `(N, T, ...)` say of it: mean count, shares of neurons that are silent and saturated."""
-    counts = spikes.sum(1).flatten(1)
-    most = layer.neuron.most_spikes(spikes.shape[1])
-    return {
-        "count": float(counts.mean()),
-        "silent": float((counts == 0).all(0).double().mean()),
-        "saturated": float((counts > 0.9 * most).all(0).double().mean()),
-    }
+    def __init__(self, kernel_size: int, neuron: CubaLIF, *, rule: str = "hm2bp", silent_ratio: float = 0.1) -> None:
+        _checks.at_least("kernel_size", kernel_size, 1)
+        super().__init__(nn.AvgPool2d(kernel_size, divisor_override=1), neuron, rule=rule, silent_ratio=silent_ratio)

@@ -48,5 +48,5 @@ class CubaLIF:
         _checks.at_least("delay", self.delay, 0)
 
     def most_spikes(self, steps: int) -> int:
-        """Return how often the neuron can fire in so many steps."""
-        return -(-steps // (self.refractory + 1))
+        """Return how often the neuron can fire in so many steps, into the first of which nothing has come by its delay."""
+        return -(-max(steps - self.delay, 0) // (self.refractory + 1))
