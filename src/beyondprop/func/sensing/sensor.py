@@ -12,6 +12,7 @@ from torch import Tensor
 from beyondprop.errors import SensingWarning
 from beyondprop.func.sensing import designs
 from beyondprop.func.sensing.discovery import Detection, detect
+from beyondprop.func.sensing.doubts import LOOKED_AT, MISFIT, Doubts, slight
 from beyondprop.func.sensing.linearised import Dense, Linearised, Probed, Sparse
 from beyondprop.func.sensing.looking import Evaluate, evaluated, look, points_of
 from beyondprop.func.sensing.patterns import Pattern
@@ -38,10 +39,8 @@ from beyondprop.func.sensing.steps import (
     scales,
 )
 
-_MISFIT, _SLIGHT = 1e-2, 1e-3
-_LOOKED_AT, _FIRST_LOOKS, _CONFIRMATIONS = 8, 16, 2
+_CONFIRMATIONS = 2
 _MOST_MEASURED = 1024
-_DROWNED = 0.02
 
 
 @dataclass
@@ -96,12 +95,12 @@ class Sensor:
         self.measured_step: Step | None = None
         self.unconfirmed = self.flat = 0
         self.precision = 0.0
-        self._warned, self._looks = False, 0
+        self.doubts = Doubts(steps)
 
     @property
     def sides(self) -> int:
         """Calls a probe."""
-        return 2 if self.steps.difference == "central" else 1
+        return self.steps.sides
 
     def prepare(self, outputs: int, inputs: int) -> Plan:
         """Plan how to sense a box of so many outputs and inputs; a pattern that must be found was found.
@@ -165,7 +164,7 @@ class Sensor:
                 seen, unit = seen._replace(probes=seen.probes * base), unit[:, :1] / base[:1]
                 unit = unit.expand(len(x), x.shape[1])
             if kind == "backward":
-                self._check_rounding(seen, precision, step.size)
+                self.doubts.check_rounding(seen, precision, step.size)
             jacobians = self._solved(found, seen, step)
             if kind == "backward" and not isinstance(jacobians, Probed):  # `verify` tells by itself
                 must_look = self.unconfirmed > 0 and not is_new
@@ -177,7 +176,8 @@ class Sensor:
                     self._widen(x, precision, outputs, evaluate)
                     return self.linearise(x, y, precision, outputs, evaluate, kind)
                 assert isinstance(jacobians, Sparse | Dense)
-                self._check_fit(jacobians, seen, step)
+                residual = self.doubts.check_fit(jacobians, seen, step, precision)
+                self.report.residual = self.report.residual if residual is None else residual
         self.report.step, self.report.noise, self.report.curvature = step.size, step.noise, step.curvature
         self.report.shares = step.shares
         self.report.condition = found.condition
@@ -216,7 +216,7 @@ class Sensor:
 
     def _ask_twice(self, x: Tensor, precision: float, evaluate: Evaluate) -> None:
         """Tell undeclared noise, for which every input seems to move every output."""
-        few = x[:_LOOKED_AT].expand(2, -1, -1)
+        few = x[:LOOKED_AT].expand(2, -1, -1)
         values, _ = evaluated(few, evaluate, "setup", lambda g, b: f"sample {b}", may_drop=False)
         if bool(((values[1] - values[0]).abs() > 1e2 * precision * (1.0 + values[0].abs())).any()):
             noise = float((values[1] - values[0]).square().mean().sqrt()) / math.sqrt(2.0)
@@ -240,13 +240,15 @@ class Sensor:
     def _confirmed(self, jacobians: Sparse, x: Tensor, unit: Tensor, step: Step, evaluate: Evaluate) -> bool:
         """Look along one fresh direction at some samples of a batch that the pattern was not found on."""
         self.unconfirmed -= 1
-        few = slice(_LOOKED_AT)
+        few = slice(LOOKED_AT)
         fresh = designs.general(1, x.shape[1], torch.Generator().manual_seed(3))
         seen = look(self.steps, x[few], None, fresh, unit[few], step.size, evaluate, "setup")
         told = Sparse(jacobians.pattern, jacobians.values[few]).along(seen.probes)
         left, known = (v.square().mean((0, 1)).sqrt() for v in (seen.differences - told, seen.differences))
         widest = math.sqrt(1.0 + jacobians.pattern.widest)
-        allowed = _MISFIT * known + self._slight(seen, step) + 10.0 * step.error(self.sides) * widest
+        allowed = (
+            MISFIT * known + slight(seen, step, self.precision, self.sides) + 10.0 * step.error(self.sides) * widest
+        )
         return bool((left <= allowed).all())
 
     def _widen(self, x: Tensor, precision: float, outputs: int, evaluate: Evaluate) -> None:
@@ -308,64 +310,6 @@ class Sensor:
             assert solver is not None
             jacobians = solver.fit(seen.differences, seen.probes, seen.missing)
         return jacobians
-
-    def _check_rounding(self, seen: Seen, precision: float, size: float) -> None:
-        """Tell derivatives that drown in the rounding of large outputs."""
-        if self._warned or self._looks > _FIRST_LOOKS:
-            return
-        drowned = precision * seen.magnitude
-        known = seen.differences[:_LOOKED_AT].nan_to_num(0.0).square().mean((0, 1)).sqrt()
-        # What changes by rounding alone matters where that is large beside the others' changes.
-        counts = (drowned > _SLIGHT * float(known.square().mean().sqrt())) & (known > 0)
-        excess = torch.where(counts, drowned - _DROWNED * known, 0.0)
-        worst = int(excess.argmax())
-        if float(excess[worst]) > 0:
-            self._warned = True
-            width = self.sides * size
-            warnings.warn(
-                f"Derivatives of a black box drown in rounding: output {worst}, of {float(seen.magnitude[worst]) * width:.1e}, "
-                f"is precise to {precision:.0e} of that, and a step changes it by {float(known[worst]) * width:.1e}. "
-                "Subtract an offset inside the box, let it return float64, or give x_scale or a larger step.",
-                SensingWarning,
-                stacklevel=2,
-            )
-
-    def _slight(self, seen: Seen, step: Step) -> Tensor:
-        """Return what rounding and bends that nobody measured may do to each output's derivatives, `(m,)`."""
-        values = seen.magnitude * self.sides * step.size
-        return values * (3.0 * self.precision / step.size + 10.0 * step.size**2)
-
-    def _check_fit(self, jacobians: Sparse | Dense, seen: Seen, step: Step) -> None:
-        """Compare what is left of some samples' directional derivatives with what noise explains; it costs no call.
-
-        The first times, and then now and again.
-        """
-        self._looks += 1
-        if self._looks > _FIRST_LOOKS and self._looks % _FIRST_LOOKS:
-            return
-        few = slice(_LOOKED_AT)
-        known = seen.differences[few]
-        taken = seen.probes[few] if seen.moved is None else seen.probes[few] * seen.moved[few, None]
-        left = known - jacobians.of(torch.arange(len(known))).along(taken)
-        if seen.missing is not None:
-            gone = seen.missing[few, :, None]
-            left, known = left.masked_fill(gone, 0.0), known.masked_fill(gone, 0.0)
-        of_output, misfit = known.square().mean((0, 1)).sqrt(), left.square().mean((0, 1)).sqrt()
-        size = float(known.square().mean().sqrt())
-        self.report.residual = float(left.square().mean().sqrt()) / size if size > 0 else 0.0
-        excess = misfit - (_MISFIT * of_output + self._slight(seen, step) + 6.0 * step.error(self.sides))
-        worst = int(excess.argmax())
-        if float(excess[worst]) > 0 and not self._warned:
-            self._warned = True
-            share = float(misfit[worst] / of_output[worst])
-            warnings.warn(
-                f"Directional derivatives of a black box differ from what its Jacobian says, at output {worst} by {share:.0%} "
-                f"and by {self.report.residual:.1%} overall: the pattern lacks entries, the box is noisier than it was said "
-                f"to be (noise={self.steps.noise!r}), or rounded or bent within a step. verify() tells how far it goes; "
-                "noise='estimate' measures the noise, pattern='discover' the pattern.",
-                SensingWarning,
-                stacklevel=2,
-            )
 
     def _robust(
         self, found: Plan, x: Tensor, probes: Tensor, unit: Tensor, step: Step, evaluate: Evaluate, kind: str

@@ -49,6 +49,11 @@ class StepSettings:
     x_scale: Any = None
     bounds: Any = None
 
+    @property
+    def sides(self) -> int:
+        """Calls a probe."""
+        return 2 if self.difference == "central" else 1
+
     def __post_init__(self) -> None:
         _checks.one_of("difference", self.difference, DIFFERENCES)
         for name in ("step", "noise"):  # numbers of NumPy and torch, too

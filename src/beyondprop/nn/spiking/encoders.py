@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from beyondprop import _checks
 from beyondprop.nn.spiking.hm2bp import precise
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, abc.ABC):
     """Numbers in [0, 1], `(N, ...)`, to trains `(N, T, ...)`; no gradient goes through.
 
     Args:
@@ -34,9 +36,9 @@ class Encoder(nn.Module):
             )
         return self.trains(x)
 
+    @abc.abstractmethod
     def trains(self, x: Tensor) -> Tensor:
         """Return the trains of checked numbers."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
