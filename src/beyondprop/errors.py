@@ -24,7 +24,8 @@ class NonFiniteError(RuntimeError):
     """A NaN or Inf appeared; no weight, running statistic or optimizer state was changed by that step.
 
     Attributes:
-        where: what was non-finite first: a stage's dotted name, `"x"`, `"y"` or `"loss"`.
+        where: what was non-finite first: a stage's dotted name, `"x"`, `"y"`, `"loss"`, `"input of a black box"`, or
+            `"drive"` of spiking neurons.
     """
 
     def __init__(self, message: str, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -203,3 +204,123 @@ def test_a_monitor_leaves_when_the_block_fails_and_refuses_other_models() -> Non
     assert not net[0]._forward_hooks
     with pytest.raises(ValueError, match="no SpikingLayer in this Linear"):
         SpikeMonitor(nn.Linear(2, 2))
+
+
+@every_encoder
+def test_no_gradient_goes_through_an_encoder(encoder: type[nn.Module]) -> None:
+    assert not encoder(3)(torch.rand(2, 4, requires_grad=True)).requires_grad
+
+
+def test_rates_that_are_no_probabilities_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_rate must be a probability"):
+        PoissonEncoder(3, 1.5)
+
+
+def _own(threshold: float = 0.5, **neuron: float) -> SpikingLayer:
+    """Three neurons, each with a train of its own, that fire where it spikes, a step later."""
+    op = nn.Linear(3, 3, bias=False)
+    nn.init.eye_(op.weight)
+    return SpikingLayer(op, CubaLIF(1.0, 1.0, threshold, **neuron))  # type: ignore[arg-type]
+
+
+def _watched(net: nn.Module, *batches: torch.Tensor) -> SpikeMonitor:
+    with SpikeMonitor(net) as monitor:
+        for batch in batches:
+            net(batch)
+    return monitor
+
+
+def _failing(monitor: SpikeMonitor, net: nn.Module, x: torch.Tensor) -> None:
+    with monitor:
+        net(x)
+        raise KeyError
+
+
+def test_a_monitor_joins_batches() -> None:
+    net, x = nn.Sequential(_own()), torch.zeros(2, 20, 3)
+    x[0, :, 0] = x[1, :, 1] = x[:, :, 2] = 1
+    x[:, 5, 2] = 0  # 18 of 19
+    for batches in (x.split(1), x.split(1)[::-1], [x]):
+        (found,) = _watched(net, *batches).activity
+        assert found.samples == 2
+        assert found.silent == 0
+        assert found.saturated == pytest.approx(1 / 3)
+        assert found.count == pytest.approx((19 + 18) / 3)
+    x[:, ::2, 2] = 0
+    x[:, :3, 2] = 0  # no sample of any neuron but the first two is full, and these are in one sample each
+    for batches in (x.split(1), x.split(1)[::-1], [x]):
+        assert _watched(net, *batches).activity[0].saturated == 0
+
+
+def test_the_first_steps_do_not_count_for_saturation() -> None:
+    net = nn.Sequential(_own(delay=5), _own(refractory=2))
+    with pytest.warns(SpikingWarning, match="100% saturated"), SpikeMonitor(net) as monitor:
+        net(torch.ones(1, 12, 3))  # 7 of 7, and then at 6, 9: 2 of 4
+    assert monitor.activity[0].saturated == 1
+    assert monitor.activity[1].saturated == 0
+    assert [CubaLIF(refractory=2, delay=1).most_spikes(n) for n in (0, 1, 2, 4, 5)] == [0, 0, 1, 1, 2]
+
+
+def test_counts_in_half_precision_are_not_rounded_by_a_monitor() -> None:
+    layer = _own().bfloat16()
+    with pytest.warns(SpikingWarning, match="saturated"), SpikeMonitor(layer) as monitor:
+        layer(torch.ones(1, 400, 3))
+    assert monitor.activity[0].count == 399
+    assert monitor.activity[0].name == "model"
+
+
+def test_a_batch_of_none_does_not_hide_what_is_silent() -> None:
+    net, x = nn.Sequential(_own(1e3)), torch.ones(2, 20, 3)
+    x[:, :, 0] = 0
+    net[0].get_submodule("op").get_parameter("weight").data[2, 2] = 100.0
+    with pytest.warns(SpikingWarning, match=r"membranes reach 1: give threshold=0\.5$"):
+        monitor = _watched(net, x, x[:0])
+    assert monitor.activity[0].samples == 2
+
+
+def test_a_layer_that_nothing_passed_through_is_no_warning() -> None:
+    net = nn.Sequential(_own(), _own())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with SpikeMonitor(net) as monitor:
+            pass
+    assert [found.advice for found in monitor.activity] == ["nothing passed through it"] * 2
+
+
+def test_a_monitor_shows_the_block_that_runs_and_keeps_no_batch() -> None:
+    net, x = nn.Sequential(_own()), (torch.rand(4, 20, 3) < 0.4).float().requires_grad_()
+    monitor = SpikeMonitor(net)
+    for samples in (4, 3):
+        with monitor:
+            net(x[:samples])
+            assert monitor.activity[0].samples == samples
+            (watched,) = monitor._watched
+            assert watched.last is not None
+            assert not watched.last.requires_grad  # else the graph is kept, too
+            twin = copy.deepcopy(net)
+            twin(x)
+            (hook,) = twin[0]._forward_hooks.values()
+            assert isinstance(hook, MethodType)
+            assert vars(hook.__self__)["last"] is None
+        assert not monitor._watched
+    with pytest.raises(KeyError):
+        _failing(monitor, net, x)
+    assert not monitor._watched
+    assert monitor.activity == []
+
+
+def test_pools_send_to_trains_below_what_they_are_told_for_silence() -> None:
+    x = torch.ones(1, 5, 1, 2, 2, requires_grad=True)
+    SpikingSumPool2d(2, CubaLIF(threshold=1e3), silent_ratio=0.3)(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.full_like(x, 0.3 / 1e3))
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 2.0**-10), (torch.float16, 2.0**-13)])
+def test_small_rates_in_half_precision_are_not_those_of_its_grid(dtype: torch.dtype, rate: float) -> None:
+    encoder, x = (
+        PoissonEncoder(1000, generator=torch.Generator().manual_seed(0)),
+        torch.full((100, 4), rate, dtype=dtype),
+    )
+    spikes, expected = float(encoder(x).float().sum()), 400_000 * rate
+    assert abs(spikes - expected) < 5 * math.sqrt(expected)

@@ -113,6 +113,7 @@ def jacobian(
 
     Raises:
         ValueError, TypeError: for bad input; the message says what is accepted.
+        NonFiniteError: if `x` is NaN or Inf.
         BlackBoxError, CallBudgetExceededError: as calls fail, or go beyond `max_calls`.
 
     Source: Choromanski & Sindhwani, NeurIPS 2017; Curtis, Powell & Reid (1974); Newsam & Ramsdell (1983).
@@ -186,7 +187,7 @@ def detect_pattern(
         What was found; its `pattern` is what `jacobian` and `BlackBox` take.
 
     Raises:
-        ValueError, TypeError: for bad input.
+        ValueError, TypeError, NonFiniteError, BlackBoxError, CallBudgetExceededError: as `jacobian`.
 
     Source: simultaneous orthogonal matching pursuit, Tropp, Gilbert & Strauss, Signal Processing 86 (2006).
     """
@@ -225,7 +226,7 @@ def verify(
         **options: as for `jacobian`.
 
     Raises:
-        ValueError, TypeError: for bad input.
+        ValueError, TypeError, NonFiniteError, BlackBoxError, CallBudgetExceededError: as `jacobian`.
     """
     sensed = _Sensed(fn, x, generator, options)
     y, precision = sensed.start()

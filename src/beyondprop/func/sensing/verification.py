@@ -29,7 +29,7 @@ class Verification:
             `(m,)`.
         expected: what noise explains of it, `(m,)`.
         tolerance: beyond noise, what is accepted.
-        calls: of the box that it took.
+        calls: of the box that the comparison took, beside those of the outputs and the Jacobian.
         coupled: whether a row's outputs depend on the other rows of a call, in which no Jacobian can be told from another.
         untold_noise: standard deviation of the outputs at one point, where it is more than was told.
     """

@@ -56,6 +56,7 @@ class BlackBox(nn.Module):
 
     Raises:
         TypeError, ValueError: for bad options here; for bad input, or a box that returns what it should not, in `forward`.
+        NonFiniteError: if an input is NaN or Inf.
         BlackBoxError: if a call failed, or returned NaN or Inf.
         CallBudgetExceededError: if there would be more calls than `max_calls`.
 
@@ -104,8 +105,9 @@ class BlackBox(nn.Module):
         """Call the box: from tensors `(N, ...)` to what `fn` returns, as tensors like the first that is differentiated.
 
         Raises:
-            TypeError: if an input is no tensor of floats.
-            ValueError: if the batch is empty.
+            TypeError: if an input is no tensor, or one that is differentiated holds no floats.
+            ValueError: if the batch is empty, inputs have unequal rows or lie outside the bounds, or `argnums` names none.
+            NonFiniteError, BlackBoxError, CallBudgetExceededError: as above.
         """
         if torch.compiler.is_compiling():
             return opaque(self, list(inputs))

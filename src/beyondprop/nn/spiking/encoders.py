@@ -76,7 +76,7 @@ class CurrentEncoder(Encoder):
     """Numbers in [0, 1], `(N, ...)`, to themselves in every step, `(N, T, ...)`: a constant current into the first layer."""
 
     def trains(self, x: Tensor) -> Tensor:
-        return x[:, None].expand(len(x), self.steps, *x.shape[1:])
+        return x[:, None].repeat(1, self.steps, *[1] * (x.ndim - 1))
 
 
 class LatencyEncoder(Encoder):

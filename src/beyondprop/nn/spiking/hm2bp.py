@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from beyondprop.errors import NonFiniteError
+from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.nn.spiking import scans
 from beyondprop.nn.spiking.neuron import CubaLIF
 
@@ -28,6 +29,9 @@ SILENT_WEIGHT = 0.1
 LEAST_LATERAL = 0.1
 """Below which the denominator of the lateral factor is not let: it reaches 0 with a small threshold, or a strong inhibition."""
 
+
+SWAPPED = RLock()
+"""Held while an operator has other weights in it than its own, which another thread must not take for them."""
 
 NO_DRIVE = (
     "The drive of a SpikingLayer is NaN or Inf, of which its neurons would be silent; look at its input and its weights, and "
@@ -46,6 +50,7 @@ class Settings:
     side_effect: bool
     injected: int
     kernel: str
+    learns: bool
 
 
 class Fire(torch.autograd.Function):
@@ -60,7 +65,15 @@ class Fire(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, op: nn.Module, settings: Settings, names: tuple[str, ...], *weights: Tensor
     ) -> Tensor:
-        drive = applied(op, names, weights, x)
+        ctx.buffers = {name: buffer.detach().clone() for name, buffer in op.named_buffers()}
+        with torch.enable_grad():
+            drive = applied(op, names, [weight.detach() for weight in weights], {}, x.detach())
+        if settings.learns and drive.requires_grad:
+            raise UnsupportedModelError(
+                f"The {type(op).__name__} of a SpikingLayer learns by tensors that are no parameters of it, of which "
+                "rule='hm2bp' does not know: tied weights, those of FullyShardedDataParallel (fully_shard works), a replica, a "
+                "cached parametrization. Make them its parameters, or take rule='surrogate'."
+            )
         flat = precise(drive.flatten(2))
         spikes = fired(flat, settings.neuron, settings.lateral)
         ctx.op, ctx.settings, ctx.names, ctx.shape = op, settings, names, drive.shape
@@ -93,7 +106,9 @@ class Fire(torch.autograd.Function):
                     without = never if is_reference else silent
                     own = torch.where(without, 0.0, membrane / (neuron.threshold * counts.clamp(min=1.0)))
                     if is_reference:
-                        all_inputs = applied(ctx.op, ctx.names, weights, torch.ones_like(x[:1]))[0].flatten(1)
+                        all_inputs = applied(ctx.op, ctx.names, weights, ctx.buffers, torch.ones_like(x[:1]))[
+                            0
+                        ].flatten(1)
                         own = torch.where(never, 0.5 / neuron.threshold * all_inputs, own)
                     factor = factor + own
                 if set_to.lateral:
@@ -111,6 +126,8 @@ class Fire(torch.autograd.Function):
 
 def precise(x: Tensor) -> Tensor:
     """Return it in single precision at least: recursions over many steps lose half of them in less."""
+    if not x.is_floating_point():
+        return x.to(torch.get_default_dtype())
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -118,22 +135,28 @@ def fired(drive: Tensor, neuron: CubaLIF, lateral: float) -> Tensor:
     """Return the spikes of `scans.simulate`.
 
     Raises:
-        NonFiniteError: if a drive that arrived is NaN or Inf, of which a neuron would be silent for ever.
+        NonFiniteError: if a drive is NaN or Inf, of which a neuron would be silent for ever.
     """
     spikes, last = scans.simulate(drive, neuron, lateral)
-    refuse_not_finite(last)
+    refuse_not_finite(last, drive, neuron)
     return spikes
 
 
-def refuse_not_finite(currents: Tensor) -> None:
-    """Raise if a current is NaN or Inf; it is not reset, and still has whatever came."""
-    if not bool(torch.isfinite(currents).all()):
+def refuse_not_finite(currents: Tensor, drive: Tensor | None = None, neuron: CubaLIF | None = None) -> None:
+    """Raise if a current is NaN or Inf, which is not reset and has whatever came, or what is still on its way."""
+    are_finite = torch.isfinite(currents).all()
+    if drive is not None and neuron is not None and neuron.delay:
+        are_finite = are_finite & torch.isfinite(drive[-neuron.delay :]).all()
+    if not bool(are_finite):
         raise NonFiniteError(NO_DRIVE, where="drive")
 
 
-def applied(op: nn.Module, names: Sequence[str], weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Return the operator, with these weights, at every step of `(T, N, ...)`."""
-    found = functional_call(op, dict(zip(names, weights, strict=True)), (x.flatten(0, 1),))
+def applied(
+    op: nn.Module, names: Sequence[str], weights: Sequence[Tensor], buffers: dict[str, Tensor], x: Tensor
+) -> Tensor:
+    """Return the operator, with these weights, and buffers where they are given, at every step of `(T, N, ...)`."""
+    with SWAPPED:
+        found = functional_call(op, {**dict(zip(names, weights, strict=True)), **buffers}, (x.flatten(0, 1),))
     return found.reshape(*x.shape[:2], *found.shape[1:])
 
 
@@ -154,10 +177,11 @@ def lateral_factor(q: Tensor, spikes: Tensor, strength: float, neuron: CubaLIF, 
 def _by_count(gradient: Tensor) -> Tensor:
     """Return the derivative by a count, `(N, F)`, of derivatives by all of its spikes, `(T, N, F)`."""
     first = gradient[0]
-    if gradient.stride(0) == 0 or len(gradient) == 1:
+    if gradient.stride(0) == 0 or len(gradient) == 1 or not gradient.numel():
         return first
-    apart = (gradient - first).abs().amax()
-    if bool(apart > 1e-4 * gradient.abs().amax()):
+    size = gradient.abs().amax(0)
+    apart = (gradient - first).abs().amax(0)
+    if bool((apart > 1e-4 * size + 1e-5 * size.amax()).any()):
         raise RuntimeError(
             "A SpikingLayer with rule='hm2bp' knows derivatives by counts, the same in every step of time, and those that "
             "came back to it differ from step to step. Read the spikes through SpikeCounts; let nothing that differs in time "
@@ -184,7 +208,7 @@ def _by_weights(
     heard = (x != 0).any(0).to(x.dtype)
     leaves = [w.detach().requires_grad_(need) for w, need in zip(weights, ctx.needs_input_grad[4:], strict=True)]
     with torch.enable_grad():
-        output = applied(ctx.op, ctx.names, leaves, torch.cat([x, heard[None]]))
+        output = applied(ctx.op, ctx.names, leaves, ctx.buffers, torch.cat([x, heard[None]]))
     wanted = [w for w in leaves if w.requires_grad]
     both = torch.cat([cotangent, quiet[None]]).to(output.dtype)
     found = iter(torch.autograd.grad(output, wanted, both, allow_unused=True))
@@ -199,7 +223,7 @@ def _below(ctx: Any, x: Tensor, cotangent: Tensor, delta: Tensor, never: Tensor,
     with torch.enable_grad():
         # Two steps more than there are: what all neurons send, and what those send that are silent.
         z = torch.zeros_like(x[:1]).expand(len(x) + 2, *x.shape[1:]).contiguous().requires_grad_()
-        output = applied(ctx.op, ctx.names, [w.detach() for w in weights], z)
+        output = applied(ctx.op, ctx.names, [w.detach() for w in weights], ctx.buffers, z)
     fixed = ctx.settings.silent_ratio * torch.stack([delta, torch.where(never, delta, 0.0)])
     (found,) = torch.autograd.grad(output, z, torch.cat([cotangent, fixed]).to(output.dtype))
     counts = precise(x).sum(0)

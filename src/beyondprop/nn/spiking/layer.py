@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from beyondprop import _checks
 from beyondprop.nn.spiking import surrogate
-from beyondprop.nn.spiking.hm2bp import Fire, Settings, precise, refuse_not_finite
+from beyondprop.nn.spiking.hm2bp import SWAPPED, Fire, Settings, precise, refuse_not_finite
 from beyondprop.nn.spiking.neuron import CubaLIF
 from beyondprop.nn.spiking.scans import Filter, Membranes
 
@@ -39,7 +39,8 @@ class SpikingLayer(nn.Module):
 
     Raises:
         ValueError: for an operator with bias or one that is not linear, an unknown rule, or input without a time dimension.
-        NonFiniteError: if what arrives at the neurons is NaN or Inf.
+        NonFiniteError: if the drive of the neurons is NaN or Inf.
+        RuntimeError: in an `hm2bp` backward pass, if derivatives differ from step to step.
 
     Source: Jin, Zhang & Li, "Hybrid macro/micro level backpropagation for training deep spiking neural networks", NeurIPS 2018,
     arXiv 1805.07866; surrogate slopes: Neftci, Mostafa & Zenke, IEEE Signal Processing Magazine 36 (2019).
@@ -59,7 +60,7 @@ class SpikingLayer(nn.Module):
         kernel: str = "discrete",
     ) -> None:
         super().__init__()
-        if getattr(op, "bias", None) is not None:
+        if _has_bias(op):
             raise ValueError(
                 f"op must have no bias, which a spiking neuron does not have either, got {type(op).__name__} with one; give "
                 "bias=False."
@@ -73,7 +74,7 @@ class SpikingLayer(nn.Module):
         self.silent, self.silent_ratio = silent, _checks.positive("silent_ratio", silent_ratio)
         self.side_effect, self.kernel = side_effect, kernel
         self.injected = _checks.at_least("injected", injected, 0)
-        self._seen: tuple[object, ...] = ()  # the operator's modules when it was seen to be linear
+        self._seen: list[object] = []  # the operator's modules when it was seen to be linear
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Return the spikes that follow, `(N, T, ...)`, 0 or 1 in the precision of the weights.
@@ -86,20 +87,31 @@ class SpikingLayer(nn.Module):
                 f"Spikes must have the shape (N, T, ...) with T >= 1, the time second, got {tuple(spikes.shape)}."
             )
         most = (spikes.shape[1] - 1) // (self.neuron.refractory + 1)
-        if self.injected > most:
+        if self.rule == "hm2bp" and self.injected > most:
             raise ValueError(
-                f"injected must be <= {most}, which is as often as the neuron fires in {spikes.shape[1]} steps with "
+                f"injected must be <= {most}, as many as {spikes.shape[1]} steps but the first have room for with "
                 f"refractory={self.neuron.refractory}, got {self.injected}."
             )
         x = self._prepared(spikes.transpose(0, 1))  # time first inside: every step is one piece of memory
         with torch.autocast(x.device.type, enabled=False):  # a filter over many steps loses half of them in bfloat16
             if self.rule == "surrogate":
                 return surrogate.fire(x, self.op, self.neuron, self.lateral).transpose(0, 1)
-            named = dict(self.op.named_parameters())
             settings = Settings(
-                self.neuron, self.lateral, self.silent, self.silent_ratio, self.side_effect, self.injected, self.kernel
+                self.neuron,
+                self.lateral,
+                self.silent,
+                self.silent_ratio,
+                self.side_effect,
+                self.injected,
+                self.kernel,
+                torch.is_grad_enabled(),
             )
-            return Fire.apply(x, self.op, settings, tuple(named), *named.values()).transpose(0, 1)
+            with SWAPPED:
+                named = dict(self.op.named_parameters())
+                found = Fire.apply(x, self.op, settings, tuple(named), *named.values())
+                if any(isinstance(value, Tensor) for module in self.op.modules() for value in vars(module).values()):
+                    self.op(x[0, :1])  # weights that a hook makes, as pruning does, have the graph of their last call
+            return found.transpose(0, 1)
 
     @torch.no_grad()
     def step(self, spikes: Tensor, state: SpikingState | None = None) -> tuple[Tensor, SpikingState]:
@@ -110,24 +122,24 @@ class SpikingLayer(nn.Module):
             state: what the step before returned; None begins anew. It is not changed.
 
         Raises:
-            ValueError: if the state is one of other neurons, or of another batch.
+            ValueError: if the state is one of other neurons, another batch, kind or device.
         """
         with torch.autocast(spikes.device.type, enabled=False):
             drive = self.op(self._prepared(spikes[None])[0])
         flat = precise(drive.flatten(1))
         if state is None:
-            state = SpikingState(Membranes(flat, self.neuron, self.lateral), ())
-        elif state.membranes.v.shape != flat.shape or state.membranes.neuron != self.neuron:
+            state = SpikingState(Membranes(flat, self.neuron, self.lateral), (), drive.shape)
+        elif not state.membranes.fits(flat, self.neuron, self.lateral) or state.shape != drive.shape:
             raise ValueError(
-                f"The state is one of {tuple(state.membranes.v.shape)} neurons (batch, neurons), {state.membranes.neuron}, and "
-                f"this layer has {tuple(flat.shape)}, {self.neuron}; begin a new sequence with state=None."
+                f"The state is one of {state.membranes}, {tuple(state.shape)}, and this layer's are "
+                f"{Membranes(flat, self.neuron, self.lateral)}, {tuple(drive.shape)}; begin a new sequence with state=None."
             )
-        membranes, waiting = state.membranes.copy(), (*state.waiting, flat)
+        membranes, waiting = state.membranes.copy(), (*state.waiting, flat.clone())
         arriving = waiting[0] if len(waiting) > self.neuron.delay else None
         fired = membranes.advance(arriving, torch.empty_like(flat, dtype=torch.bool))
         refuse_not_finite(membranes.p)
         kept = waiting[1:] if arriving is not None else waiting
-        return fired.to(drive.dtype).view(drive.shape), SpikingState(membranes, kept)
+        return fired.to(drive.dtype).view(drive.shape), SpikingState(membranes, kept, drive.shape)
 
     def drive(self, spikes: Tensor) -> Tensor:
         """Return what the synapses send into the neurons in each step, `(T, N, neurons)`, before its delay."""
@@ -143,7 +155,7 @@ class SpikingLayer(nn.Module):
         given = spikes.dtype if spikes.is_floating_point() else torch.get_default_dtype()
         kind = next((p.dtype for p in self.op.parameters()), given)
         x = spikes.to(kind).contiguous()
-        modules = tuple((id(module), module.training) for module in self.op.modules())
+        modules: list[object] = [(module, module.training, _has_bias(module)) for module in self.op.modules()]
         if self._seen != modules and x.numel():
             _refuse_nonlinear(self.op, x[0, :1])
             self._seen = modules
@@ -154,17 +166,22 @@ class SpikingLayer(nn.Module):
 
 
 class SpikingState(NamedTuple):
-    """What a `SpikingLayer` is left with after a step of time: its membranes, and drives that have not arrived yet."""
+    """What a `SpikingLayer` is left with after a step: membranes, drives that have not arrived yet, its neurons' shape."""
 
     membranes: Membranes
     waiting: tuple[Tensor, ...]
+    shape: torch.Size
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return getattr(module, "bias", None) is not None
 
 
 @torch.no_grad()
 def _refuse_nonlinear(op: nn.Module, like: Tensor) -> None:
     """Raise for a part that is known not to be linear, and if the operator of -2 x is not -2 times that of x."""
     for name, module in op.named_modules():
-        biased = getattr(module, "bias", None) is not None
+        biased = _has_bias(module)
         if biased or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             raise ValueError(
                 f"op must be linear, without bias, and the same at every call, and {name or 'op'} in it is a "

@@ -101,7 +101,7 @@ class SpikeMonitor:
     """Watches the `SpikingLayer`s of a model, in a `with` block around an epoch or a batch.
 
     At the end of the block a `SpikingWarning` names each layer that was silent or saturated as a whole, and says what
-    threshold to give. `activity` holds all layers at any time.
+    to change. `activity` holds all layers, within the block and after it.
 
     Args:
         model: any module with spiking layers in it.

@@ -91,6 +91,14 @@ class Membranes:
             self.held.masked_fill_(self.fired, neuron.refractory)
         return self.fired
 
+    def fits(self, drive: Tensor, neuron: CubaLIF, lateral: float) -> bool:
+        """Return whether such a drive can go on into it, `(N, F)`."""
+        mine, other = ((one.shape, one.dtype, one.device) for one in (self.v, drive))
+        return mine == other and (self.neuron, self.lateral) == (neuron, lateral)
+
+    def __str__(self) -> str:
+        return f"{self.neuron}, lateral={self.lateral:g}, {self.v.dtype} on {self.v.device}"
+
     def copy(self) -> Membranes:
         """Return the same state, which does not change with this one."""
         found = Membranes(self.v, self.neuron, self.lateral)

@@ -55,5 +55,5 @@ def fire(x: Tensor, op: nn.Module, neuron: CubaLIF, lateral: float = 0.0) -> Ten
         fired = spike.detach() > 0
         v, held = v.masked_fill(fired, 0.0), held.masked_fill(fired, neuron.refractory)
         found.append(spike)
-    refuse_not_finite(p)
+    refuse_not_finite(p, drive, neuron)
     return torch.stack(found).to(whole.dtype).view(whole.shape)
