@@ -75,12 +75,12 @@ def test_membranes_that_fired_are_what_all_trains_contributed(neuron: CubaLIF) -
     for seed in range(3):
         x, weight = _case(seed, 10 + 15 * seed)
         drive = x @ weight.T
-        spikes, _ = scans.simulate(drive, neuron)
+        spikes, *_ = scans.simulate(drive, neuron)
         stepped, total = _stepped(drive, neuron)
-        assert torch.equal(spikes, stepped)
+        assert torch.equal(spikes.bool(), stepped)
         assert spikes.any()
         kernel = scans.Filter.of(neuron)
-        q = scans.weights_of_firings(spikes, kernel.keep_mem, neuron.refractory, torch.float64)
+        q = scans.weights_of_firings(spikes, kernel.keep_mem, neuron.refractory)
         e = torch.einsum("tbi,tbj->bij", q, scans.response(x, kernel))
         torch.testing.assert_close((q * scans.response(drive, kernel)).sum(0), total, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close((e * weight).sum(2), total, rtol=1e-10, atol=1e-10)
@@ -107,8 +107,8 @@ def test_gradients_are_those_of_the_pairwise_sums(neuron: CubaLIF, side_effect: 
     counts = SpikeCounts()(layer(given))
     coefficient = torch.randn(counts.shape, dtype=torch.float64)
     counts.backward(coefficient)
-    spikes, _ = scans.simulate(x @ weight.T, neuron)
-    e, o, below = _pairwise(x, spikes, neuron), spikes.sum(0).double(), x.sum(0)
+    spikes, *_ = scans.simulate(x @ weight.T, neuron)
+    e, o, below = _pairwise(x, spikes, neuron), spikes.sum(0), x.sum(0)
     delta = coefficient / neuron.threshold
     a = (e * weight).sum(2)
     h = torch.where(o > 0, a / (neuron.threshold * o.clamp(min=1)), 0.0) if side_effect else torch.zeros_like(a)

@@ -52,11 +52,11 @@ def test_lateral_spikes_inhibit_all_others_a_step_later(rule: str) -> None:
 def test_the_lateral_factor_is_the_sum_over_pairs(neuron: CubaLIF) -> None:
     torch.manual_seed(1)
     strength = 0.3
-    spikes, _ = scans.simulate(make_spikes(40, 2, 6) @ make_op().weight.detach().T, neuron, strength)
-    spikes[:, 1, 2] = False
+    spikes, *_ = scans.simulate(make_spikes(40, 2, 6) @ make_op().weight.detach().T, neuron, strength)
+    spikes[:, 1, 2] = 0.0
     kernel = scans.Filter.of(neuron)
-    q = scans.weights_of_firings(spikes, kernel.keep_mem, neuron.refractory, torch.float64)
-    heard = scans.response(spikes.double(), kernel.delayed(1))
+    q = scans.weights_of_firings(spikes, kernel.keep_mem, neuron.refractory)
+    heard = scans.response(spikes, kernel.delayed(1))
     for b in range(2):
         for j in range(5):
             back = 0.0
@@ -82,10 +82,10 @@ def test_spikes_are_injected_where_the_loss_wants_them() -> None:
     coefficient[0, 1], coefficient[0, 2] = -3.0, 2.0
     layer = SpikingLayer(op, neuron, injected=4, side_effect=False)
     found = weight_gradient(layer, x, coefficient)
-    spikes = torch.zeros(21, 2, 5, dtype=torch.bool)
-    spikes[[5, 10, 15, 20], 0, 1] = True
+    spikes = torch.zeros(21, 2, 5, dtype=torch.float64)
+    spikes[[5, 10, 15, 20], 0, 1] = 1.0
     kernel = scans.Filter.of(neuron)
-    q = scans.weights_of_firings(spikes, kernel.keep_mem, 0, torch.float64)
+    q = scans.weights_of_firings(spikes, kernel.keep_mem, 0)
     e = torch.einsum("tbi,tbj->bij", q, scans.response(x.transpose(0, 1), kernel))
     torch.testing.assert_close(found[1], -3.0 / 1e6 * e[0, 1], rtol=1e-12, atol=0)
     torch.testing.assert_close(found[2], 2.0 / 1e6 * 0.1 * x[0].any(0).double(), rtol=1e-12, atol=0)
@@ -145,7 +145,7 @@ def test_labels_and_counts_that_are_none_are_refused() -> None:
 @pytest.mark.parametrize(("steps", "count"), [(40, 10), (39, 20), (100, 35), (59, 29), (2, 1)])
 def test_as_many_spikes_are_injected_as_are_asked_for(steps: int, count: int) -> None:
     into = torch.tensor([[True, False]])
-    found = _injected(torch.zeros(steps, 1, 2, dtype=torch.bool), into, count)
+    found = _injected(torch.zeros(steps, 1, 2), into, count)
     assert found.sum(0).tolist() == [[count, 0]]
     assert len(set(found[:, 0, 0].nonzero().flatten().diff().tolist())) <= 1
 
@@ -175,11 +175,11 @@ def test_the_lateral_factor_is_in_what_is_learned(kernel: str) -> None:
     found = weight_gradient(
         SpikingLayer(op, neuron, lateral=strength, side_effect=False, kernel=kernel), x, coefficient
     )
-    spikes, _ = scans.simulate(x.transpose(0, 1) @ op.weight.detach().T, neuron, strength)
-    q = scans.weights_of_firings(spikes, scans.Filter.of(neuron, kernel).keep_mem, neuron.refractory, torch.float64)
+    spikes, *_ = scans.simulate(x.transpose(0, 1) @ op.weight.detach().T, neuron, strength)
+    q = scans.weights_of_firings(spikes, scans.Filter.of(neuron, kernel).keep_mem, neuron.refractory)
     e = torch.einsum("tbi,tbj->bij", q, scans.response(x.transpose(0, 1), scans.Filter.of(neuron, kernel)))
     one_later = scans.Filter.of(CubaLIF(8.0, 3.0, 0.5, delay=1), kernel)  # a lateral spike arrives in the next step
-    there = torch.einsum("tbi,tbj->bij", q, scans.response(spikes.double(), one_later))
+    there = torch.einsum("tbi,tbj->bij", q, scans.response(spikes, one_later))
     ratio = there / (neuron.threshold * spikes.sum(0).double().clamp(min=1.0)[:, None])
     ratio = ratio * (1.0 - torch.eye(5, dtype=torch.float64)) * (spikes.any(0)[:, None] & spikes.any(0)[:, :, None])
     factor = 1.0 / (1.0 - strength**2 * torch.einsum("bij,bji->bi", ratio, ratio))
@@ -191,9 +191,9 @@ def test_the_lateral_factor_is_in_what_is_learned(kernel: str) -> None:
 
 def test_the_lateral_factor_is_bounded() -> None:
     neuron = CubaLIF(threshold=0.1)
-    spikes = torch.ones(40, 1, 5, dtype=torch.bool)
+    spikes = torch.ones(40, 1, 5, dtype=torch.float64)
     kernel = scans.Filter.of(neuron)
-    q = scans.weights_of_firings(spikes, kernel.keep_mem, 0, torch.float64)
+    q = scans.weights_of_firings(spikes, kernel.keep_mem, 0)
     assert lateral_factor(q, spikes, 5.0, neuron, kernel).tolist() == [[pytest.approx(10.0)] * 5]
 
 
@@ -204,10 +204,10 @@ def test_injected_spikes_have_a_side_effect_only_as_published(silent: str) -> No
     coefficient = torch.zeros(2, 5, dtype=torch.float64)
     coefficient[0, 1] = -3.0
     found = weight_gradient(SpikingLayer(op, neuron, injected=4, silent=silent), x, coefficient)
-    spikes = torch.zeros(21, 2, 5, dtype=torch.bool)
-    spikes[[5, 10, 15, 20], 0, 1] = True
+    spikes = torch.zeros(21, 2, 5, dtype=torch.float64)
+    spikes[[5, 10, 15, 20], 0, 1] = 1.0
     kernel = scans.Filter.of(neuron)
-    q = scans.weights_of_firings(spikes, kernel.keep_mem, 0, torch.float64)
+    q = scans.weights_of_firings(spikes, kernel.keep_mem, 0)
     e = torch.einsum("tbi,tbj->bij", q, scans.response(x.transpose(0, 1), kernel))[0, 1]
     side = float(e @ op.weight.detach()[1]) / (50.0 * 4) if silent == "reference" else 0.0
     torch.testing.assert_close(found[1], -3.0 / 50.0 * (1.0 + side) * e, rtol=1e-12, atol=0)

@@ -9,7 +9,8 @@ i's membranes at its firings, near threshold times count. A coefficient c_i for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
-from beyondprop.nn.spiking import scans
+from beyondprop.nn.spiking import products, scans
 from beyondprop.nn.spiking.neuron import CubaLIF
 
 SILENT_WEIGHT = 0.1
@@ -56,7 +57,8 @@ class Settings:
 class Fire(torch.autograd.Function):
     """Spikes of a layer; its backward pass takes and returns derivatives by counts, the same in every step.
 
-    Shapes: x `(T, N, ...)` spikes, drive `(T, N, ...)` of the operator, output `(T, N, ...)` in the precision of the drive.
+    Shapes: x `(N, T, ...)` spikes, output `(N, T, ...)` in the precision of the operator's. What is kept for the backward pass is a
+    bit for each spike that came or went, and, where `_sums_are_enough`, a number for each neuron and sample.
 
     Source: Jin, Zhang & Li, NeurIPS 2018, equations 14 to 23; in a form linear in time.
     """
@@ -66,62 +68,129 @@ class Fire(torch.autograd.Function):
         ctx: Any, x: Tensor, op: nn.Module, settings: Settings, names: tuple[str, ...], *weights: Tensor
     ) -> Tensor:
         ctx.buffers = {name: buffer.detach().clone() for name, buffer in op.named_buffers()}
-        with torch.enable_grad():
-            drive = applied(op, names, [weight.detach() for weight in weights], {}, x.detach())
-        if settings.learns and drive.requires_grad:
-            raise UnsupportedModelError(
-                f"The {type(op).__name__} of a SpikingLayer learns by tensors that are no parameters of it, of which "
-                "rule='hm2bp' does not know: tied weights, those of FullyShardedDataParallel (fully_shard works), a replica, a "
-                "cached parametrization. Make them its parameters, or take rule='surrogate'."
-            )
-        flat = precise(drive.flatten(2))
-        spikes = fired(flat, settings.neuron, settings.lateral)
-        ctx.op, ctx.settings, ctx.names, ctx.shape = op, settings, names, drive.shape
-        ctx.save_for_backward(x, flat if settings.side_effect else flat.new_empty(0), spikes, *weights)
-        return spikes.to(drive.dtype).view(drive.shape)
+        ctx.is_plain = products.is_plain(op)
+        ctx.op, ctx.settings, ctx.names, ctx.of, ctx.kind = op, settings, names, x.shape, x.dtype
+        kept: list[Tensor] = []
+        found: Tensor | None = None
+        plain = products.Products(op, weights[0].detach()) if ctx.is_plain else None
+        for part in _parts(ctx, x):
+            trains = products.Trains(x[part], x.shape[1], x.dtype)
+            drive = plain.drive(trains) if plain else _drive(ctx, trains, [weight.detach() for weight in weights])
+            flat = precise(drive.flatten(2))
+            if found is None:
+                found = drive.new_empty((len(x), *drive.shape[1:]))
+            spikes = found[part].flatten(2) if flat.dtype == found.dtype else torch.empty_like(flat)
+            sums = fired(flat.transpose(0, 1), settings.neuron, settings.lateral, spikes.transpose(0, 1))  # time first, as views
+            if flat.dtype != found.dtype:
+                found[part] = spikes.view(drive.shape)
+            if settings.learns:
+                kept += [trains.kept, products.packed(spikes != 0), sums if _sums_are_enough(settings) else flat]
+        assert found is not None
+        ctx.shape = found.shape
+        ctx.save_for_backward(*weights, *kept)
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, drive, spikes, *weights = ctx.saved_tensors
-        set_to: Settings = ctx.settings
-        neuron, kernel = set_to.neuron, scans.Filter.of(set_to.neuron, set_to.kernel)
+        saved = ctx.saved_tensors
+        weights, kept = saved[: len(ctx.names)], saved[len(ctx.names) :]
         by_count = _by_count(precise(gradient).flatten(2))
-        silent = ~spikes.any(0)
-        if set_to.injected:
-            spikes = _injected(spikes, silent & (by_count < 0), set_to.injected)
-        counts = spikes.sum(0).to(by_count.dtype)
-        never = counts == 0  # silent, and nothing injected
-        delta = by_count / neuron.threshold
-        q = scans.weights_of_firings(spikes, kernel.keep_mem, neuron.refractory, by_count.dtype)
         wanted_x, wanted_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         gradients: list[Tensor | None] = [None] * len(weights)
-        found = None
-        with torch.autocast(x.device.type, enabled=False):
-            if wanted_w:
-                factor = torch.ones_like(delta)
-                if set_to.side_effect:
-                    membrane = (q * scans.response(drive, kernel)).sum(0)
-                    is_reference = set_to.silent == "reference"
-                    without = never if is_reference else silent
-                    own = torch.where(without, 0.0, membrane / (neuron.threshold * counts.clamp(min=1.0)))
-                    if is_reference:
-                        all_inputs = applied(ctx.op, ctx.names, weights, ctx.buffers, torch.ones_like(x[:1]))[
-                            0
-                        ].flatten(1)
-                        own = torch.where(never, 0.5 / neuron.threshold * all_inputs, own)
-                    factor = factor + own
-                if set_to.lateral:
-                    factor = factor * lateral_factor(q, spikes, set_to.lateral, neuron, kernel)
-                learned = scans.adjoint_response(q * (delta * factor), kernel)
-                quiet = torch.where(never, SILENT_WEIGHT * delta * factor, 0.0)
-                gradients = _by_weights(ctx, x, learned.view(ctx.shape), quiet.view(ctx.shape[1:]), weights)
-            if wanted_x:
-                down = scans.adjoint_response(q * delta, kernel)
-                found = _below(
-                    ctx, x, down.view(ctx.shape), delta.view(ctx.shape[1:]), never.view(ctx.shape[1:]), weights
-                )
-        return found, None, None, None, *gradients
+        below: list[Tensor] = []
+        plain = products.Products(ctx.op, weights[0]) if ctx.is_plain else None
+        with torch.autocast(gradient.device.type, enabled=False):
+            for part, given, bits, sums in zip(_parts(ctx, by_count), kept[::3], kept[1::3], kept[2::3], strict=True):
+                trains = products.Trains(given, ctx.of[1], ctx.kind)
+                went = Went(ctx, bits, by_count[part], sums, weights, trains)
+                adjoint = scans.adjoint_of_firings(went.spikes, went.kernel, went.neuron.refractory).transpose(0, 1)
+                if wanted_w and plain:
+                    plain.learn(trains, *_learned(ctx, adjoint, went))
+                elif wanted_w:
+                    gradients = _by_weights(ctx, trains, *_learned(ctx, adjoint, went), weights)
+                if wanted_x:
+                    below.append(_below(ctx, trains, adjoint, went, weights, plain))
+            if wanted_w and plain:
+                gradients = [plain.gradient]
+        down = torch.cat(below).expand(-1, ctx.of[1], *[-1] * (len(ctx.of) - 2)) if below else None
+        return down, None, None, None, *gradients
+
+
+def _parts(ctx: Any, x: Tensor) -> Iterator[slice]:
+    """Yield parts of the batch: all of it at once where an operator is called by name, whose hooks count calls."""
+    if not ctx.is_plain or not len(x):
+        return iter([slice(0, len(x))])
+    steps, outputs = ctx.of[1], ctx.op.weight.shape[0]
+    inputs = math.prod(ctx.of[2:])
+    width = outputs if isinstance(ctx.op, nn.Linear) else inputs * -(-outputs // ctx.op.in_channels)
+    return products.parts(len(x), steps * max(inputs, width), x.device)
+
+
+def _drive(ctx: Any, trains: products.Trains, weights: Sequence[Tensor]) -> Tensor:
+    """Return what the operator makes of spikes, `(N, T, ...)`.
+
+    Raises:
+        UnsupportedModelError: if it learns by tensors that are no parameters of it.
+    """
+    with torch.enable_grad():
+        found = applied(ctx.op, ctx.names, weights, {}, trains.x.detach())
+    if ctx.settings.learns and found.requires_grad:
+        raise UnsupportedModelError(
+            f"The {type(ctx.op).__name__} of a SpikingLayer learns by tensors that are no parameters of it, of which "
+            "rule='hm2bp' does not know: tied weights, those of FullyShardedDataParallel (fully_shard works), a replica, a "
+            "cached parametrization. Make them its parameters, or take rule='surrogate'."
+        )
+    return found.detach()
+
+
+def _sums_are_enough(settings: Settings) -> bool:
+    """Return whether the membranes that fired tell the side effect: not where they have more in them than the kernel's drive."""
+    as_they_were = not settings.injected or settings.silent != "reference"
+    return not settings.side_effect or (not settings.lateral and settings.kernel == "discrete" and as_they_were)
+
+
+class Went:
+    """What a part of a batch did, and the derivative by its counts; shapes `(N, F)`, spikes `(T, N, F)`."""
+
+    def __init__(
+        self, ctx: Any, bits: Tensor, by_count: Tensor, kept: Tensor, weights: Sequence[Tensor], heard: products.Trains
+    ) -> None:
+        self.ctx, self.settings, self.kept, self.weights, self.heard = ctx, ctx.settings, kept, weights, heard
+        self.neuron = self.settings.neuron
+        self.kernel = scans.Filter.of(self.neuron, self.settings.kernel)
+        spikes = products.unpacked(bits, ctx.of[1], by_count.dtype).transpose(0, 1)
+        counts = spikes.sum(0)
+        self.silent = counts == 0
+        if self.settings.injected:
+            spikes = _injected(spikes, self.silent & (by_count < 0), self.settings.injected)
+            counts = spikes.sum(0)
+        self.spikes, self.counts = spikes, counts
+        self.never = counts == 0  # silent, and nothing injected
+        self.delta = by_count / self.neuron.threshold
+
+    def coefficient(self) -> Tensor:
+        """Return what each neuron's e is learned with, `(N, F)`: the derivative, its side effect and its lateral factor."""
+        factor = 1.0 + self._side_effect() if self.settings.side_effect else torch.ones_like(self.delta)
+        if self.settings.lateral:
+            factor = factor * lateral_factor(self._q(), self.spikes, self.settings.lateral, self.neuron, self.kernel)
+        return self.delta * factor
+
+    def _side_effect(self) -> Tensor:
+        is_reference = self.settings.silent == "reference"
+        sums = self.kept
+        if not _sums_are_enough(self.settings):
+            sums = (self._q() * scans.response(self.kept.transpose(0, 1), self.kernel)).sum(0)
+        without = self.never if is_reference else self.silent
+        own = torch.where(without, 0.0, sums / (self.neuron.threshold * self.counts.clamp(min=1.0)))
+        if is_reference:
+            ones = torch.ones_like(self.heard.x[:, :1])
+            all_inputs = precise(applied(self.ctx.op, self.ctx.names, self.weights, self.ctx.buffers, ones).flatten(1))
+            own = torch.where(self.never, 0.5 / self.neuron.threshold * all_inputs, own)
+        return own
+
+    def _q(self) -> Tensor:
+        return scans.weights_of_firings(self.spikes, self.kernel.keep_mem, self.neuron.refractory)
 
 
 def precise(x: Tensor) -> Tensor:
@@ -131,30 +200,27 @@ def precise(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def fired(drive: Tensor, neuron: CubaLIF, lateral: float) -> Tensor:
-    """Return the spikes of `scans.simulate`.
+def fired(drive: Tensor, neuron: CubaLIF, lateral: float, spikes: Tensor) -> Tensor:
+    """Write the spikes of `scans.simulate`; return the sums of the membranes that fired.
 
     Raises:
         NonFiniteError: if a drive is NaN or Inf, of which a neuron would be silent for ever.
     """
-    spikes, last = scans.simulate(drive, neuron, lateral)
-    refuse_not_finite(last, drive, neuron)
-    return spikes
+    _, state, sums = scans.simulate(drive, neuron, lateral, spikes)
+    refuse_not_finite(state.v, state.p, drive[len(drive) - min(neuron.delay, len(drive)) :])
+    return sums
 
 
-def refuse_not_finite(currents: Tensor, drive: Tensor | None = None, neuron: CubaLIF | None = None) -> None:
-    """Raise if a current is NaN or Inf, which is not reset and has whatever came, or what is still on its way."""
-    are_finite = torch.isfinite(currents).all()
-    if drive is not None and neuron is not None and neuron.delay:
-        are_finite = are_finite & torch.isfinite(drive[-neuron.delay :]).all()
-    if not bool(are_finite):
+def refuse_not_finite(*tensors: Tensor) -> None:
+    """Raise if a state is NaN or Inf, which has whatever came and is not reset, or what is still on its way."""
+    if not all(bool(torch.isfinite(one).all()) for one in tensors):
         raise NonFiniteError(NO_DRIVE, where="drive")
 
 
 def applied(
     op: nn.Module, names: Sequence[str], weights: Sequence[Tensor], buffers: dict[str, Tensor], x: Tensor
 ) -> Tensor:
-    """Return the operator, with these weights, and buffers where they are given, at every step of `(T, N, ...)`."""
+    """Return the operator, with these weights, and buffers where they are given, at every step of `(N, T, ...)`."""
     with SWAPPED:
         found = functional_call(op, {**dict(zip(names, weights, strict=True)), **buffers}, (x.flatten(0, 1),))
     return found.reshape(*x.shape[:2], *found.shape[1:])
@@ -165,67 +231,86 @@ def lateral_factor(q: Tensor, spikes: Tensor, strength: float, neuron: CubaLIF, 
 
     `1 / (1 - w0^2 sum_l (e_lj / (o_j nu)) (e_jl / (o_l nu)))`, over pairs of which both fire.
     """
-    heard = scans.response(spikes.to(q.dtype), kernel.delayed(kernel.delay - neuron.delay + 1))
+    heard = scans.response(spikes, kernel.delayed(kernel.delay - neuron.delay + 1))
     e = torch.einsum("tbi,tbj->bij", q, heard)
     e.diagonal(dim1=1, dim2=2).zero_()
-    counts = spikes.sum(0).to(q.dtype)
+    counts = spikes.sum(0)
     ratio = torch.where(counts[:, None] > 0, e / (neuron.threshold * counts.clamp(min=1.0)[:, None]), 0.0)
     back = strength**2 * (ratio * ratio.transpose(1, 2)).sum(2)
     return 1.0 / (1.0 - back).clamp(min=LEAST_LATERAL)
 
 
 def _by_count(gradient: Tensor) -> Tensor:
-    """Return the derivative by a count, `(N, F)`, of derivatives by all of its spikes, `(T, N, F)`."""
-    first = gradient[0]
-    if gradient.stride(0) == 0 or len(gradient) == 1 or not gradient.numel():
+    """Return the derivative by a count, `(N, F)`, of derivatives by all of its spikes, `(N, T, F)`."""
+    first = gradient[:, 0]
+    if gradient.stride(1) == 0 or gradient.shape[1] == 1 or not gradient.numel():
         return first
-    size = gradient.abs().amax(0)
-    apart = (gradient - first).abs().amax(0)
+    size = gradient.abs().amax(1)
+    apart = (gradient - first[:, None]).abs().amax(1)
     if bool((apart > 1e-4 * size + 1e-5 * size.amax()).any()):
         raise RuntimeError(
             "A SpikingLayer with rule='hm2bp' knows derivatives by counts, the same in every step of time, and those that "
             "came back to it differ from step to step. Read the spikes through SpikeCounts; let nothing that differs in time "
             "(dropout, max pooling, a surrogate layer, a loss of single steps) stand behind it; or take rule='surrogate'."
         )
-    return gradient.mean(0)
+    return gradient.mean(1)
 
 
 def _injected(spikes: Tensor, into: Tensor, count: int) -> Tensor:
-    """Return the spikes with evenly spaced ones in those neurons, `(N, F)`."""
+    """Return the spikes `(T, N, F)` with evenly spaced ones in those neurons, `(N, F)`."""
     period = (len(spikes) - 1) // count  # the published code divides the number of steps, and may have twice as many
     times = torch.arange(len(spikes), device=spikes.device)
     when = (times > 0) & (times % period == 0) & (times <= count * period)
-    return spikes | (when[:, None, None] & into)
+    return torch.where(when[:, None, None] & into, 1.0, spikes)
+
+
+def _learned(ctx: Any, adjoint: Tensor, went: Went) -> tuple[Tensor, Tensor]:
+    """Return cotangents of an operator: of every step, and of all that a silent neuron heard of, the same from each train."""
+    coefficient = went.coefficient()
+    learned = (adjoint * (went.kernel.gain * coefficient)[:, None]).to(ctx.kind)
+    quiet = torch.where(went.never, SILENT_WEIGHT * coefficient, 0.0).to(ctx.kind)
+    return learned.reshape(-1, *ctx.shape[1:]), quiet.reshape(-1, *ctx.shape[2:])
 
 
 def _by_weights(
-    ctx: Any, x: Tensor, cotangent: Tensor, quiet: Tensor, weights: Sequence[Tensor]
+    ctx: Any, trains: products.Trains, learned: Tensor, quiet: Tensor, weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return the gradients of an operator's weights: of spikes in every step, and of what silent neurons heard of.
-
-    A silent neuron learns from every train that spikes, the same from each.
-    """
-    heard = (x != 0).any(0).to(x.dtype)
+    """Return the gradients of the weights of an operator that is not plain."""
     leaves = [w.detach().requires_grad_(need) for w, need in zip(weights, ctx.needs_input_grad[4:], strict=True)]
     with torch.enable_grad():
-        output = applied(ctx.op, ctx.names, leaves, ctx.buffers, torch.cat([x, heard[None]]))
+        output = applied(ctx.op, ctx.names, leaves, ctx.buffers, torch.cat([trains.x, trains.any[:, None]], 1))
     wanted = [w for w in leaves if w.requires_grad]
-    both = torch.cat([cotangent, quiet[None]]).to(output.dtype)
+    both = torch.cat([learned, quiet[:, None]], 1).to(output.dtype)
     found = iter(torch.autograd.grad(output, wanted, both, allow_unused=True))
     return [next(found) if w.requires_grad else None for w in leaves]
 
 
-def _below(ctx: Any, x: Tensor, cotangent: Tensor, delta: Tensor, never: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Return dE/do of the trains below, alike in every step: `sum_i delta_i W_ij e_ij / o_j`.
+def _below(
+    ctx: Any,
+    trains: products.Trains,
+    adjoint: Tensor,
+    went: Went,
+    weights: Sequence[Tensor],
+    plain: products.Products | None,
+) -> Tensor:
+    """Return dE/do of the trains below, `(N, 1, ...)`: `sum_i delta_i W_ij e_ij / o_j`.
 
     e over count is fixed for every pair of which one is silent.
     """
-    with torch.enable_grad():
-        # Two steps more than there are: what all neurons send, and what those send that are silent.
-        z = torch.zeros_like(x[:1]).expand(len(x) + 2, *x.shape[1:]).contiguous().requires_grad_()
-        output = applied(ctx.op, ctx.names, [w.detach() for w in weights], ctx.buffers, z)
-    fixed = ctx.settings.silent_ratio * torch.stack([delta, torch.where(never, delta, 0.0)])
-    (found,) = torch.autograd.grad(output, z, torch.cat([cotangent, fixed]).to(output.dtype))
-    counts = precise(x).sum(0)
-    spoken = (precise(found[:-2]) * x).sum(0) / torch.where(counts == 0, 1.0, counts) + found[-1]
-    return torch.where(counts == 0, found[-2], spoken).to(x.dtype).expand_as(x)
+    x, samples, steps = trains.x, len(adjoint), ctx.of[1]
+    delta = went.delta[:, None]
+    fixed = ctx.settings.silent_ratio * torch.cat([delta, torch.where(went.never[:, None], delta, 0.0)], 1)
+    # Two steps more than there are: what all neurons send, and what those send that are silent.
+    both = torch.cat([adjoint * (went.kernel.gain * delta), fixed], 1).to(ctx.kind)
+    both = both.reshape(samples, steps + 2, *ctx.shape[2:])
+    z = x[:, :1].expand(-1, steps + 2, *x.shape[2:])  # for its shape: a linear operator's derivative is everywhere the same
+    if plain:
+        found = plain.down(z, both)
+    else:
+        z = z.contiguous().requires_grad_()
+        with torch.enable_grad():
+            output = applied(ctx.op, ctx.names, [w.detach() for w in weights], ctx.buffers, z)
+        (found,) = torch.autograd.grad(output, z, both.to(output.dtype))
+    counts = precise(x).sum(1)
+    spoken = (precise(found[:, :-2]) * x).sum(1) / torch.where(counts == 0, 1.0, counts) + found[:, -1]
+    return torch.where(counts == 0, found[:, -2], spoken).to(x.dtype)[:, None]

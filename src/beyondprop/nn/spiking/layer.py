@@ -92,10 +92,10 @@ class SpikingLayer(nn.Module):
                 f"injected must be <= {most}, as many as {spikes.shape[1]} steps but the first have room for with "
                 f"refractory={self.neuron.refractory}, got {self.injected}."
             )
-        x = self._prepared(spikes.transpose(0, 1))  # time first inside: every step is one piece of memory
+        x = self._prepared(spikes)
         with torch.autocast(x.device.type, enabled=False):  # a filter over many steps loses half of them in bfloat16
             if self.rule == "surrogate":
-                return surrogate.fire(x, self.op, self.neuron, self.lateral).transpose(0, 1)
+                return surrogate.fire(x, self.op, self.neuron, self.lateral)
             settings = Settings(
                 self.neuron,
                 self.lateral,
@@ -110,8 +110,8 @@ class SpikingLayer(nn.Module):
                 named = dict(self.op.named_parameters())
                 found = Fire.apply(x, self.op, settings, tuple(named), *named.values())
                 if any(isinstance(value, Tensor) for module in self.op.modules() for value in vars(module).values()):
-                    self.op(x[0, :1])  # weights that a hook makes, as pruning does, have the graph of their last call
-            return found.transpose(0, 1)
+                    self.op(x[:1, 0])  # weights that a hook makes, as pruning does, have the graph of their last call
+            return found
 
     @torch.no_grad()
     def step(self, spikes: Tensor, state: SpikingState | None = None) -> tuple[Tensor, SpikingState]:
@@ -125,7 +125,7 @@ class SpikingLayer(nn.Module):
             ValueError: if the state is one of other neurons, another batch, kind or device.
         """
         with torch.autocast(spikes.device.type, enabled=False):
-            drive = self.op(self._prepared(spikes[None])[0])
+            drive = self.op(self._prepared(spikes[:, None])[:, 0])
         flat = precise(drive.flatten(1))
         if state is None:
             state = SpikingState(Membranes(flat, self.neuron, self.lateral), (), drive.shape)
@@ -136,28 +136,28 @@ class SpikingLayer(nn.Module):
             )
         membranes, waiting = state.membranes.copy(), (*state.waiting, flat.clone())
         arriving = waiting[0] if len(waiting) > self.neuron.delay else None
-        fired = membranes.advance(arriving, torch.empty_like(flat, dtype=torch.bool))
-        refuse_not_finite(membranes.p)
+        fired = membranes.advance(arriving, torch.empty_like(flat))
+        refuse_not_finite(membranes.v, membranes.p)
         kept = waiting[1:] if arriving is not None else waiting
         return fired.to(drive.dtype).view(drive.shape), SpikingState(membranes, kept, drive.shape)
 
     def drive(self, spikes: Tensor) -> Tensor:
         """Return what the synapses send into the neurons in each step, `(T, N, neurons)`, before its delay."""
-        x = self._prepared(spikes.transpose(0, 1))
+        x = self._prepared(spikes)
         with torch.autocast(x.device.type, enabled=False):
-            return precise(self.op(x.flatten(0, 1)).reshape(*x.shape[:2], -1))
+            return precise(self.op(x.flatten(0, 1)).reshape(*x.shape[:2], -1)).transpose(0, 1)
 
     def _prepared(self, spikes: Tensor) -> Tensor:
-        """Return spikes `(T, N, ...)` in the precision of the weights; look at the operator, the first time."""
+        """Return spikes `(N, T, ...)` in the precision of the weights; look at the operator, the first time."""
         if any(nn.parameter.is_lazy(p) for p in self.op.parameters()):
             with torch.no_grad():
-                self.op(spikes[0].to(torch.get_default_dtype()))
+                self.op(spikes[:, 0].to(torch.get_default_dtype()))
         given = spikes.dtype if spikes.is_floating_point() else torch.get_default_dtype()
         kind = next((p.dtype for p in self.op.parameters()), given)
         x = spikes.to(kind).contiguous()
         modules: list[object] = [(module, module.training, _has_bias(module)) for module in self.op.modules()]
         if self._seen != modules and x.numel():
-            _refuse_nonlinear(self.op, x[0, :1])
+            _refuse_nonlinear(self.op, x[:1, 0])
             self._seen = modules
         return x
 

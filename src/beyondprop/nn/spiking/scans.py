@@ -1,11 +1,13 @@
 """Recursions over time: the neuron itself, its filter without reset, and what sums over spike pairs collapse to.
 
-Tensors are time first here, `(T, N, ...)`: every step is then one piece of memory.
+Tensors are time first here, `(T, N, ...)`, and mostly views of batch first ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +59,9 @@ class Filter:
 
 
 class Membranes:
-    """The state of neurons between two steps: membrane v, current p, steps of refraction left, and who fired last.
+    """The state of neurons between two steps: membrane v, current p, and what they fired lately.
+
+    The membrane is counted in what an undelayed current of 1 adds to it, `1 / tau_syn`: two products fewer in every step.
 
     Args:
         drive: of one step, `(N, F)`, whose shape, kind and device the state has.
@@ -68,28 +72,38 @@ class Membranes:
     def __init__(self, drive: Tensor, neuron: CubaLIF, lateral: float = 0.0) -> None:
         self.neuron, self.lateral = neuron, lateral
         self.v, self.p = torch.zeros_like(drive), torch.zeros_like(drive)
-        self.held = torch.zeros(drive.shape, dtype=torch.int32, device=drive.device) if neuron.refractory else None
-        self.fired: Tensor | None = None
+        self.threshold = drive.new_tensor((neuron.threshold - SLACK) * neuron.tau_syn)
+        self.held = torch.zeros_like(drive) if neuron.refractory else None
+        self.fired: deque[Tensor] = deque()  # spikes of as many steps as still matter, the last one last
 
-    def advance(self, arriving: Tensor | None, out: Tensor) -> Tensor:
-        """Take a step with what arrives in it, None for nothing; write the spikes to `out`, bool `(N, F)`."""
+    def advance(self, arriving: Tensor | None, fired: Tensor, sums: Tensor | None = None) -> Tensor:
+        """Take a step with what arrives in it, None for nothing; write the spikes, 0 or 1, to `fired`, `(N, F)`.
+
+        The membranes that fired are added to `sums`.
+        """
         neuron, v, p = self.neuron, self.v, self.p
-        v.mul_(1.0 - 1.0 / neuron.tau_mem)
-        p.mul_(1.0 - 1.0 / neuron.tau_syn)
-        if arriving is not None:
-            p.add_(arriving)
-        if self.lateral and self.fired is not None:
-            p.sub_(others(self.fired.to(p.dtype)), alpha=self.lateral)
-        v.add_(p, alpha=1.0 / neuron.tau_syn)
+        keep_mem, keep_syn = 1.0 - 1.0 / neuron.tau_mem, 1.0 - 1.0 / neuron.tau_syn
+        if arriving is None:
+            p.mul_(keep_syn)
+        else:
+            torch.add(arriving, p, alpha=keep_syn, out=p)
+        if self.lateral and self.fired:
+            p.sub_(others(self.fired[-1]), alpha=self.lateral)
+        torch.add(p, v, alpha=keep_mem, out=v)
         if self.held is not None:
-            is_held = self.held > 0
-            v.masked_fill_(is_held, 0.0)
-            self.held.sub_(is_held.to(self.held.dtype))
-        self.fired = torch.gt(v, neuron.threshold - SLACK, out=out)
-        v.masked_fill_(self.fired, 0.0)
+            v.addcmul_(v, self.held, value=-1.0)
+        torch.gt(v, self.threshold, out=fired)
+        if sums is not None:
+            sums.addcmul_(v, fired)
+        v.addcmul_(v, fired, value=-1.0)
+        self.fired.append(fired)
         if self.held is not None:
-            self.held.masked_fill_(self.fired, neuron.refractory)
-        return self.fired
+            self.held.add_(fired)  # a sum over the refraction, in which there is one spike at most
+            if len(self.fired) > neuron.refractory:
+                self.held.sub_(self.fired.popleft())
+        elif len(self.fired) > 1:
+            self.fired.popleft()
+        return fired
 
     def fits(self, drive: Tensor, neuron: CubaLIF, lateral: float) -> bool:
         """Return whether such a drive can go on into it, `(N, F)`."""
@@ -102,7 +116,7 @@ class Membranes:
     def copy(self) -> Membranes:
         """Return the same state, which does not change with this one."""
         found = Membranes(self.v, self.neuron, self.lateral)
-        found.v, found.p, found.fired = self.v.clone(), self.p.clone(), self.fired
+        found.v, found.p, found.fired = self.v.clone(), self.p.clone(), self.fired.copy()
         found.held = None if self.held is None else self.held.clone()
         return found
 
@@ -112,19 +126,27 @@ def others(spikes: Tensor) -> Tensor:
     return spikes.sum(-1, keepdim=True) - spikes
 
 
-def simulate(drive: Tensor, neuron: CubaLIF, lateral: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the spikes, bool `(T, N, F)`, of neurons that a drive `(T, N, F)` arrives at, and their last currents, `(N, F)`.
+def simulate(
+    drive: Tensor, neuron: CubaLIF, lateral: float = 0.0, spikes: Tensor | None = None
+) -> tuple[Tensor, Membranes, Tensor]:
+    """Return what neurons do that a drive `(T, N, F)` arrives at.
 
     Args:
         drive: what the synapses send in each step, before the delay.
         neuron: the neuron.
         lateral: strength by which each spike inhibits all others of its sample in the next step.
+        spikes: where to write them, `(T, N, F)`.
+
+    Returns:
+        The spikes, 0 or 1, `(T, N, F)`, in memory as the drive is; the last state; the sums over time of the membranes that
+        fired, `(N, F)`.
     """
-    spikes = torch.empty(drive.shape, dtype=torch.bool, device=drive.device)
+    spikes = torch.empty_like(drive) if spikes is None else spikes
     state = Membranes(drive[0], neuron, lateral)
+    sums = torch.zeros_like(state.v)
     for t in range(len(drive)):
-        state.advance(drive[t - neuron.delay] if t >= neuron.delay else None, spikes[t])
-    return spikes, state.p
+        state.advance(drive[t - neuron.delay] if t >= neuron.delay else None, spikes[t], sums)
+    return spikes, state, sums.div_(neuron.tau_syn)
 
 
 def response(drive: Tensor, kernel: Filter) -> Tensor:
@@ -132,39 +154,56 @@ def response(drive: Tensor, kernel: Filter) -> Tensor:
     found = torch.empty_like(drive)
     v, p = torch.zeros_like(drive[0]), torch.zeros_like(drive[0])
     for t in range(len(drive)):
-        v.mul_(kernel.keep_mem)
-        p.mul_(kernel.keep_syn)
         if t >= kernel.delay:
-            p.add_(drive[t - kernel.delay])
-        v.add_(p, alpha=kernel.gain)
-        found[t] = v
-    return found
+            torch.add(drive[t - kernel.delay], p, alpha=kernel.keep_syn, out=p)
+        v = torch.add(p, v, alpha=kernel.keep_mem, out=found[t])
+    return found.mul_(kernel.gain)
 
 
 def adjoint_response(cotangent: Tensor, kernel: Filter) -> Tensor:
     """Return the transpose of `response` at `(T, ...)`."""
-    found = torch.zeros_like(cotangent)
+    found = torch.empty_like(cotangent)
+    found[len(cotangent) - min(kernel.delay, len(cotangent)) :] = 0.0
     m, s = torch.zeros_like(cotangent[0]), torch.zeros_like(cotangent[0])
-    for t in reversed(range(len(cotangent))):
-        m.mul_(kernel.keep_mem).add_(cotangent[t])
-        s.mul_(kernel.keep_syn).add_(m, alpha=kernel.gain)
-        if t >= kernel.delay:
-            found[t - kernel.delay] = s
-    return found
+    for t in reversed(range(kernel.delay, len(cotangent))):
+        torch.add(cotangent[t], m, alpha=kernel.keep_mem, out=m)
+        s = torch.add(m, s, alpha=kernel.keep_syn, out=found[t - kernel.delay])
+    return found.mul_(kernel.gain)
 
 
-def weights_of_firings(spikes: Tensor, keep: float, refractory: int, dtype: torch.dtype) -> Tensor:
+def weights_of_firings(spikes: Tensor, keep: float, refractory: int) -> Tensor:
     """Return Q, `(T, N, F)`: the sum over time of Q times a response without reset is what it adds to the membranes that fire.
 
     At a firing f, a membrane released at r is `U(f) - keep^(f - r) U(r)`, as the current is not reset: 1 at f, and
     `-keep^(f - r)` at r.
     """
-    ahead = torch.zeros(
-        spikes.shape, dtype=dtype, device=spikes.device
-    )  # keep to the power of steps to the next firing
-    for t in reversed(range(len(spikes) - 1)):
-        torch.mul(ahead[t + 1].masked_fill(spikes[t + 1], 1.0), keep, out=ahead[t])
-    found = spikes.to(dtype)
-    if refractory < len(spikes):
-        found[refractory:] -= ahead[refractory:] * spikes[: len(spikes) - refractory]
+    found = spikes.clone()
+    for t, ahead in _until_the_next(spikes, keep, refractory):
+        found[t].addcmul_(ahead, spikes[t - refractory], value=-1.0)
     return found
+
+
+def adjoint_of_firings(spikes: Tensor, kernel: Filter, refractory: int) -> Tensor:
+    """Return `adjoint_response(weights_of_firings(spikes))` over the gain, `(T, N, F)`, in one scan."""
+    found = torch.empty_like(spikes)
+    found[len(spikes) - min(kernel.delay, len(spikes)) :] = 0.0
+    m, s = torch.zeros_like(spikes[0]), torch.zeros_like(spikes[0])
+    ahead = _until_the_next(spikes, kernel.keep_mem, refractory)
+    for t in reversed(range(kernel.delay, len(spikes))):
+        torch.add(spikes[t], m, alpha=kernel.keep_mem, out=m)
+        if t >= refractory:
+            m.addcmul_(next(ahead)[1], spikes[t - refractory], value=-1.0)
+        s = torch.add(m, s, alpha=kernel.keep_syn, out=found[t - kernel.delay])
+    return found
+
+
+def _until_the_next(spikes: Tensor, keep: float, refractory: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield steps from the last to that of the refraction, and `keep` to the power of steps to the next firing, `(N, F)`.
+
+    That is 0 where there is none.
+    """
+    ahead, one = torch.zeros_like(spikes[0]), spikes.new_ones(()).expand(spikes.shape[1:])
+    for t in reversed(range(refractory, len(spikes))):
+        if t + 1 < len(spikes):
+            torch.lerp(ahead, one, spikes[t + 1], out=ahead).mul_(keep)
+        yield t, ahead

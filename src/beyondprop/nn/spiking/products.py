@@ -1,0 +1,186 @@
+"""A linear operator's product with spikes and the two transposed ones, by the spikes alone where they are few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+MOST_AT_ONCE = {"cpu": 2**20}
+"""Numbers of a part, at most, by device: what a cache bears, and little beside the spikes."""
+
+MOST_ELSEWHERE = 2**27
+
+FEW = 0.2
+"""Share of the steps in which trains spike, below which rows of weights are summed, spike by spike."""
+
+
+def is_plain(op: nn.Module) -> bool:
+    """Return whether an operator is its class's product with its own weight and nothing else: no hook, no parametrization."""
+    if op._forward_hooks or op._forward_pre_hooks or "forward" in vars(op):
+        return False
+    if type(op) not in (nn.Linear, *CONVOLUTIONS) or not isinstance(op._parameters.get("weight"), nn.Parameter):
+        return False
+    return isinstance(op, nn.Linear) or (op.padding_mode == "zeros" and not isinstance(op.padding, str))  # type: ignore[union-attr]
+
+
+def parts(samples: int, numbers: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices of a batch, of samples with so many numbers each."""
+    size = max(1, MOST_AT_ONCE.get(device.type, MOST_ELSEWHERE) // max(1, numbers))
+    for start in range(0, samples, size):
+        yield slice(start, min(start + size, samples))
+
+
+class Products:
+    """The products of a plain operator with the parts of a batch; gradients add up over the parts.
+
+    Args:
+        op: the operator.
+        weight: its weight.
+    """
+
+    def __init__(self, op: nn.Module, weight: Tensor) -> None:
+        self.op, self.weight = op, weight
+        self._by_input: Tensor | None = None  # the weight of a Linear, an input a row
+        self._gradient: Tensor | None = None
+        self._gradient_by_input: Tensor | None = None
+
+    def drive(self, trains: Trains) -> Tensor:
+        """Return the product with trains, `(N, T, ...)`."""
+        if not isinstance(self.op, nn.Linear):
+            found = self.op._conv_forward(trains.x.flatten(0, 1), self.weight, None)  # type: ignore[operator]
+            return found.view(trains.samples, trains.steps, *found.shape[1:])
+        where = self._few(trains, False)
+        if where is None:
+            return nn.functional.linear(trains.x, self.weight)
+        if self._by_input is None:
+            self._by_input = self.weight.T.contiguous()
+        found = nn.functional.embedding_bag(where[0], self._by_input, where[1], mode="sum")
+        return found.view(*trains.kept.shape[:1], trains.steps, *trains.kept.shape[2:-1], len(self.weight))
+
+    def learn(self, trains: Trains, cotangent: Tensor, quiet: Tensor) -> None:
+        """Add to the gradient.
+
+        Args:
+            trains: what the operator was applied to.
+            cotangent: of every step, `(N, T, ...)`.
+            quiet: of the trains that have any spike, as one step, `(N, ...)`.
+        """
+        if not isinstance(self.op, nn.Linear):
+            for x, of in ((trains.x.flatten(0, 1), cotangent.flatten(0, 1)), (trains.any, quiet)):
+                self._add(_backward_of_convolution(self.op, self.weight, x, of, (False, True, False))[1])
+            return
+        where = self._few(trains, True)
+        if where is None:
+            self._add(cotangent.flatten(0, -2).T @ trains.x.flatten(0, -2))
+        else:
+            found = nn.functional.embedding_bag(where[0], cotangent.flatten(0, -2), where[1], mode="sum")
+            one = self._gradient_by_input
+            self._gradient_by_input = found if one is None else one.add_(found)
+        self._add(quiet.flatten(0, -2).T @ trains.any.flatten(0, -2))
+
+    def _add(self, found: Tensor) -> None:
+        self._gradient = found if self._gradient is None else self._gradient.add_(found)
+
+    def _few(self, trains: Trains, by_column: bool) -> tuple[Tensor, Tensor] | None:
+        """Return where there are spikes, as `nn.functional.embedding_bag` has it, if it pays."""
+        if trains.bits is None or trains.bits.device.type != "cpu" or self.weight.dtype != torch.float32:
+            return None
+        return few(trains.bits.flatten(0, -2), by_column)
+
+    @property
+    def gradient(self) -> Tensor:
+        """By the weight, of all parts."""
+        assert self._gradient is not None
+        rest = self._gradient_by_input
+        return self._gradient if rest is None else self._gradient.add_(rest.T)
+
+    def down(self, like: Tensor, cotangent: Tensor) -> Tensor:
+        """Return the derivative by inputs of a shape, `(N, T, ...)`, of cotangents `(N, T, ...)`."""
+        if isinstance(self.op, nn.Linear):
+            return cotangent @ self.weight
+        flat = like.flatten(0, 1), cotangent.flatten(0, 1)
+        return _backward_of_convolution(self.op, self.weight, *flat, (True, False, False))[0].view(like.shape)
+
+
+def few(bits: Tensor, by_column: bool) -> tuple[Tensor, Tensor] | None:
+    """Return the columns of the spikes of every row, one after the other, and where each row begins; None if they are many.
+
+    Args:
+        bits: `(rows, columns)`, on a CPU.
+        by_column: the same of the transpose.
+    """
+    rows = (bits.T.contiguous() if by_column else bits).numpy()
+    counts = np.count_nonzero(rows, axis=1)
+    if counts.sum() > FEW * rows.size or rows.size > np.iinfo(np.int32).max:
+        return None
+    columns = np.flatnonzero(rows) % max(1, rows.shape[1])
+    begins = np.concatenate([[0], np.cumsum(counts)[:-1]])[: len(counts)]
+    return torch.from_numpy(columns.astype(np.int32)), torch.from_numpy(begins.astype(np.int32))
+
+
+class Trains:
+    """Spikes into a part of a batch, kept as bits where they are 0 and 1.
+
+    Attributes:
+        bits: bool `(N, T, ...)`, where they are 0 and 1.
+        kept: the smallest tensor that they can be had from again.
+        any: whether a train has a spike, `(N, ...)`, 0 or 1.
+
+    Args:
+        x: spikes `(N, T, ...)`, or what `kept` was.
+        steps: T.
+        kind: precision of the spikes.
+    """
+
+    def __init__(self, x: Tensor, steps: int, kind: torch.dtype) -> None:
+        self.kind, self.steps, self.samples = kind, steps, len(x)
+        self.bits: Tensor | None = None
+        if x.dtype == torch.uint8:
+            self.kept, self._x = x, None
+            self.bits = unpacked(x, steps, torch.bool)
+            self.any = (x.amax(1) > 0).to(kind)
+        else:
+            bits = x != 0
+            are_bits = torch.equal(bits.to(kind), x)
+            self.bits, self._x = bits if are_bits else None, x
+            self.kept = packed(bits) if are_bits else x
+            self.any = bits.any(1).to(kind) if not are_bits else (self.kept.amax(1) > 0).to(kind)
+
+    @property
+    def x(self) -> Tensor:
+        """The spikes, `(N, T, ...)`."""
+        if self._x is None:
+            assert self.bits is not None
+            self._x = self.bits.to(self.kind)
+        return self._x
+
+
+def _backward_of_convolution(op: Any, weight: Tensor, x: Tensor, cotangent: Tensor, wanted: tuple[bool, ...]) -> Any:
+    return torch.ops.aten.convolution_backward(
+        cotangent, x, weight, None, op.stride, op.padding, op.dilation, False, op.output_padding, op.groups, wanted
+    )
+
+
+def packed(bits: Tensor) -> Tensor:
+    """Return bools `(N, T, ...)` as bytes `(N, T / 8, ...)`, eight steps of time in each."""
+    steps = bits.shape[1]
+    found = torch.zeros((len(bits), -(-steps // 8), *bits.shape[2:]), dtype=torch.uint8, device=bits.device)
+    for k in range(min(8, steps)):
+        some = bits[:, k::8].view(torch.uint8)
+        found[:, : some.shape[1]] |= some << k
+    return found
+
+
+def unpacked(found: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Return what was packed, `(N, T, ...)` in any kind."""
+    bits = torch.empty((len(found), steps, *found.shape[2:]), dtype=dtype, device=found.device)
+    for k in range(min(8, steps)):
+        some = bits[:, k::8]
+        some.copy_((found[:, : some.shape[1]] >> k) & 1)
+    return bits
