@@ -7,6 +7,7 @@ from beyondprop.data._catalog import DatasetInfo, at_hand, describe, load, names
 from beyondprop.data._dataset import Dataset, batches
 from beyondprop.data._files import Progress
 from beyondprop.data._tables import is_file_form, read_file
+from beyondprop.data.events import event_frames, from_events
 from beyondprop.data.sequences import adding
 from beyondprop.data.streams import PermutedStream, SplitStream, Stream, StreamTask
 
@@ -22,7 +23,9 @@ __all__ = [
     "at_hand",
     "batches",
     "describe",
+    "event_frames",
     "from_arrays",
+    "from_events",
     "is_file_form",
     "load",
     "names",

@@ -19,6 +19,7 @@ from beyondprop.data._arrays import Values, from_arrays
 from beyondprop.data._dataset import Dataset
 from beyondprop.data._files import REMEDY, DataFile, Progress, Source, user_cache
 from beyondprop.data._packed import read_npz
+from beyondprop.data.events import Packed, from_events
 from beyondprop.errors import DataIntegrityError
 
 
@@ -233,6 +234,29 @@ def _higgs(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
     return Dataset(info.name, x_train, y_train, x_test, y_test, info.classes)
 
 
+_NMNIST = DataFile(
+    "nmnist-small",
+    "nmnist_small.npz",
+    "93b9dbf1a0707cfe2cc370a2d1cdefbbad0bd68e2c9cf1624577bfc9c6a96d9a",
+    (),
+    "It is a sample of N-MNIST with the arrays x, y, p, dt, offsets and labels; the whole set is read by Tonic, for from_events.",
+)
+_NMNIST_MOST = 336_041  # microseconds, the longest recording and one
+
+
+def _nmnist(info: DatasetInfo, source: Source, standardize: bool) -> Dataset:
+    del standardize  # spikes
+    path = source.obtain(_NMNIST)
+    arrays = read_npz(path)
+    rows, count = info.train_size + info.test_size, len(arrays.get("x", ()))
+    sizes = {"x": count, "y": count, "dt": count, "p": -(-count // 8), "offsets": rows + 1, "labels": rows}
+    found = {name: arrays[name].shape for name in sizes if name in arrays}
+    if found != {name: (size,) for name, size in sizes.items()} or int(arrays["offsets"][-1]) != count:
+        raise DataIntegrityError(f"{path} must have arrays of the sizes {sizes}, got {found}. {REMEDY}")
+    train, test = Packed(arrays, range(info.train_size)), Packed(arrays, range(info.train_size, rows))
+    return from_events(train, test, steps=info.input_shape[0], duration=_NMNIST_MOST, name=info.name)
+
+
 _TEN_DIGITS = tuple("0123456789")
 _CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -265,6 +289,18 @@ _CATALOG: dict[str, tuple[DatasetInfo, Callable[[DatasetInfo, Source, bool], Dat
             license="CC BY 4.0",
             download_bytes=0,
         ): _digits,
+        DatasetInfo(
+            name="nmnist-small",
+            description="1,100 recordings of N-MNIST, digits before an event camera, as 50 frames of spikes",
+            train_size=1000,
+            test_size=100,
+            input_shape=(50, 2, 34, 34),
+            classes=_TEN_DIGITS,
+            home_page="https://www.garrickorchard.com/datasets/n-mnist",
+            license="CC BY-SA 4.0",
+            download_bytes=11_575_679,
+            has_download=False,
+        ): _nmnist,
         DatasetInfo(
             name="higgs",
             description="A sample of HIGGS: 20,971 of 11 million simulated particle collisions",

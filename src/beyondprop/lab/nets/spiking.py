@@ -1,0 +1,163 @@
+"""Spiking nets that read images, rows of numbers or recordings of events, and count the spikes of their last layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from beyondprop.lab.nets.options import (
+    MOST_LAYERS,
+    MOST_UNITS,
+    bounded,
+    check_weights,
+    image_shape,
+    is_count,
+    options_of,
+)
+from beyondprop.nn.spiking import (
+    CubaLIF,
+    PoissonEncoder,
+    SpikeCountLoss,
+    SpikeCounts,
+    SpikingLayer,
+    SpikingSumPool2d,
+)
+from beyondprop.nn.spiking.layer import RULES
+
+STEPS = 50
+"""T where a form says none."""
+
+LOSS = SpikeCountLoss(target=10.0, off=1.0, margin=1.0)
+"""What they are trained on, whatever the rule."""
+
+NEURON = CubaLIF(threshold=1.0, refractory=2)
+
+BOUND = 1.6
+"""Of the weights a neuron begins with, times the root of their number: some spikes, from images and from neurons."""
+
+_MOST_STEPS = 10_000
+
+
+class UnitRange(nn.Module):
+    """Numbers `(N, ...)` to [0, 1]: 0 is the smallest that was seen in training, 1 the largest; others are clipped.
+
+    The range is that of each feature of rows `(N, F)`, and of each channel of images `(N, C, ...)`.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.low: Tensor
+        self.high: Tensor
+        self.register_buffer("low", torch.full((features,), math.inf))
+        self.register_buffer("high", torch.full((features,), -math.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = x.detach().transpose(0, 1).flatten(1).aminmax(dim=1)
+        if self.training:
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        seen = torch.isfinite(self.low)  # nothing, before the first batch
+        low, high = torch.where(seen, self.low, low), torch.where(seen, self.high, high)
+        shape = (-1, *[1] * (x.ndim - 2))
+        width = torch.where(high > low, high - low, 1.0)
+        return ((x - low.view(shape)) / width.view(shape)).clamp(0.0, 1.0)
+
+
+class _Counted(nn.Module):
+    """Spikes a row, in what was evaluated last: a mixin of spiking layers."""
+
+    _spikes: Tensor | float = 0.0
+    _rows = 0
+    _is_over = True
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Spikes a row of the layer."""
+        return {"spikes_a_row": float(self._spikes) / self._rows} if self._rows else {}
+
+    def _count(self, spikes: Tensor) -> Tensor:
+        if self.training:
+            self._is_over = True
+        else:
+            if self._is_over:
+                self._spikes, self._rows, self._is_over = 0.0, 0, False
+            self._spikes = self._spikes + spikes.detach().sum(dtype=torch.float64)
+            self._rows += len(spikes)
+        return spikes
+
+
+class Layer(_Counted, SpikingLayer):
+    """A `SpikingLayer` that counts."""
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        return self._count(super().forward(spikes))
+
+
+class Pool(_Counted, SpikingSumPool2d):
+    """A `SpikingSumPool2d` that counts."""
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        return self._count(super().forward(spikes))
+
+
+def spiking(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
+    """Build `spiking:WIDTH[xDEPTH][:hm2bp|surrogate][:T=STEPS][:conv][:events]`.
+
+    Both rules start from the same weights and are shown the same spikes.
+    """
+    width, depth = _size(spec)
+    rule, steps, conv, events = options_of(spec, RULES, ("T=STEPS",), ("conv",), ("events",))
+    if events and steps:
+        raise ValueError(f"{spec!r}: T=STEPS is of the encoder, and 'events' have steps of their own; leave one of them out.")
+    shape = tuple(input_shape[1:] if events else input_shape)
+    if not shape:
+        raise ValueError(f"{spec!r}: 'events' takes samples (T, ...), got shape {tuple(input_shape)}.")
+    layers: list[nn.Module] = [] if events else [UnitRange(shape[0]), PoissonEncoder(_steps(spec, steps))]
+    rule = rule or "hm2bp"
+    inputs = math.prod(shape)
+    if conv:
+        stem, inputs = _stem(spec, shape, rule)
+        layers += stem
+    layers.append(nn.Flatten(2))
+    check_weights(spec, width * inputs + (depth - 1) * width**2)
+    for _ in range(depth):
+        layers.append(_layer(nn.Linear(inputs, width, bias=False), rule))
+        inputs = width
+    last = _layer(nn.Linear(inputs, outputs, bias=False), rule, lateral=0.3, injected=round(LOSS.target))
+    return nn.Sequential(*layers, last, SpikeCounts())
+
+
+def _size(spec: str) -> tuple[int, int]:
+    width, times, depth = [*spec.split(":"), ""][1].partition("x")
+    if not is_count(width) or (times and not is_count(depth)):
+        raise ValueError(f"{spec!r}: WIDTH or WIDTHxDEPTH with whole numbers >= 1 is needed, such as spiking:800.")
+    return bounded(spec, "width", width, MOST_UNITS), bounded(spec, "depth", depth or "1", MOST_LAYERS)
+
+
+def _steps(spec: str, text: str | None) -> int:
+    if text is None:
+        return STEPS
+    least = (round(LOSS.target)) * 3 + 1  # room for the spikes that are wanted, with their refraction
+    if not is_count(text) or int(text) < least:
+        raise ValueError(f"{spec!r}: T must be a whole number >= {least}, in which {LOSS.target:g} spikes fit, got {text!r}.")
+    return bounded(spec, "number of steps", text, _MOST_STEPS)
+
+
+def _layer(op: nn.Linear | nn.Conv2d, rule: str, lateral: float = 0.0, injected: int = 0) -> Layer:
+    bound = BOUND / math.sqrt(op.weight[0].numel())
+    nn.init.uniform_(op.weight, -bound, bound)
+    return Layer(op, NEURON, rule=rule, lateral=lateral, injected=injected)
+
+
+def _stem(spec: str, shape: Sequence[int], rule: str) -> tuple[list[nn.Module], int]:
+    """Return 15C5-P2-40C5-P2 with frames, so that small images have room, and the features that they return."""
+    channels, height, breadth = image_shape(spec, shape)
+    if min(height, breadth) < 4:
+        raise ValueError(f"{spec!r}: 'conv' takes images of 4x4 or more, got {height}x{breadth}.")
+    layers: list[nn.Module] = []
+    for inputs, units in ((channels, 15), (15, 40)):
+        layers.append(_layer(nn.Conv2d(inputs, units, 5, padding=2, bias=False), rule))
+        layers.append(Pool(2, CubaLIF(threshold=1.0), rule=rule))
+    return layers, 40 * (height // 4) * (breadth // 4)
