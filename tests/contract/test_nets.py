@@ -27,6 +27,7 @@ EXAMPLES: dict[str, tuple[str, tuple[int, ...], int]] = {
     "revtransformer": ("revtransformer:32x1:patch=4", (1, 8, 8), 4),
     "autoencoder": ("autoencoder", (1, 8, 8), 64),
     "blackbox": ("blackbox:8", (1, 8, 8), 4),
+    "spiking": ("spiking:8:surrogate:events", (31, 2, 5, 5), 4),
 }
 every_net = pytest.mark.parametrize("name", list(EXAMPLES))
 

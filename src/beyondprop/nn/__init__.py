@@ -45,6 +45,7 @@ from beyondprop.nn.spiking import (
     SpikeMonitor,
     SpikingLayer,
     SpikingSumPool2d,
+    convert_to_spiking,
 )
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
@@ -78,6 +79,7 @@ __all__ = [
     "Step",
     "TransitionCoupling",
     "Unwound",
+    "convert_to_spiking",
     "gradient_angle",
     "preactivation_resnet",
     "reconstruction_error",

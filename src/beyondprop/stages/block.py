@@ -38,6 +38,11 @@ class BlockStage(Stage):
         return any(m.training or not m.track_running_stats for m in self.norms)
 
     @property
+    def derives_by_counts(self) -> bool:
+        """Whether a module has derivatives by counts of spikes alone, the same in every step of time."""
+        return any(getattr(m, "derives_by_counts", False) for m in self._leaves)
+
+    @property
     def modes(self) -> tuple[bool, ...]:
         """Which of its modules are in training mode."""
         return tuple(m.training for m in self._leaves)
@@ -127,7 +132,8 @@ class BlockStage(Stage):
             if not output.requires_grad:
                 return
             cotangent = torch.zeros_like(output)
-            cotangent[0] = torch.linspace(0.5, 1.5, output[0].numel(), device=z.device).view_as(output[0])
+            one = cotangent[0, :1] if self.derives_by_counts else cotangent[0]  # the same in every step of time
+            cotangent[0] = torch.linspace(0.5, 1.5, one.numel(), device=z.device).view_as(one)
             (gradient,) = torch.autograd.grad(output, z, cotangent, allow_unused=True)
         # NaN is no sign of mixing: 0 * NaN. The step refuses it by itself.
         if gradient is not None and bool((gradient[1:].nan_to_num(0.0) != 0).any()):
@@ -146,6 +152,11 @@ class BlockPullback(Pullback):
 
     def __init__(self, stage: BlockStage, z: Tensor, push: bool, random_state: Tensor | None) -> None:
         self.stage = self.block = stage
+        if push and stage.derives_by_counts:
+            raise UnsupportedModelError(
+                f"Stage {stage.name!r} has a SpikingLayer with rule='hm2bp', which has derivatives by counts and no product "
+                "with a tangent; take rule='surrogate', or a code solver that pushes none (code_solver=\"gradient\")."
+            )
         self.random_state = random_state
         self.weights = [p for p in stage.parameters if p.requires_grad]
         known = stage.has_second_derivative.get(stage.modes) if push else None
@@ -182,7 +193,9 @@ class BlockPullback(Pullback):
         return [g.neg() if flip and g is not None else g for g in found]
 
     def _at_input(self, gradient: Tensor | None) -> Tensor:
-        return self._like[0].new_zeros(self._shapes[0]) if gradient is None else gradient
+        if gradient is None:
+            return self._like[0].new_zeros(self._shapes[0])
+        return gradient.contiguous() if 0 in gradient.stride() else gradient  # expanded, as the derivative of a sum
 
     def __call__(self, cotangent: Tensor) -> Tensor:
         # The first call keeps the weights' gradient, too, so that one pass serves both.

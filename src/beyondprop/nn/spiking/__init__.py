@@ -1,5 +1,6 @@
 """Spiking layers, trained on whole spike trains."""
 
+from beyondprop.nn.spiking.converting import convert_to_spiking
 from beyondprop.nn.spiking.encoders import CurrentEncoder, LatencyEncoder, PoissonEncoder
 from beyondprop.nn.spiking.layer import SpikingLayer, SpikingState, SpikingSumPool2d
 from beyondprop.nn.spiking.monitor import LayerActivity, SpikeMonitor
@@ -18,4 +19,5 @@ __all__ = [
     "SpikingLayer",
     "SpikingState",
     "SpikingSumPool2d",
+    "convert_to_spiking",
 ]

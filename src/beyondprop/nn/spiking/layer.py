@@ -76,6 +76,11 @@ class SpikingLayer(nn.Module):
         self.injected = _checks.at_least("injected", injected, 0)
         self._seen: list[object] = []  # the operator's modules when it was seen to be linear
 
+    @property
+    def derives_by_counts(self) -> bool:
+        """Whether its derivatives are by counts, the same in every step."""
+        return self.rule == "hm2bp"
+
     def forward(self, spikes: Tensor) -> Tensor:
         """Return the spikes that follow, `(N, T, ...)`, 0 or 1 in the precision of the weights.
 
