@@ -38,7 +38,10 @@ NEURON = CubaLIF(threshold=1.0, refractory=2)
 BOUND = 1.6
 """Of the weights a neuron begins with, times the root of their number: some spikes, from images and from neurons."""
 
+POOL = CubaLIF(threshold=1.0, refractory=2)
+
 _MOST_STEPS = 10_000
+_ROOM = 16  # pixels that two convolutions without frames, and two poolings, leave one of
 
 
 class UnitRange(nn.Module):
@@ -152,12 +155,14 @@ def _layer(op: nn.Linear | nn.Conv2d, rule: str, lateral: float = 0.0, injected:
 
 
 def _stem(spec: str, shape: Sequence[int], rule: str) -> tuple[list[nn.Module], int]:
-    """Return 15C5-P2-40C5-P2 with frames, so that small images have room, and the features that they return."""
+    """Return 15C5-P2-40C5-P2, with frames around small images so that they have room, and the features that they return."""
     channels, height, breadth = image_shape(spec, shape)
     if min(height, breadth) < 4:
         raise ValueError(f"{spec!r}: 'conv' takes images of 4x4 or more, got {height}x{breadth}.")
+    padding = 0 if min(height, breadth) >= _ROOM else 2
     layers: list[nn.Module] = []
     for inputs, units in ((channels, 15), (15, 40)):
-        layers.append(_layer(nn.Conv2d(inputs, units, 5, padding=2, bias=False), rule))
-        layers.append(Pool(2, CubaLIF(threshold=1.0), rule=rule))
-    return layers, 40 * (height // 4) * (breadth // 4)
+        layers.append(_layer(nn.Conv2d(inputs, units, 5, padding=padding, bias=False), rule))
+        layers.append(Pool(2, POOL, rule=rule))
+        height, breadth = ((size + 2 * padding - 4) // 2 for size in (height, breadth))
+    return layers, 40 * height * breadth

@@ -69,13 +69,22 @@ class Fire(torch.autograd.Function):
     ) -> Tensor:
         ctx.buffers = {name: buffer.detach().clone() for name, buffer in op.named_buffers()}
         ctx.is_plain = products.is_plain(op)
-        ctx.op, ctx.settings, ctx.names, ctx.of, ctx.kind = op, settings, names, x.shape, x.dtype
+        ctx.op, ctx.settings, ctx.names, ctx.of, ctx.kind, ctx.device = op, settings, names, x.shape, x.dtype, x.device
         kept: list[Tensor] = []
         found: Tensor | None = None
-        plain = products.Products(op, weights[0].detach()) if ctx.is_plain else None
-        for part in _parts(ctx, x):
-            trains = products.Trains(x[part], x.shape[1], x.dtype)
-            drive = plain.drive(trains) if plain else _drive(ctx, trains, [weight.detach() for weight in weights])
+        plain = products.Products(op, next((w.detach() for w in weights), None)) if ctx.is_plain else None
+        for part in _parts(ctx, len(x)):
+            drive: Tensor | None = None
+            for piece in _pieces(ctx, part):
+                trains = products.Trains(x[piece], x.shape[1], x.dtype)
+                own = plain.drive(trains) if plain else _drive(ctx, trains, [w.detach() for w in weights])
+                if piece == part:
+                    drive = own
+                else:
+                    drive = own.new_empty((part.stop - part.start, *own.shape[1:])) if drive is None else drive
+                    drive[piece.start - part.start : piece.stop - part.start] = own
+                kept.append(trains.kept)
+            assert drive is not None
             flat = precise(drive.flatten(2))
             if found is None:
                 found = drive.new_empty((len(x), *drive.shape[1:]))
@@ -83,48 +92,58 @@ class Fire(torch.autograd.Function):
             sums = fired(flat.transpose(0, 1), settings.neuron, settings.lateral, spikes.transpose(0, 1))  # time first, as views
             if flat.dtype != found.dtype:
                 found[part] = spikes.view(drive.shape)
-            if settings.learns:
-                kept += [trains.kept, products.packed(spikes != 0), sums if _sums_are_enough(settings) else flat]
+            kept += [products.packed(spikes != 0), sums if _sums_are_enough(settings) else flat]
         assert found is not None
         ctx.shape = found.shape
-        ctx.save_for_backward(*weights, *kept)
+        ctx.save_for_backward(*weights, *(kept if settings.learns else ()))
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
-        weights, kept = saved[: len(ctx.names)], saved[len(ctx.names) :]
+        weights, kept = saved[: len(ctx.names)], iter(saved[len(ctx.names) :])
         by_count = _by_count(precise(gradient).flatten(2))
         wanted_x, wanted_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         gradients: list[Tensor | None] = [None] * len(weights)
         below: list[Tensor] = []
-        plain = products.Products(ctx.op, weights[0]) if ctx.is_plain else None
+        plain = products.Products(ctx.op, next(iter(weights), None)) if ctx.is_plain else None
         with torch.autocast(gradient.device.type, enabled=False):
-            for part, given, bits, sums in zip(_parts(ctx, by_count), kept[::3], kept[1::3], kept[2::3], strict=True):
-                trains = products.Trains(given, ctx.of[1], ctx.kind)
-                went = Went(ctx, bits, by_count[part], sums, weights, trains)
+            for part in _parts(ctx, len(by_count)):
+                pieces = list(_pieces(ctx, part))
+                heard = [next(kept) for _ in pieces]
+                went = Went(ctx, next(kept), by_count[part], next(kept), weights)
                 adjoint = scans.adjoint_of_firings(went.spikes, went.kernel, went.neuron.refractory).transpose(0, 1)
-                if wanted_w and plain:
-                    plain.learn(trains, *_learned(ctx, adjoint, went))
-                elif wanted_w:
-                    gradients = _by_weights(ctx, trains, *_learned(ctx, adjoint, went), weights)
-                if wanted_x:
-                    below.append(_below(ctx, trains, adjoint, went, weights, plain))
+                learned = _learned(ctx, adjoint, went) if wanted_w else ()
+                sent = _sent(ctx, adjoint, went) if wanted_x else None
+                for piece, given in zip(pieces, heard, strict=True):
+                    own = slice(piece.start - part.start, piece.stop - part.start)
+                    trains = products.Trains(given, ctx.of[1], ctx.kind)
+                    if learned and plain:
+                        plain.learn(trains, *(one[own] for one in learned))
+                    elif learned:
+                        gradients = _by_weights(ctx, trains, *learned, weights)
+                    if sent is not None:
+                        below.append(_below(ctx, trains, sent[own], weights, plain))
             if wanted_w and plain:
                 gradients = [plain.gradient]
         down = torch.cat(below).expand(-1, ctx.of[1], *[-1] * (len(ctx.of) - 2)) if below else None
         return down, None, None, None, *gradients
 
 
-def _parts(ctx: Any, x: Tensor) -> Iterator[slice]:
-    """Yield parts of the batch: all of it at once where an operator is called by name, whose hooks count calls."""
-    if not ctx.is_plain or not len(x):
-        return iter([slice(0, len(x))])
-    steps, outputs = ctx.of[1], ctx.op.weight.shape[0]
-    inputs = math.prod(ctx.of[2:])
-    width = outputs if isinstance(ctx.op, nn.Linear) else inputs * -(-outputs // ctx.op.in_channels)
-    return products.parts(len(x), steps * max(inputs, width), x.device)
+def _parts(ctx: Any, samples: int) -> Iterator[slice]:
+    """Yield parts of the batch for recursions: all of it where an operator is called by name, whose hooks count calls."""
+    if not ctx.is_plain:
+        return iter([slice(0, samples)])
+    return products.parts(samples, ctx.of[1], products.outputs_of(ctx.op, ctx.of[2:]), ctx.device)
+
+
+def _pieces(ctx: Any, part: slice) -> Iterator[slice]:
+    """Yield pieces of a part for the products of a plain operator, by what goes into it."""
+    if not ctx.is_plain:
+        return iter([part])
+    inside = products.parts(part.stop - part.start, ctx.of[1], math.prod(ctx.of[2:]), ctx.device)
+    return (slice(part.start + one.start, part.start + one.stop) for one in inside)
 
 
 def _drive(ctx: Any, trains: products.Trains, weights: Sequence[Tensor]) -> Tensor:
@@ -154,9 +173,9 @@ class Went:
     """What a part of a batch did, and the derivative by its counts; shapes `(N, F)`, spikes `(T, N, F)`."""
 
     def __init__(
-        self, ctx: Any, bits: Tensor, by_count: Tensor, kept: Tensor, weights: Sequence[Tensor], heard: products.Trains
+        self, ctx: Any, bits: Tensor, by_count: Tensor, kept: Tensor, weights: Sequence[Tensor]
     ) -> None:
-        self.ctx, self.settings, self.kept, self.weights, self.heard = ctx, ctx.settings, kept, weights, heard
+        self.ctx, self.settings, self.kept, self.weights = ctx, ctx.settings, kept, weights
         self.neuron = self.settings.neuron
         self.kernel = scans.Filter.of(self.neuron, self.settings.kernel)
         spikes = products.unpacked(bits, ctx.of[1], by_count.dtype).transpose(0, 1)
@@ -184,7 +203,7 @@ class Went:
         without = self.never if is_reference else self.silent
         own = torch.where(without, 0.0, sums / (self.neuron.threshold * self.counts.clamp(min=1.0)))
         if is_reference:
-            ones = torch.ones_like(self.heard.x[:, :1])
+            ones = torch.ones((1, 1, *self.ctx.of[2:]), dtype=self.ctx.kind, device=sums.device)
             all_inputs = precise(applied(self.ctx.op, self.ctx.names, self.weights, self.ctx.buffers, ones).flatten(1))
             own = torch.where(self.never, 0.5 / self.neuron.threshold * all_inputs, own)
         return own
@@ -285,25 +304,23 @@ def _by_weights(
     return [next(found) if w.requires_grad else None for w in leaves]
 
 
-def _below(
-    ctx: Any,
-    trains: products.Trains,
-    adjoint: Tensor,
-    went: Went,
-    weights: Sequence[Tensor],
-    plain: products.Products | None,
-) -> Tensor:
-    """Return dE/do of the trains below, `(N, 1, ...)`: `sum_i delta_i W_ij e_ij / o_j`.
+def _sent(ctx: Any, adjoint: Tensor, went: Went) -> Tensor:
+    """Return cotangents of an operator, of its steps and of two steps more: what all neurons send, and what the silent ones do.
 
     e over count is fixed for every pair of which one is silent.
     """
-    x, samples, steps = trains.x, len(adjoint), ctx.of[1]
     delta = went.delta[:, None]
     fixed = ctx.settings.silent_ratio * torch.cat([delta, torch.where(went.never[:, None], delta, 0.0)], 1)
-    # Two steps more than there are: what all neurons send, and what those send that are silent.
     both = torch.cat([adjoint * (went.kernel.gain * delta), fixed], 1).to(ctx.kind)
-    both = both.reshape(samples, steps + 2, *ctx.shape[2:])
-    z = x[:, :1].expand(-1, steps + 2, *x.shape[2:])  # for its shape: a linear operator's derivative is everywhere the same
+    return both.reshape(len(adjoint), ctx.of[1] + 2, *ctx.shape[2:])
+
+
+def _below(
+    ctx: Any, trains: products.Trains, both: Tensor, weights: Sequence[Tensor], plain: products.Products | None
+) -> Tensor:
+    """Return dE/do of the trains below, `(N, 1, ...)`: `sum_i delta_i W_ij e_ij / o_j`."""
+    x = trains.x
+    z = x[:, :1].expand(-1, both.shape[1], *x.shape[2:])  # for its shape: a linear operator's derivative is everywhere the same
     if plain:
         found = plain.down(z, both)
     else:

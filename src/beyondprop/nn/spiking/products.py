@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-MOST_AT_ONCE = {"cpu": 2**20}
-"""Numbers of a part, at most, by device: what a cache bears, and little beside the spikes."""
+SIZES = {"cpu": (2**20, 2**22)}
+"""Numbers of a part by device, at least and at most: an eighth of the batch, which is little beside the spikes, and a cache bears."""
 
-MOST_ELSEWHERE = 2**27
+SIZES_ELSEWHERE = (2**24, 2**27)
+
+LEAST_STATE = 2**12
+"""Numbers of one step, at least, where the batch has as many: below, an operation's overhead is all of it."""
 
 FEW = 0.2
 """Share of the steps in which trains spike, below which rows of weights are summed, spike by spike."""
@@ -24,15 +28,28 @@ def is_plain(op: nn.Module) -> bool:
     """Return whether an operator is its class's product with its own weight and nothing else: no hook, no parametrization."""
     if op._forward_hooks or op._forward_pre_hooks or "forward" in vars(op):
         return False
+    if type(op) is nn.AvgPool2d:
+        return True
     if type(op) not in (nn.Linear, *CONVOLUTIONS) or not isinstance(op._parameters.get("weight"), nn.Parameter):
         return False
     return isinstance(op, nn.Linear) or (op.padding_mode == "zeros" and not isinstance(op.padding, str))  # type: ignore[union-attr]
 
 
-def parts(samples: int, numbers: int, device: torch.device) -> Iterator[slice]:
-    """Yield slices of a batch, of samples with so many numbers each."""
-    size = max(1, MOST_AT_ONCE.get(device.type, MOST_ELSEWHERE) // max(1, numbers))
-    for start in range(0, samples, size):
+def outputs_of(op: nn.Module, shape: Sequence[int]) -> int:
+    """Return how many neurons a plain operator drives with one step of a sample of a shape, at most."""
+    if isinstance(op, nn.Linear):
+        return math.prod(shape[:-1]) * op.out_features
+    if isinstance(op, nn.AvgPool2d):
+        return math.prod(shape)
+    return op.out_channels * math.prod(size + 2 * pad for size, pad in zip(shape[1:], op.padding, strict=True))  # type: ignore[union-attr]
+
+
+def parts(samples: int, steps: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices of a batch whose samples have so many steps of so many numbers each."""
+    least, most = SIZES.get(device.type, SIZES_ELSEWHERE)
+    numbers = min(max(least, samples * steps * width // 8), most)
+    size = max(1, numbers // max(1, steps * width), LEAST_STATE // max(1, width))
+    for start in range(0, max(1, samples), size):
         yield slice(start, min(start + size, samples))
 
 
@@ -41,10 +58,10 @@ class Products:
 
     Args:
         op: the operator.
-        weight: its weight.
+        weight: its weight; None for pooling, which has none.
     """
 
-    def __init__(self, op: nn.Module, weight: Tensor) -> None:
+    def __init__(self, op: nn.Module, weight: Tensor | None) -> None:
         self.op, self.weight = op, weight
         self._by_input: Tensor | None = None  # the weight of a Linear, an input a row
         self._gradient: Tensor | None = None
@@ -53,8 +70,10 @@ class Products:
     def drive(self, trains: Trains) -> Tensor:
         """Return the product with trains, `(N, T, ...)`."""
         if not isinstance(self.op, nn.Linear):
-            found = self.op._conv_forward(trains.x.flatten(0, 1), self.weight, None)  # type: ignore[operator]
+            flat = trains.x.flatten(0, 1)
+            found = self.op(flat) if self.weight is None else self.op._conv_forward(flat, self.weight, None)  # type: ignore[operator]
             return found.view(trains.samples, trains.steps, *found.shape[1:])
+        assert self.weight is not None
         where = self._few(trains, False)
         if where is None:
             return nn.functional.linear(trains.x, self.weight)
@@ -89,6 +108,7 @@ class Products:
 
     def _few(self, trains: Trains, by_column: bool) -> tuple[Tensor, Tensor] | None:
         """Return where there are spikes, as `nn.functional.embedding_bag` has it, if it pays."""
+        assert self.weight is not None
         if trains.bits is None or trains.bits.device.type != "cpu" or self.weight.dtype != torch.float32:
             return None
         return few(trains.bits.flatten(0, -2), by_column)
@@ -105,6 +125,10 @@ class Products:
         if isinstance(self.op, nn.Linear):
             return cotangent @ self.weight
         flat = like.flatten(0, 1), cotangent.flatten(0, 1)
+        if isinstance(self.op, nn.AvgPool2d):
+            pairs = [(one, one) if isinstance(one, int) else one for one in (self.op.kernel_size, self.op.stride, self.op.padding)]
+            rest = (self.op.ceil_mode, self.op.count_include_pad, self.op.divisor_override)
+            return torch.ops.aten.avg_pool2d_backward(flat[1], flat[0], *pairs, *rest).view(like.shape)
         return _backward_of_convolution(self.op, self.weight, *flat, (True, False, False))[0].view(like.shape)
 
 
