@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from beyondprop import compare
+from beyondprop.lab.comparing.comparison import compare
+from beyondprop.lab.comparing.settings import Settings
+from beyondprop.lab.runs.recorded import number, read_run
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.lab import nets, registry
-from beyondprop.lab.nets.spiking import LOSS, UnitRange
+from beyondprop.lab.nets.spiking import UnitRange, spike_loss
 from beyondprop.nn import PoissonEncoder, SpikingLayer
 
 REFUSED = {
@@ -48,8 +50,10 @@ def test_forms_say_what_is_built() -> None:
         ("spiking", (4,), "WIDTH or WIDTHxDEPTH"),
         ("spiking:3x", (4,), "WIDTH or WIDTHxDEPTH"),
         ("spiking:0", (4,), "WIDTH or WIDTHxDEPTH"),
-        ("spiking:3:T=9", (4,), "T must be a whole number >= 31, in which 10 spikes fit"),
-        ("spiking:3:T=99999", (4,), "number of steps must be at most 10,000"),
+        ("spiking:3:T=0", (4,), "T must be a whole number >= 1"),
+        ("spiking:3:T=99999", (4,), "T must be at most 10,000"),
+        ("spiking:3:T=31:target=11", (4,), "the target must be <= 10, as many spikes as fit"),
+        ("spiking:3:events", (7, 4), "the target must be <= 2"),
         ("spiking:3:T=40:events", (40, 4), "leave one of them out"),
         ("spiking:3:events", (), "takes samples"),
         ("spiking:3:conv", (4,), "takes images"),
@@ -119,11 +123,12 @@ def test_every_rule_trains_them_or_refuses_by_name(rule: str) -> None:
         if not spec.build.__module__.startswith("beyondprop."):
             continue
         torch.manual_seed(0)
-        model = nets.build(f"spiking:20:{rule}:T=31", (1, 8, 8), 10)
+        form = f"spiking:20:{rule}:T=31"
+        model = nets.build(form, (1, 8, 8), 10)
         x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
         before = copy.deepcopy(list(model.parameters()))
         try:
-            trained = spec.build(model, LOSS, spec.lr)
+            trained = spec.build(model, spike_loss(form), spec.lr)
             for _ in range(2):
                 trained.step(x, y)
         except (UnsupportedModelError, ValueError, RuntimeError) as error:
@@ -135,12 +140,22 @@ def test_every_rule_trains_them_or_refuses_by_name(rule: str) -> None:
     assert refused == REFUSED[rule]
 
 
+def test_a_form_has_a_loss_of_its_own() -> None:
+    for form, target in (("spiking:9", 10), ("spiking:9:T=100", 20), ("spiking:9:target=7:events", 7), ("spiking:9:T=4", 1)):
+        loss = spike_loss(form)
+        assert (loss.target, loss.off, loss.margin) == (target, target / 10, target / 10)
+        model = nets.build(form, (50, 3) if "events" in form else (3,), 4)
+        assert _layers(model)[-1].injected == target
+
+
 def test_they_are_compared_with_a_column_of_spikes(tmp_path: Path) -> None:
+    forms = ("spiking:30:hm2bp:T=31", "spiking:30:surrogate:T=31", "mlp:30x1")
+    settings = Settings(data="digits", nets=forms, rules=("adam",), epochs=4, seeds=(0,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run = compare(
-            data="digits", nets=("spiking:30:hm2bp:T=31", "spiking:30:surrogate:T=31", "mlp:30x1"), rules=("adam",),
-            epochs=1, seeds=1, out=tmp_path / "run",
-        )  # fmt: skip
-    text = str(run)
-    assert text
+        run = read_run(compare(settings, out=tmp_path / "run"))
+    for form in forms:
+        row = run.of("eval", f"adam {form}", 0)[-1]
+        assert ("spikes_a_row" in row["counters"]) == ("spiking" in form) if "counters" in row else "mlp" in form
+        assert number(row, "accuracy") > 0.6
+    assert run.counters == ["spikes_a_row"]

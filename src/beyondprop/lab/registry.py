@@ -89,14 +89,14 @@ class NetSpec(_Named):
         form: how it is written, with its options.
         summary: one line for `beyondprop list`.
         build: `build(form, input_shape, outputs)` returns the network; weights come from torch's global random state.
-        loss: what it is trained on in place of the task's loss, where it brings its own.
+        loss: `loss(form)` returns what it is trained on in place of the task's loss, where it brings its own.
     """
 
     kind: ClassVar[str] = "net"
     form: str
     summary: str
     build: Callable[[str, Sequence[int], int], nn.Module]
-    loss: LossFunction | None = None
+    loss: Callable[[str], LossFunction] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ def make_net(task: Task, form: str, nets: Nets) -> nn.Module:
 def loss_of(task: Task, form: str, nets: Nets) -> LossFunction:
     """Return the loss that a net brings along, else the task's."""
     own = None if form in nets or ".py:" in form else spec_of(form).loss
-    return task.loss if own is None else own
+    return task.loss if own is None else own(form)
 
 
 def at_seed(task: Any, seed: int, device: str) -> Any:

@@ -12,7 +12,7 @@ from beyondprop.lab.nets.convolutional import conv, lenet5, resnet
 from beyondprop.lab.nets.fully_connected import autoencoder, binary, mlp
 from beyondprop.lab.nets.recurrent import rnn
 from beyondprop.lab.nets.reversible import revnet, revtransformer
-from beyondprop.lab.nets.spiking import LOSS, spiking
+from beyondprop.lab.nets.spiking import spike_loss, spiking
 from beyondprop.lab.nets.transformer import transformer
 from beyondprop.lab.registry import NetSpec, load_file, nets, register
 
@@ -42,9 +42,9 @@ for _row in (
     ("blackbox", "blackbox:WIDTH[:METHOD][:noise=S][:probes=K][:conv]",
      "a simulator in NumPy between two layers: WIDTH oscillators in a ring; its gradient by auto, dense, coloring, regression, "
      "robust, rainbow, discover, spsa, exact (in torch) or stopped (none); `conv`: behind convolutions", blackbox),
-    ("spiking", "spiking:WIDTH[xDEPTH][:hm2bp|surrogate][:T=STEPS][:conv][:events]",
+    ("spiking", "spiking:WIDTH[xDEPTH][:hm2bp|surrogate][:T=STEPS][:target=COUNT][:conv][:events]",
      "spiking neurons, DEPTH hidden layers of WIDTH, read by their counts, with a loss of its own; gradients by HM2-BP or by a "
-     "surrogate slope; `conv`: behind convolutions; `events`: samples (T, ...) are spikes already", spiking, LOSS),
+     "surrogate slope; `conv`: behind convolutions; `events`: samples (T, ...) are spikes already", spiking, spike_loss),
 ):
     register(NetSpec(*_row))
 # fmt: on

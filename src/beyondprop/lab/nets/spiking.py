@@ -30,9 +30,6 @@ from beyondprop.nn.spiking.layer import RULES
 STEPS = 50
 """T where a form says none."""
 
-LOSS = SpikeCountLoss(target=10.0, off=1.0, margin=1.0)
-"""What they are trained on, whatever the rule."""
-
 NEURON = CubaLIF(threshold=1.0, refractory=2)
 
 BOUND = 1.6
@@ -105,20 +102,26 @@ class Pool(_Counted, SpikingSumPool2d):
         return self._count(super().forward(spikes))
 
 
-def spiking(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
-    """Build `spiking:WIDTH[xDEPTH][:hm2bp|surrogate][:T=STEPS][:conv][:events]`.
+def spike_loss(form: str) -> SpikeCountLoss:
+    """Return what a form is trained on, whatever its rule: counts near a target for the label, a tenth of it for the others."""
+    target = float(_options(form)[2])
+    return SpikeCountLoss(target, target / 10, target / 10)
 
-    Both rules start from the same weights and are shown the same spikes.
+
+def spiking(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
+    """Build `spiking:WIDTH[xDEPTH][:hm2bp|surrogate][:T=STEPS][:target=COUNT][:conv][:events]`.
+
+    Both rules start from the same weights and are shown the same spikes. The target is a fifth of the steps.
     """
     width, depth = _size(spec)
-    rule, steps, conv, events = options_of(spec, RULES, ("T=STEPS",), ("conv",), ("events",))
-    if events and steps:
-        raise ValueError(f"{spec!r}: T=STEPS is of the encoder, and 'events' have steps of their own; leave one of them out.")
+    rule, steps, target, conv, events = _options(spec)
     shape = tuple(input_shape[1:] if events else input_shape)
     if not shape:
         raise ValueError(f"{spec!r}: 'events' takes samples (T, ...), got shape {tuple(input_shape)}.")
-    layers: list[nn.Module] = [] if events else [UnitRange(shape[0]), PoissonEncoder(_steps(spec, steps))]
-    rule = rule or "hm2bp"
+    most = NEURON.most_spikes(input_shape[0] if events else steps)
+    if target > most:
+        raise ValueError(f"{spec!r}: the target must be <= {most}, as many spikes as fit into the steps, got {target}.")
+    layers: list[nn.Module] = [] if events else [UnitRange(shape[0]), PoissonEncoder(steps)]
     inputs = math.prod(shape)
     if conv:
         stem, inputs = _stem(spec, shape, rule)
@@ -128,8 +131,25 @@ def spiking(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequentia
     for _ in range(depth):
         layers.append(_layer(nn.Linear(inputs, width, bias=False), rule))
         inputs = width
-    last = _layer(nn.Linear(inputs, outputs, bias=False), rule, lateral=0.3, injected=round(LOSS.target))
+    last = _layer(nn.Linear(inputs, outputs, bias=False), rule, lateral=0.3, injected=target)
     return nn.Sequential(*layers, last, SpikeCounts())
+
+
+def _options(spec: str) -> tuple[str, int, int, bool, bool]:
+    """Return the rule, the steps (a default, with events), the target, and whether there are convolutions, and events."""
+    rule, steps, target, conv, events = options_of(spec, RULES, ("T=STEPS",), ("target=COUNT",), ("conv",), ("events",))
+    if events and steps:
+        raise ValueError(f"{spec!r}: T=STEPS is of the encoder, and 'events' have steps of their own; leave one of them out.")
+    count = _number(spec, "T", steps, STEPS)
+    return rule or "hm2bp", count, _number(spec, "target", target, max(1, count // 5)), bool(conv), bool(events)
+
+
+def _number(spec: str, name: str, text: str | None, default: int) -> int:
+    if text is None:
+        return default
+    if not is_count(text):
+        raise ValueError(f"{spec!r}: {name} must be a whole number >= 1, got {text!r}.")
+    return bounded(spec, name, text, _MOST_STEPS)
 
 
 def _size(spec: str) -> tuple[int, int]:
@@ -137,15 +157,6 @@ def _size(spec: str) -> tuple[int, int]:
     if not is_count(width) or (times and not is_count(depth)):
         raise ValueError(f"{spec!r}: WIDTH or WIDTHxDEPTH with whole numbers >= 1 is needed, such as spiking:800.")
     return bounded(spec, "width", width, MOST_UNITS), bounded(spec, "depth", depth or "1", MOST_LAYERS)
-
-
-def _steps(spec: str, text: str | None) -> int:
-    if text is None:
-        return STEPS
-    least = (round(LOSS.target)) * 3 + 1  # room for the spikes that are wanted, with their refraction
-    if not is_count(text) or int(text) < least:
-        raise ValueError(f"{spec!r}: T must be a whole number >= {least}, in which {LOSS.target:g} spikes fit, got {text!r}.")
-    return bounded(spec, "number of steps", text, _MOST_STEPS)
 
 
 def _layer(op: nn.Linear | nn.Conv2d, rule: str, lateral: float = 0.0, injected: int = 0) -> Layer:
