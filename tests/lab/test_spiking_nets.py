@@ -158,4 +158,4 @@ def test_they_are_compared_with_a_column_of_spikes(tmp_path: Path) -> None:
         row = run.of("eval", f"adam {form}", 0)[-1]
         assert ("spikes_a_row" in row["counters"]) == ("spiking" in form) if "counters" in row else "mlp" in form
         assert number(row, "accuracy") > 0.6
-    assert run.counters == ["spikes_a_row"]
+    assert list(run.counters) == ["spikes_a_row"]
