@@ -2,7 +2,7 @@
 
     python benchmarks/spiking_speed.py [--steps 25 100] [--rounds 7] [--compiled] > benchmarks/results/spiking_speed.txt
 
-784-800-10, 50 images of MNIST, Poisson trains drawn once a step for everyone (their drawing is in nobody's time), the same fused
+784-800-10, 50 images of MNIST, Poisson trains drawn once a step for everyone (nobody's time has their drawing), the same fused
 Adam, one thread. Contenders take turns; figures are medians of process seconds, and their ratio to the fastest form of
 snnTorch. Memory is the peak of a step beyond weights, optimizer state and input trains, by torch's allocator, at T = 200.
 
@@ -78,7 +78,9 @@ class SpikingJelly(nn.Module):
 
     def __init__(self, compiled: bool) -> None:
         super().__init__()
-        nodes, self.functional = (import_module(f"spikingjelly.activation_based.{name}") for name in ("neuron", "functional"))
+        nodes, self.functional = (
+            import_module(f"spikingjelly.activation_based.{name}") for name in ("neuron", "functional")
+        )
         self.net = nn.Sequential(
             nn.Linear(784, WIDTH, bias=False),
             nodes.LIFNode(tau=16.0, step_mode="m"),

@@ -60,14 +60,18 @@ def test_pictures_and_pooling_come_back(tmp_path: Path) -> None:
     conv = nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False)
     nn.init.uniform_(conv.weight, -0.2, 0.5)
     mixed = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(1), _linear(16, 9))
-    nn.init.uniform_(mixed[2].weight, 0.0, 1.0)
+    nn.init.uniform_(next(mixed.parameters()), 0.0, 1.0)
     net = nn.Sequential(SpikingLayer(conv, NEURON), SpikingLayer(mixed, NEURON), SpikeCounts())
     x = _trains(3, 40, 2, 8, 8)
     found = export_nir(net, tmp_path / "net.nir", input_shape=(2, 8, 8), sample=x)
     assert found.is_exact
     assert all(layer.found > 0 for layer in found.drift)
     pooled = nn.Sequential(
-        SpikingLayer(conv, NEURON), SpikingSumPool2d(2, NEURON), nn.Flatten(2), SpikingLayer(_linear(16, 5), NEURON), SpikeCounts()
+        SpikingLayer(conv, NEURON),
+        SpikingSumPool2d(2, NEURON),
+        nn.Flatten(2),
+        SpikingLayer(_linear(16, 5), NEURON),
+        SpikeCounts(),
     )
     found = export_nir(pooled, None, input_shape=(2, 8, 8), sample=x)
     assert found.is_exact
@@ -114,7 +118,11 @@ class _Scaled(nn.Module):
         (SpikingLayer(_Scaled(), NEURON), (3,), "no node"),
         (SpikingLayer(nn.Linear(3, 2, bias=False), NEURON), (4, 3), "no node"),
         (SpikingLayer(nn.AvgPool2d(2, padding=1, count_include_pad=False), NEURON), (1, 4, 4), "no node"),
-        (SpikingLayer(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular", bias=False), NEURON), (1, 4, 4), "no node"),
+        (
+            SpikingLayer(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular", bias=False), NEURON),
+            (1, 4, 4),
+            "no node",
+        ),
         (SpikingLayer(nn.Conv2d(2, 2, 3, groups=2, bias=False), NEURON), (2, 4, 4), "in one group"),
         (SpikingLayer(nn.Conv2d(2, 2, (3, 1), bias=False), NEURON), (2, 4, 4), "square"),
         (SpikingLayer(nn.Conv1d(2, 2, 1, bias=False), NEURON, lateral=0.1), (2, 3), "inhibits laterally"),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from beyondprop.lab.comparing.comparison import compare
-from beyondprop.lab.comparing.settings import Settings
-from beyondprop.lab.runs.recorded import number, read_run
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.lab import nets, registry
+from beyondprop.lab.comparing.comparison import compare
+from beyondprop.lab.comparing.settings import Settings
 from beyondprop.lab.nets.spiking import UnitRange, spike_loss
+from beyondprop.lab.runs.recorded import number, read_run
 from beyondprop.nn import PoissonEncoder, SpikingLayer
 
 REFUSED = {
@@ -95,24 +96,24 @@ def test_the_range_is_that_of_what_was_trained_on() -> None:
 def test_spikes_a_row_are_those_of_the_last_evaluation() -> None:
     torch.manual_seed(0)
     model = nets.build("spiking:20:T=40", (1, 8, 8), 10)
-    layers = _layers(model)
+    layers: list[Any] = _layers(model)
     assert all(layer.counters == {} for layer in layers)
-    trains = model[:-1]
-    spikes = [torch.zeros(0)] * 2
+    spikes: dict[int, Tensor] = {}
     for i, layer in enumerate(layers):
-        layer.register_forward_hook(lambda _module, _inputs, out, i=i: spikes.__setitem__(i, out))
+        layer.register_forward_hook(lambda _module, _inputs, out, i=i: spikes.update({i: out}))
     for _ in range(2):  # what was counted before a training batch is forgotten
         model.train()
         model(torch.rand(5, 1, 8, 8))
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64)
+        totals = [0.0, 0.0]
         for rows in (4, 2):
-            trains(torch.rand(rows, 1, 8, 8))
-            total += torch.stack([one.sum(dtype=torch.float64) for one in spikes])
-        assert [layer.counters["spikes_a_row"] for layer in layers] == (total / 6).tolist()
-        assert total.all()
+            model(torch.rand(rows, 1, 8, 8))
+            totals = [total + float(spikes[i].sum()) for i, total in enumerate(totals)]
+        assert all(totals)
+        assert [layer.counters["spikes_a_row"] for layer in layers] == [total / 6 for total in totals]
+    counted = [layer.counters for layer in layers]
     copy.deepcopy(model)(torch.rand(4, 1, 8, 8))
-    assert [layer.counters["spikes_a_row"] for layer in layers] == (total / 6).tolist()
+    assert [layer.counters for layer in layers] == counted
 
 
 @pytest.mark.parametrize("rule", ["hm2bp", "surrogate"])
@@ -141,7 +142,12 @@ def test_every_rule_trains_them_or_refuses_by_name(rule: str) -> None:
 
 
 def test_a_form_has_a_loss_of_its_own() -> None:
-    for form, target in (("spiking:9", 10), ("spiking:9:T=100", 20), ("spiking:9:target=7:events", 7), ("spiking:9:T=4", 1)):
+    for form, target in (
+        ("spiking:9", 10),
+        ("spiking:9:T=100", 20),
+        ("spiking:9:target=7:events", 7),
+        ("spiking:9:T=4", 1),
+    ):
         loss = spike_loss(form)
         assert (loss.target, loss.off, loss.margin) == (target, target / 10, target / 10)
         model = nets.build(form, (50, 3) if "events" in form else (3,), 4)

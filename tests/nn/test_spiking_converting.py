@@ -85,7 +85,10 @@ def test_the_most_driven_neurons_fire_at_the_interval(interval: int, refractory:
         (nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2), nn.ReLU()), "1 is a BatchNorm1d.*fold it"),
         (nn.Sequential(nn.Linear(3, 2, bias=False), nn.Dropout(), nn.ReLU()), "1 is a Dropout.*no dropout"),
         (nn.Sequential(nn.Conv1d(3, 2, 1, bias=False), nn.MaxPool1d(2), nn.ReLU()), "average pooling"),
-        (nn.Sequential(nn.Sequential(nn.Linear(3, 2, bias=False), nn.Tanh())), "0.1 is a Tanh, which has no spiking form"),
+        (
+            nn.Sequential(nn.Sequential(nn.Linear(3, 2, bias=False), nn.Tanh())),
+            "0.1 is a Tanh, which has no spiking form",
+        ),
         (nn.Sequential(nn.ReLU(), nn.Linear(3, 2, bias=False)), "0 is a ReLU with no weights"),
         (nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Flatten()), "has no weights; leave it out"),
         (nn.Sequential(), "no ReLU and no weights"),
@@ -101,6 +104,6 @@ def test_intervals_and_inputs_that_are_none_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU())
     with pytest.raises(ValueError, match="interval must be > 4"):
         convert_to_spiking(model, CubaLIF(refractory=4))
-    nn.init.constant_(model[0].weight, -1.0)
+    nn.init.constant_(next(model.parameters()), -1.0)
     with pytest.raises(ValueError, match="No neuron of layer 0 is driven"):
         convert_to_spiking(model, NEURON, inputs=torch.ones(2, 20, 3))

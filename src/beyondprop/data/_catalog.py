@@ -239,7 +239,7 @@ _NMNIST = DataFile(
     "nmnist_small.npz",
     "93b9dbf1a0707cfe2cc370a2d1cdefbbad0bd68e2c9cf1624577bfc9c6a96d9a",
     (),
-    "It is a sample of N-MNIST with the arrays x, y, p, dt, offsets and labels; the whole set is read by Tonic, for from_events.",
+    "It is a sample of N-MNIST with the arrays x, y, p, dt, offsets, labels; the whole set is read by Tonic, for from_events.",
 )
 _NMNIST_MOST = 336_041  # microseconds, the longest recording and one
 

@@ -91,7 +91,9 @@ def from_events(
         raise ValueError("train has no recording.")
     size = sensor_size if sensor_size is not None else getattr(train, "sensor_size", None)
     if size is None:
-        raise ValueError("sensor_size must be given, (width, height, polarities): these recordings have none of their own.")
+        raise ValueError(
+            "sensor_size must be given, (width, height, polarities): these recordings have none of their own."
+        )
     parts = {"train": train} if test is None else {"train": train, "test": test}
     labels = {part: [_label(one[i][1]) for i in range(len(one))] for part, one in parts.items()}
     classes = sorted(set(labels["train"]), key=lambda label: (isinstance(label, str), label))

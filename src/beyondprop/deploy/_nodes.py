@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from beyondprop.errors import UnsupportedModelError
-from beyondprop.nn.spiking import CubaLIF, SpikingLayer
+from beyondprop.nn.spiking import CubaLIF
 from beyondprop.nn.spiking.scans import SLACK
 
 
@@ -94,7 +94,9 @@ def neuron_of(node: Any, name: str, dt: float, delay: int) -> CubaLIF:
     # Membranes may be counted in any unit; ours takes up 1 / tau_syn of a spike of weight 1 at once.
     scale = values["w_in"] * values["r"] / tau_mem
     if not scale > 0:
-        raise UnsupportedModelError(f"Node {name!r}: w_in and r must be > 0, got {values['w_in']:g} and {values['r']:g}.")
+        raise UnsupportedModelError(
+            f"Node {name!r}: w_in and r must be > 0, got {values['w_in']:g} and {values['r']:g}."
+        )
     threshold = values["v_threshold"] / scale + SLACK
     return CubaLIF(_whole(tau_mem), _whole(tau_syn), threshold, 0, delay, dt)
 

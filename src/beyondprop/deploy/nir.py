@@ -105,7 +105,7 @@ def export_nir(
     for name, layer, _ in layers:
         if layer.neuron.refractory and not allow_lossy:
             raise ValueError(
-                f"{name} has neurons with refractory={layer.neuron.refractory}, and NIR has no refraction: without it they fire "
+                f"{name} has neurons with refractory={layer.neuron.refractory}, and NIR has no refraction: they would fire "
                 "more often. Train with refractory=0, or pass allow_lossy=True, and a sample to see what it does."
             )
     graph = _graph(nir, layers, tuple(int(n) for n in input_shape), delays)
@@ -120,8 +120,8 @@ def export_nir(
 def load_nir(source: str | Path | Any) -> nn.Sequential:
     """Return spiking layers from a NIR file, or a `nir.NIRGraph`: one path of linear nodes and CubaLIF nodes.
 
-    Trains `(N, T, ...)` go in, and spikes `(N, T, ...)` come out. Steps have the length `dt` of the graph's metadata, by default
-    1 ms.
+    Trains `(N, T, ...)` go in, and spikes `(N, T, ...)` come out. Steps have the length `dt` of the graph's metadata,
+    by default 1 ms.
 
     Raises:
         ModuleNotFoundError: without the package `nir`.
@@ -202,7 +202,9 @@ def _graph(nir: Any, layers: list[tuple[str, SpikingLayer, bool]], shape: tuple[
         add(f"neurons_{number}", neuron_node(nir, neuron, shape))
         if layer.lateral:
             if len(shape) != 1:
-                raise UnsupportedModelError(f"{name} inhibits laterally neurons of shape {shape}; NIR has that for rows alone.")
+                raise UnsupportedModelError(
+                    f"{name} inhibits laterally neurons of shape {shape}; NIR has that for rows alone."
+                )
             weight = (layer.lateral * (np.eye(shape[0]) - 1.0)).astype(np.float32)
             nodes[f"lateral_{number}"] = nir.Linear(weight=weight)
             edges += [(last, f"lateral_{number}"), (f"lateral_{number}", last)]
@@ -254,7 +256,9 @@ def _network(nir: Any, graph: Any) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _drift(layers: list[tuple[str, SpikingLayer, bool]], other: nn.Sequential, sample: Tensor) -> tuple[LayerDrift, ...]:
+def _drift(
+    layers: list[tuple[str, SpikingLayer, bool]], other: nn.Sequential, sample: Tensor
+) -> tuple[LayerDrift, ...]:
     found: list[LayerDrift] = []
     here, there, shift = sample, sample.to(torch.float32), 0
     other.to(sample.device)

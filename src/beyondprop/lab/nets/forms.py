@@ -46,7 +46,7 @@ for _row in (
      "spiking neurons, DEPTH hidden layers of WIDTH, read by their counts, with a loss of its own; gradients by HM2-BP or by a "
      "surrogate slope; `conv`: behind convolutions; `events`: samples (T, ...) are spikes already", spiking, spike_loss),
 ):
-    register(NetSpec(*_row))
+    register(NetSpec(*_row))  # type: ignore[arg-type]
 # fmt: on
 
 

@@ -139,7 +139,9 @@ def _options(spec: str) -> tuple[str, int, int, bool, bool]:
     """Return the rule, the steps (a default, with events), the target, and whether there are convolutions, and events."""
     rule, steps, target, conv, events = options_of(spec, RULES, ("T=STEPS",), ("target=COUNT",), ("conv",), ("events",))
     if events and steps:
-        raise ValueError(f"{spec!r}: T=STEPS is of the encoder, and 'events' have steps of their own; leave one of them out.")
+        raise ValueError(
+            f"{spec!r}: T=STEPS is of the encoder, and 'events' have steps of their own; leave one of them out."
+        )
     count = _number(spec, "T", steps, STEPS)
     return rule or "hm2bp", count, _number(spec, "target", target, max(1, count // 5)), bool(conv), bool(events)
 

@@ -95,7 +95,9 @@ def _parts(model: nn.Module) -> Iterator[list[nn.Module]]:
     if found and carries:
         yield found
     elif found:
-        raise UnsupportedModelError(f"What is behind the last ReLU, {type(found[0]).__name__}, has no weights; leave it out.")
+        raise UnsupportedModelError(
+            f"What is behind the last ReLU, {type(found[0]).__name__}, has no weights; leave it out."
+        )
     elif not any_yet:
         raise UnsupportedModelError("The model has no ReLU and no weights to make a spiking layer of.")
 
@@ -112,7 +114,7 @@ def _chain(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _fit(net: nn.Sequential, inputs: Tensor, interval: int) -> None:
     """Set the thresholds of all layers by what drives them."""
     x = inputs
-    for index, module in enumerate(net[:-1]):
+    for index, module in enumerate(list(net)[:-1]):
         if isinstance(module, SpikingLayer):
             # The mean over time is what a membrane settles at, `tau_mem` times; drives are those of the trains before.
             drive = module.drive(x).mean(0)

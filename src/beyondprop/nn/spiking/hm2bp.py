@@ -57,8 +57,8 @@ class Settings:
 class Fire(torch.autograd.Function):
     """Spikes of a layer; its backward pass takes and returns derivatives by counts, the same in every step.
 
-    Shapes: x `(N, T, ...)` spikes, output `(N, T, ...)` in the precision of the operator's. What is kept for the backward pass is a
-    bit for each spike that came or went, and, where `_sums_are_enough`, a number for each neuron and sample.
+    Shapes: x `(N, T, ...)` spikes, output `(N, T, ...)` in the precision of the operator's. What is kept for the backward
+    pass is a bit for each step and train and neuron, and, where `_sums_are_enough`, a number for each neuron and sample.
 
     Source: Jin, Zhang & Li, NeurIPS 2018, equations 14 to 23; in a form linear in time.
     """
@@ -89,7 +89,9 @@ class Fire(torch.autograd.Function):
             if found is None:
                 found = drive.new_empty((len(x), *drive.shape[1:]))
             spikes = found[part].flatten(2) if flat.dtype == found.dtype else torch.empty_like(flat)
-            sums = fired(flat.transpose(0, 1), settings.neuron, settings.lateral, spikes.transpose(0, 1))  # time first, as views
+            sums = fired(
+                flat.transpose(0, 1), settings.neuron, settings.lateral, spikes.transpose(0, 1)
+            )  # time first, as views
             if flat.dtype != found.dtype:
                 found[part] = spikes.view(drive.shape)
             kept += [products.packed(spikes != 0), sums if _sums_are_enough(settings) else flat]
@@ -164,7 +166,7 @@ def _drive(ctx: Any, trains: products.Trains, weights: Sequence[Tensor]) -> Tens
 
 
 def _sums_are_enough(settings: Settings) -> bool:
-    """Return whether the membranes that fired tell the side effect: not where they have more in them than the kernel's drive."""
+    """Return whether the membranes that fired tell the side effect: not where more is in them than the kernel of the drive."""
     as_they_were = not settings.injected or settings.silent != "reference"
     return not settings.side_effect or (not settings.lateral and settings.kernel == "discrete" and as_they_were)
 
@@ -172,9 +174,7 @@ def _sums_are_enough(settings: Settings) -> bool:
 class Went:
     """What a part of a batch did, and the derivative by its counts; shapes `(N, F)`, spikes `(T, N, F)`."""
 
-    def __init__(
-        self, ctx: Any, bits: Tensor, by_count: Tensor, kept: Tensor, weights: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, ctx: Any, bits: Tensor, by_count: Tensor, kept: Tensor, weights: Sequence[Tensor]) -> None:
         self.ctx, self.settings, self.kept, self.weights = ctx, ctx.settings, kept, weights
         self.neuron = self.settings.neuron
         self.kernel = scans.Filter.of(self.neuron, self.settings.kernel)
@@ -320,7 +320,9 @@ def _below(
 ) -> Tensor:
     """Return dE/do of the trains below, `(N, 1, ...)`: `sum_i delta_i W_ij e_ij / o_j`."""
     x = trains.x
-    z = x[:, :1].expand(-1, both.shape[1], *x.shape[2:])  # for its shape: a linear operator's derivative is everywhere the same
+    z = x[:, :1].expand(
+        -1, both.shape[1], *x.shape[2:]
+    )  # for its shape: a linear operator's derivative is everywhere the same
     if plain:
         found = plain.down(z, both)
     else:

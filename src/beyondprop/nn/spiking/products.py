@@ -13,7 +13,7 @@ from torch import Tensor, nn
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 SIZES = {"cpu": (2**20, 2**22)}
-"""Numbers of a part by device, at least and at most: an eighth of the batch, which is little beside the spikes, and a cache bears."""
+"""Numbers of a part by device, at least and at most: an eighth of the batch is little beside the spikes; caches are small."""
 
 SIZES_ELSEWHERE = (2**24, 2**27)
 
@@ -90,6 +90,7 @@ class Products:
             cotangent: of every step, `(N, T, ...)`.
             quiet: of the trains that have any spike, as one step, `(N, ...)`.
         """
+        assert self.weight is not None
         if not isinstance(self.op, nn.Linear):
             for x, of in ((trains.x.flatten(0, 1), cotangent.flatten(0, 1)), (trains.any, quiet)):
                 self._add(_backward_of_convolution(self.op, self.weight, x, of, (False, True, False))[1])
@@ -123,12 +124,17 @@ class Products:
     def down(self, like: Tensor, cotangent: Tensor) -> Tensor:
         """Return the derivative by inputs of a shape, `(N, T, ...)`, of cotangents `(N, T, ...)`."""
         if isinstance(self.op, nn.Linear):
+            assert self.weight is not None
             return cotangent @ self.weight
         flat = like.flatten(0, 1), cotangent.flatten(0, 1)
         if isinstance(self.op, nn.AvgPool2d):
-            pairs = [(one, one) if isinstance(one, int) else one for one in (self.op.kernel_size, self.op.stride, self.op.padding)]
+            pairs = [
+                (one, one) if isinstance(one, int) else one
+                for one in (self.op.kernel_size, self.op.stride, self.op.padding)
+            ]
             rest = (self.op.ceil_mode, self.op.count_include_pad, self.op.divisor_override)
             return torch.ops.aten.avg_pool2d_backward(flat[1], flat[0], *pairs, *rest).view(like.shape)
+        assert self.weight is not None
         return _backward_of_convolution(self.op, self.weight, *flat, (True, False, False))[0].view(like.shape)
 
 
