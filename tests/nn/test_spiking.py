@@ -96,8 +96,8 @@ def test_the_adjoint_is_the_transpose(neuron: CubaLIF) -> None:
 
 
 @every_neuron
-@pytest.mark.parametrize("side_effect", [False, True])
-def test_gradients_are_those_of_the_pairwise_sums(neuron: CubaLIF, side_effect: bool) -> None:
+@pytest.mark.parametrize("side_effect", [0.0, 0.4, 1.0, 1.1, math.inf])
+def test_gradients_are_those_of_the_pairwise_sums(neuron: CubaLIF, side_effect: float) -> None:
     x, weight = _case(7)
     x[:, 0, 0] = 0  # a train without spikes
     weight[0] = -1  # a neuron without
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_pairwise_sums(neuron: CubaLIF, side_effect: 
     e, o, below = _pairwise(x, spikes, neuron), spikes.sum(0), x.sum(0)
     delta = coefficient / neuron.threshold
     a = (e * weight).sum(2)
-    h = torch.where(o > 0, a / (neuron.threshold * o.clamp(min=1)), 0.0) if side_effect else torch.zeros_like(a)
+    h = torch.where(o > 0, a / (neuron.threshold * o.clamp(min=1)), 0.0).clamp(max=side_effect)
     heard = SILENT_WEIGHT * (below > 0).double()[:, None].expand_as(e)
     learned = torch.where((o == 0)[..., None], heard, e)
     torch.testing.assert_close(

@@ -80,7 +80,7 @@ def test_spikes_are_injected_where_the_loss_wants_them() -> None:
     op, x = make_op(), make_spikes(2, 21, 6)
     coefficient = torch.zeros(2, 5, dtype=torch.float64)
     coefficient[0, 1], coefficient[0, 2] = -3.0, 2.0
-    layer = SpikingLayer(op, neuron, injected=4, side_effect=False)
+    layer = SpikingLayer(op, neuron, injected=4, side_effect=0.0)
     found = weight_gradient(layer, x, coefficient)
     spikes = torch.zeros(21, 2, 5, dtype=torch.float64)
     spikes[[5, 10, 15, 20], 0, 1] = 1.0
@@ -172,9 +172,7 @@ def test_the_lateral_factor_is_in_what_is_learned(kernel: str) -> None:
     torch.manual_seed(1)
     neuron, strength = CubaLIF(8.0, 3.0, 0.5, refractory=1, delay=3), 0.15
     op, x, coefficient = make_op(), make_spikes(2, 40, 6), torch.randn(2, 5, dtype=torch.float64)
-    found = weight_gradient(
-        SpikingLayer(op, neuron, lateral=strength, side_effect=False, kernel=kernel), x, coefficient
-    )
+    found = weight_gradient(SpikingLayer(op, neuron, lateral=strength, side_effect=0.0, kernel=kernel), x, coefficient)
     spikes, *_ = scans.simulate(x.transpose(0, 1) @ op.weight.detach().T, neuron, strength)
     q = scans.weights_of_firings(spikes, scans.Filter.of(neuron, kernel).keep_mem, neuron.refractory)
     e = torch.einsum("tbi,tbj->bij", q, scans.response(x.transpose(0, 1), scans.Filter.of(neuron, kernel)))
@@ -276,6 +274,8 @@ def test_steps_have_no_gradient_and_a_drive_is_not_rounded(rule: str) -> None:
         ({"lateral": -0.1}, "lateral must be a finite number >= 0"),
         ({"silent_ratio": 0.0}, "silent_ratio must be a finite number > 0"),
         ({"injected": -1}, "injected must be an integer >= 0"),
+        ({"side_effect": -1.0}, "side_effect must be a number >= 0"),
+        ({"side_effect": float("nan")}, "side_effect must be a number >= 0"),
         ({"silent": "no"}, "silent must be one of"),
         ({"kernel": "no"}, "kernel must be one of"),
     ],

@@ -48,7 +48,7 @@ class Settings:
     lateral: float
     silent: str
     silent_ratio: float
-    side_effect: bool
+    side_effect: float
     injected: int
     kernel: str
     learns: bool
@@ -58,7 +58,7 @@ class Fire(torch.autograd.Function):
     """Spikes of a layer; its backward pass takes and returns derivatives by counts, the same in every step.
 
     Shapes: x `(N, T, ...)` spikes, output `(N, T, ...)` in the precision of the operator's. What is kept for the backward
-    pass is a bit for each step and train and neuron, and, where `_sums_are_enough`, a number for each neuron and sample.
+    pass is a bit for each step and train and neuron, and what `_needs` says.
 
     Source: Jin, Zhang & Li, NeurIPS 2018, equations 14 to 23; in a form linear in time.
     """
@@ -72,6 +72,7 @@ class Fire(torch.autograd.Function):
         ctx.op, ctx.settings, ctx.names, ctx.of, ctx.kind, ctx.device = op, settings, names, x.shape, x.dtype, x.device
         kept: list[Tensor] = []
         found: Tensor | None = None
+        told_by = _needs(settings)
         plain = products.Products(op, next((w.detach() for w in weights), None)) if ctx.is_plain else None
         for part in _parts(ctx, len(x)):
             drive: Tensor | None = None
@@ -89,12 +90,16 @@ class Fire(torch.autograd.Function):
             if found is None:
                 found = drive.new_empty((len(x), *drive.shape[1:]))
             spikes = found[part].flatten(2) if flat.dtype == found.dtype else torch.empty_like(flat)
-            sums = fired(
-                flat.transpose(0, 1), settings.neuron, settings.lateral, spikes.transpose(0, 1)
+            sums = torch.zeros_like(flat[:, 0]) if told_by == "sums" else None
+            fired(
+                flat.transpose(0, 1), settings.neuron, settings.lateral, spikes.transpose(0, 1), sums
             )  # time first, as views
             if flat.dtype != found.dtype:
                 found[part] = spikes.view(drive.shape)
-            kept += [products.packed(spikes != 0), sums if _sums_are_enough(settings) else flat]
+            kept += [
+                products.packed(spikes != 0),
+                flat if told_by == "drive" else flat.new_empty(0) if sums is None else sums,
+            ]
         assert found is not None
         ctx.shape = found.shape
         ctx.save_for_backward(*weights, *(kept if settings.learns else ()))
@@ -165,10 +170,19 @@ def _drive(ctx: Any, trains: products.Trains, weights: Sequence[Tensor]) -> Tens
     return found.detach()
 
 
-def _sums_are_enough(settings: Settings) -> bool:
-    """Return whether the membranes that fired tell the side effect: not where more is in them than the kernel of the drive."""
-    as_they_were = not settings.injected or settings.silent != "reference"
-    return not settings.side_effect or (not settings.lateral and settings.kernel == "discrete" and as_they_were)
+def _needs(settings: Settings) -> str:
+    """Return what the side effect is told by: `"drive"`, the `"sums"` of membranes that fired, or `"counts"` alone.
+
+    Membranes that fire are above the threshold, so that their sum over threshold times count is 1 or more, and the bound where
+    that is not above 1. Inhibition, other kernels and spikes that never were have to be told from the drive.
+    """
+    if settings.injected and settings.silent == "reference":
+        return "drive" if settings.side_effect else "counts"
+    if settings.kernel != "discrete":
+        return "drive" if settings.side_effect else "counts"
+    if settings.side_effect <= 1.0:
+        return "counts"
+    return "drive" if settings.lateral else "sums"
 
 
 class Went:
@@ -196,17 +210,21 @@ class Went:
         return self.delta * factor
 
     def _side_effect(self) -> Tensor:
-        is_reference = self.settings.silent == "reference"
-        sums = self.kept
-        if not _sums_are_enough(self.settings):
-            sums = (self._q() * scans.response(self.kept.transpose(0, 1), self.kernel)).sum(0)
+        is_reference, most = self.settings.silent == "reference", self.settings.side_effect
         without = self.never if is_reference else self.silent
-        own = torch.where(without, 0.0, sums / (self.neuron.threshold * self.counts.clamp(min=1.0)))
+        told_by = _needs(self.settings)
+        if told_by == "counts":
+            own = torch.where(without, 0.0, torch.full_like(self.delta, most))
+        else:
+            sums = self.kept
+            if told_by == "drive":
+                sums = (self._q() * scans.response(self.kept.transpose(0, 1), self.kernel)).sum(0)
+            own = torch.where(without, 0.0, sums / (self.neuron.threshold * self.counts.clamp(min=1.0)))
         if is_reference:
-            ones = torch.ones((1, 1, *self.ctx.of[2:]), dtype=self.ctx.kind, device=sums.device)
+            ones = torch.ones((1, 1, *self.ctx.of[2:]), dtype=self.ctx.kind, device=own.device)
             all_inputs = precise(applied(self.ctx.op, self.ctx.names, self.weights, self.ctx.buffers, ones).flatten(1))
             own = torch.where(self.never, 0.5 / self.neuron.threshold * all_inputs, own)
-        return own
+        return own.clamp(max=most)
 
     def _q(self) -> Tensor:
         return scans.weights_of_firings(self.spikes, self.kernel.keep_mem, self.neuron.refractory)
@@ -219,15 +237,14 @@ def precise(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def fired(drive: Tensor, neuron: CubaLIF, lateral: float, spikes: Tensor) -> Tensor:
-    """Write the spikes of `scans.simulate`; return the sums of the membranes that fired.
+def fired(drive: Tensor, neuron: CubaLIF, lateral: float, spikes: Tensor, sums: Tensor | None) -> None:
+    """Write the spikes of `scans.simulate`, and add the membranes that fired to `sums`.
 
     Raises:
         NonFiniteError: if a drive is NaN or Inf, of which a neuron would be silent for ever.
     """
-    _, state, sums = scans.simulate(drive, neuron, lateral, spikes)
+    _, state = scans.simulate(drive, neuron, lateral, spikes, sums)
     refuse_not_finite(state.v, state.p, drive[len(drive) - min(neuron.delay, len(drive)) :])
-    return sums
 
 
 def refuse_not_finite(*tensors: Tensor) -> None:

@@ -127,26 +127,25 @@ def others(spikes: Tensor) -> Tensor:
 
 
 def simulate(
-    drive: Tensor, neuron: CubaLIF, lateral: float = 0.0, spikes: Tensor | None = None
-) -> tuple[Tensor, Membranes, Tensor]:
-    """Return what neurons do that a drive `(T, N, F)` arrives at.
+    drive: Tensor, neuron: CubaLIF, lateral: float = 0.0, spikes: Tensor | None = None, sums: Tensor | None = None
+) -> tuple[Tensor, Membranes]:
+    """Return what neurons fire that a drive `(T, N, F)` arrives at, 0 or 1, and their last state.
 
     Args:
         drive: what the synapses send in each step, before the delay.
         neuron: the neuron.
         lateral: strength by which each spike inhibits all others of its sample in the next step.
-        spikes: where to write them, `(T, N, F)`.
-
-    Returns:
-        The spikes, 0 or 1, `(T, N, F)`, in memory as the drive is; the last state; the sums over time of the membranes that
-        fired, `(N, F)`.
+        spikes: where to write them, `(T, N, F)`; None: memory like the drive's.
+        sums: what the membranes that fire are added to, `(N, F)`.
     """
     spikes = torch.empty_like(drive) if spikes is None else spikes
     state = Membranes(drive[0], neuron, lateral)
-    sums = torch.zeros_like(state.v)
+    own = None if sums is None else torch.zeros_like(sums)
     for t in range(len(drive)):
-        state.advance(drive[t - neuron.delay] if t >= neuron.delay else None, spikes[t], sums)
-    return spikes, state, sums.div_(neuron.tau_syn)
+        state.advance(drive[t - neuron.delay] if t >= neuron.delay else None, spikes[t], own)
+    if sums is not None and own is not None:
+        sums.add_(own, alpha=1.0 / neuron.tau_syn)
+    return spikes, state
 
 
 def response(drive: Tensor, kernel: Filter) -> Tensor:
