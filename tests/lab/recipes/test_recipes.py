@@ -156,6 +156,8 @@ def test_the_short_version_runs_and_goes_on(name: str, tmp_path: Path, monkeypat
         monkeypatch.setattr(higgs, "COUNTS", (higgs.FEW,))
     if name == "rnn-15":
         toy = _classes("mnist", (1, 28, 28), 10, rows=60, tests=20)
+    if name == "spiking-events":
+        toy = _classes("nmnist-small", (50, 2, 6, 6), 10, rows=60, tests=20)
     monkeypatch.setattr(_revnet, "NET", "revnet14")
     if name in ("blocks-cifar10", "revnet-angle", "revnet-cifar10"):
         toy = _classes("cifar10", (3, 32, 32), 10, rows=20, tests=10)
