@@ -21,7 +21,7 @@ from beyondprop.nn import PoissonEncoder, SpikingLayer
 
 REFUSED = {
     "hm2bp": {
-        "am-adam", "am-adam-unit", "am-sgd", "am-mem", "am-mem-bcd", "locoprop-m", "locoprop-m-rows", "locoprop-s",
+        "am-paper-fc", "am-paper-lenet", "am-paper-binary", "am-adam", "am-adam-unit", "am-sgd", "am-mem", "am-mem-bcd", "locoprop-m", "locoprop-m-rows", "locoprop-s",
         "consequentialism", "offline-am", "mac", "bcd", "admm", "dfa",
     },
     "surrogate": {"am-mem", "am-mem-bcd", "offline-am", "mac", "bcd", "admm", "fa"},
@@ -100,7 +100,7 @@ def test_spikes_a_row_are_those_of_the_last_evaluation() -> None:
     assert all(layer.counters == {} for layer in layers)
     spikes: dict[int, Tensor] = {}
     for i, layer in enumerate(layers):
-        layer.register_forward_hook(lambda _module, _inputs, out, i=i: spikes.update({i: out}))
+        layer.register_forward_hook(lambda _module, _inputs, out, i=i: spikes.update({i: out.detach()}))
     for _ in range(2):  # what was counted before a training batch is forgotten
         model.train()
         model(torch.rand(5, 1, 8, 8))

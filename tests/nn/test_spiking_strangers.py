@@ -247,3 +247,26 @@ def test_threads_that_share_a_layer_leave_its_parameters(rule: str) -> None:
         one.join()
     assert layer.get_parameter("op.weight") is weight
     assert arrived == [True] * 30
+
+
+def test_trains_with_negative_numbers_get_no_derivatives_by_counts() -> None:
+    layer, x = SpikingLayer(linear(), NEURON), spikes(2, 20, 6)
+    x[0, 3, 1] = -1.0
+    layer(x).sum().backward()  # the weights have theirs
+    assert gradient(layer).any()
+    with pytest.raises(ValueError, match="negative numbers"):
+        layer(x.requires_grad_())
+    SpikingLayer(linear(), NEURON, rule="surrogate")(x).sum().backward()
+
+
+def test_a_layer_keeps_bits() -> None:
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    layer, x = SpikingLayer(nn.Linear(100, 80, bias=False), CubaLIF(threshold=0.2)), spikes(4, 200, 100)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert sum(kept) <= 4 * 80 * 100 + 4 * 200 * (100 + 80) / 8  # the weight, and a bit for each step

@@ -36,10 +36,14 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     rows += [Row(f"{TITLES[net]}: spikes an image", _last(run, net, "spikes_a_row"), digits=0) for net in NETS[:2]]
     rows += [Row(f"{TITLES[net]}: seconds of training", _last(run, net, "seconds"), digits=0) for net in NETS]
     deep_epochs, every = (0.4, 20) if quick else (DEEP_EPOCHS, 200)
-    settings = usual(context, epochs=deep_epochs, evaluate_every=every, nets=DEEP, tune=False, schedule="constant", **own)
+    settings = usual(
+        context, epochs=deep_epochs, evaluate_every=every, nets=DEEP, tune=False, schedule="constant", **own
+    )
     deep = compared(context, "two-layers", settings, task=task)
     for net, title in zip(DEEP, ("HM2-BP", "surrogate gradients"), strict=True):
-        seeds = [[100 * number(row, "accuracy") for row in deep.of("eval", f"{RULE} {net}", s)] for s in deep.config["seeds"]]
+        seeds = [
+            [100 * number(row, "accuracy") for row in deep.of("eval", f"{RULE} {net}", s)] for s in deep.config["seeds"]
+        ]
         falls = tuple(max(course) - course[-1] for course in seeds)
         label = f"{title}, two layers at T = 40, constant rate, after epoch {deep_epochs:g}"
         rows.append(Row(label, tuple(course[-1] for course in seeds), "%", at_least=90.0 if net == DEEP[0] else None))

@@ -34,6 +34,11 @@ LEAST_LATERAL = 0.1
 SWAPPED = RLock()
 """Held while an operator has other weights in it than its own, which another thread must not take for them."""
 
+NEGATIVE = (
+    "A SpikingLayer with rule='hm2bp' sends derivatives to trains by their counts, which it divides by, and there are negative "
+    "numbers in these trains: make them >= 0, or take rule='surrogate'."
+)
+
 NO_DRIVE = (
     "The drive of a SpikingLayer is NaN or Inf, of which its neurons would be silent; look at its input and its weights, and "
     "at the learning rate."
@@ -78,6 +83,8 @@ class Fire(torch.autograd.Function):
             drive: Tensor | None = None
             for piece in _pieces(ctx, part):
                 trains = products.Trains(x[piece], x.shape[1], x.dtype)
+                if x.requires_grad and trains.bits is None and bool((x[piece] < 0).any()):
+                    raise ValueError(NEGATIVE)
                 own = plain.drive(trains) if plain else _drive(ctx, trains, [w.detach() for w in weights])
                 if piece == part:
                     drive = own

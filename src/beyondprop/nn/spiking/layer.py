@@ -40,7 +40,8 @@ class SpikingLayer(nn.Module):
         kernel: (`hm2bp`) `"discrete"`, what is simulated; `"continuous"`, the exponentials of the published code.
 
     Raises:
-        ValueError: for an operator with bias or one that is not linear, an unknown rule, or input without a time dimension.
+        ValueError: for an operator with bias or one that is not linear, an unknown rule, input without a time dimension, or negative
+            input that derivatives are to be sent to by `hm2bp`.
         NonFiniteError: if the drive of the neurons is NaN or Inf.
         RuntimeError: in an `hm2bp` backward pass, if derivatives differ from step to step.
 
