@@ -21,7 +21,8 @@ from beyondprop.nn import PoissonEncoder, SpikingLayer
 
 REFUSED = {
     "hm2bp": {
-        "am-paper-fc", "am-paper-lenet", "am-paper-binary", "am-adam", "am-adam-unit", "am-sgd", "am-mem", "am-mem-bcd", "locoprop-m", "locoprop-m-rows", "locoprop-s",
+        "am-paper-fc", "am-paper-lenet", "am-paper-binary",
+        "am-adam", "am-adam-unit", "am-sgd", "am-mem", "am-mem-bcd", "locoprop-m", "locoprop-m-rows", "locoprop-s",
         "consequentialism", "offline-am", "mac", "bcd", "admm", "dfa",
     },
     "surrogate": {"am-mem", "am-mem-bcd", "offline-am", "mac", "bcd", "admm", "fa"},

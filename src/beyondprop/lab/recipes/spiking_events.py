@@ -36,13 +36,13 @@ def _last(run: Run, net: str, key: str) -> tuple[float, ...]:
 RECIPE = Recipe(
     title="The small copy of N-MNIST",
     source=(
-        "after Jin, Zhang & Li, NeurIPS 2018, arXiv 1805.07866, Table 2: 2312-800-10 on N-MNIST, 98.84 % with 60,000 recordings; "
+        "after Jin, Zhang & Li, NeurIPS 2018, arXiv 1805.07866, Table 2: 2312-800-10 on N-MNIST, 98.84 % with 60,000; "
         "here the first 1,000, and 100 for the test"
     ),
     about=(
         "2312-800-10 on 50 frames of 6.7 ms, 1 where an event fell, without time compression. Both nets begin with the same "
-        "weights and are shown the same batches of 20, for 20 epochs: Adam, linear decay, the rate from four by recordings held "
-        "out of the training ones, ten seeds. The loss is that of counts, 10 for the label and 1 for the others."
+        "weights and are shown the same batches of 20, for 20 epochs: Adam, linear decay, the rate from four by recordings "
+        "held out of the training ones, ten seeds. The loss is that of counts, 10 for the label and 1 for the others."
     ),
     measure=measure,
     minutes=25,

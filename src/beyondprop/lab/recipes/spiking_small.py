@@ -60,9 +60,9 @@ RECIPE = Recipe(
     title="Small spiking nets on 10,000 images of MNIST",
     source="after Jin, Zhang & Li, NeurIPS 2018, arXiv 1805.07866; bounds are ours, nothing was published at this size",
     about=(
-        "784-100-10 at T = 50, five epochs of the first 10,000 images in batches of 50, all test images: Adam, linear decay, the "
-        "rate from four by held-out images, the same weights, images and trains for both rules, three seeds. Then 784-100-100-10 "
-        "at T = 40 with the default rate of 0.003, kept constant over 20 epochs, as the published rule collapses there."
+        "784-100-10 at T = 50, five epochs of the first 10,000 images in batches of 50, all test images: Adam, linear decay, "
+        "the rate from four by held-out images, the same weights, images and trains for both rules, three seeds. Then "
+        "784-100-100-10 at T = 40 with the default rate of 0.003, kept constant over 20 epochs; the published rule collapses."
     ),
     measure=measure,
     minutes=50,

@@ -32,16 +32,16 @@ class SpikingLayer(nn.Module):
         silent: (`hm2bp`) `"recover"` lets a neuron without spikes learn without the side effect; `"reference"` has that of the
             published code, which can turn its gradient around.
         silent_ratio: (`hm2bp`) what a contribution over its count is taken for where that is 0; the published code has 1.
-        side_effect: (`hm2bp`) how much, at most, a change of weights is taken to move firings, too, beside what it adds to them: the
-            sum of a neuron's membranes at its firings over threshold times count, 1 and more. 0: not at all; `math.inf`: as
-            published, which lets neurons grow without end that fire as often as refraction allows, and several layers collapse.
+        side_effect: (`hm2bp`) how much, at most, a change of weights is taken to move firings, too, beside what it adds to
+            them: the sum of a neuron's membranes at its firings over threshold times count, 1 and more. 0: not at all;
+            `math.inf`: as published, which lets neurons grow without end that fire as often as refraction allows.
         injected: (`hm2bp`) so many evenly spaced spikes are put, in the backward pass alone, into a neuron that is silent and
             that the loss wants to fire; the target count, in a read-out. 0: none.
         kernel: (`hm2bp`) `"discrete"`, what is simulated; `"continuous"`, the exponentials of the published code.
 
     Raises:
-        ValueError: for an operator with bias or one that is not linear, an unknown rule, input without a time dimension, or negative
-            input that derivatives are to be sent to by `hm2bp`.
+        ValueError: for an operator with bias or one that is not linear, an unknown rule, input without a time dimension, or
+            negative input that derivatives are to be sent to by `hm2bp`.
         NonFiniteError: if the drive of the neurons is NaN or Inf.
         RuntimeError: in an `hm2bp` backward pass, if derivatives differ from step to step.
 
