@@ -45,9 +45,9 @@ def test_events_are_spikes_where_and_when_they_happened() -> None:
 @pytest.mark.parametrize(
     ("event", "said"),
     [
-        ((4, 0, 0, 0), r"x of an event must be in \[0, 3\].*got 4 in event 1"),
-        ((0, 3, 0, 0), r"y of an event must be in \[0, 2\]"),
-        ((0, 0, -1, 0), r"t of an event must be in \[0, inf\]"),
+        ((4, 0, 0, 0), r"x of an event must be a whole number in \[0, 3\].*got 4 in event 1"),
+        ((0, 3, 0, 0), r"y of an event must be a whole number in \[0, 2\]"),
+        ((0, 0, -1, 0), "t of an event must be a number of microseconds >= 0"),
     ],
 )
 def test_events_outside_are_named(event: tuple[int, int, int, int], said: str) -> None:
@@ -65,7 +65,7 @@ def test_what_is_no_recording_is_refused() -> None:
     with pytest.raises(ValueError, match="duration"):
         data.event_frames(_events(), (4, 3, 2), steps=2, duration=0)
     strange = np.array([(0, 0, 0, 2)], dtype=[("x", int), ("y", int), ("t", int), ("p", int)])
-    with pytest.raises(ValueError, match=r"p of an event must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"p of an event must be a whole number in \[0, 1\]"):
         data.event_frames(strange, (4, 3, 2), steps=2, duration=9)
 
 
@@ -114,3 +114,33 @@ def test_the_small_copy_of_n_mnist_is_as_described() -> None:
     assert set(found.x_train.unique().tolist()) == {0.0, 1.0}
     spikes = found.x_train.sum((1, 2, 3, 4))
     assert 1000 < float(spikes.min()) < float(spikes.max()) < 7152  # fewer than events, of which some share a step
+
+
+@pytest.mark.parametrize(
+    ("steps", "duration", "t", "step"), [(45, 300000, 20000, 3), (25, 1225, 49, 1), (36, 1000, 750, 27)]
+)
+def test_an_event_at_the_edge_of_a_step_is_in_it(steps: int, duration: int, t: int, step: int) -> None:
+    found = data.event_frames(_events((0, 0, t, 0)), (1, 1, 1), steps=steps, duration=duration)
+    assert found.flatten().nonzero().tolist() == [[step]]
+
+
+def test_numbers_that_are_not_whole_are_not_cut() -> None:
+    kind = np.dtype([("x", "f8"), ("y", "f8"), ("t", "f8"), ("p", "f8")])
+    for event, said in (
+        ((0, 0, 1, -0.5), "p of"),
+        ((0, 0, 1, 0.7), "p of"),
+        ((0.5, 0, 1, 0), "x of"),
+        ((0, 0, np.inf, 0), "t of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            data.event_frames(np.array([event], dtype=kind), (1, 1, 2), steps=2, duration=9.0)
+    assert not data.event_frames(np.array([(0, 0, 9e18, 0)], dtype=kind), (1, 1, 2), steps=2, duration=9.0).any()
+
+
+def test_labels_are_told_apart() -> None:
+    for labels, said in (([0.2, 0.7], "A label must be"), ([1, "1"], "told apart")):
+        with pytest.raises(ValueError, match=said):
+            data.from_events(_Recordings(labels), steps=2)
+    assert data.from_events(_Recordings([np.int64(3), torch.tensor(4)]), steps=2).classes == ("3", "4")
+    with pytest.raises(ValueError, match="test has no recording"):
+        data.from_events(_Recordings([1]), _Recordings([]))

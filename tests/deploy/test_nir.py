@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from beyondprop.deploy import export_nir, load_nir
 from beyondprop.errors import UnsupportedModelError
@@ -113,7 +114,7 @@ class _Scaled(nn.Module):
 @pytest.mark.parametrize(
     ("net", "shape", "said"),
     [
-        (nn.Linear(3, 2), (3,), "Linear, of which NIR knows nothing"),
+        (nn.Linear(3, 2), (3,), "There is no SpikingLayer to write"),
         (nn.Sequential(SpikingLayer(nn.Linear(3, 2, bias=False), NEURON), nn.Dropout()), (3,), "1 is a Dropout"),
         (SpikingLayer(_Scaled(), NEURON), (3,), "no node"),
         (SpikingLayer(nn.Linear(3, 2, bias=False), NEURON), (4, 3), "no node"),
@@ -192,3 +193,129 @@ def test_norse_fires_the_same_spikes(tmp_path: Path) -> None:
     expected = net[1:-1](x)
     assert expected.any()
     assert torch.equal(torch.stack(spikes, 1)[:, : 100 - found.shift], expected[:, found.shift :])
+
+
+class _Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+class _Own(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self[1](self[0](x) + x)
+
+
+def _layer(inputs: int = 6, outputs: int = 6, **neuron: Any) -> SpikingLayer:
+    op = nn.Linear(inputs, outputs, bias=False)
+    nn.init.uniform_(op.weight, 0.0, 0.6)
+    return SpikingLayer(op, CubaLIF(8.0, 2.0, 0.5, **neuron))
+
+
+def test_layers_that_stand_twice_are_written_twice() -> None:
+    layer, pool, x = _layer(), SpikingSumPool2d(2, NEURON), _trains(3, 20, 6)
+    found = export_nir(nn.Sequential(layer, layer), None, input_shape=(6,), sample=x)
+    assert found.is_exact
+    assert len(load_nir(found.graph)) == 2
+    conv = [SpikingLayer(nn.Conv2d(1, 1, 1, bias=False), CubaLIF(threshold=0.1)) for _ in range(2)]
+    for one in conv:
+        nn.init.constant_(next(one.parameters()), 1.0)
+    net = nn.Sequential(conv[0], pool, conv[1], pool)
+    x = torch.ones(2, 30, 1, 8, 8)
+    found = export_nir(net, None, input_shape=(1, 8, 8), sample=x)
+    assert found.is_exact
+    assert load_nir(found.graph)(x).shape == net(x).shape
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (_Own(_layer(), _layer()), "no SpikingLayer to write"),
+        (nn.Sequential(_layer(), _Half(), _layer()), "1 is a _Half"),
+        (nn.Sequential(_layer(), SpikeCounts(), _layer()), "2 is a"),
+        (nn.Sequential(_layer(), PoissonEncoder(9), _layer()), "1 is a PoissonEncoder"),
+    ],
+)
+def test_nets_that_do_something_between_layers_are_refused(net: nn.Module, said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        export_nir(net, None, input_shape=(6,))
+
+
+def test_a_module_before_the_first_layer_and_between_layers_is_refused() -> None:
+    half = _Half()
+    export_nir(nn.Sequential(half, _layer()), None, input_shape=(6,))
+    with pytest.raises(UnsupportedModelError, match="2 is a _Half"):
+        export_nir(nn.Sequential(half, _layer(), half, _layer()), None, input_shape=(6,))
+
+
+def test_nothing_is_exact_that_was_not_compared() -> None:
+    assert not export_nir(_layer(), None, input_shape=(6,), sample=torch.zeros(2, 20, 6)).is_exact
+    for sample in (torch.ones(0, 20, 6), torch.ones(1, 5, 6), torch.ones(1, 4, 6), torch.ones(5, 6)):
+        with pytest.raises(ValueError, match=r"sample must be trains .* T > 5"):
+            export_nir(_layer(delay=5), None, input_shape=(6,), sample=sample)
+
+
+def test_weights_that_a_hook_makes_are_those_of_now() -> None:
+    layer = _layer()
+    prune.identity(layer.op, "weight")
+    original = layer.get_parameter("op.weight_orig")
+    with torch.no_grad():
+        original.add_(1.0)
+    graph = export_nir(layer, None, input_shape=(6,)).graph
+    np.testing.assert_allclose(graph.nodes["linear_0"].weight, original.detach().numpy())
+    hooked = _layer()
+    hooked.op.register_forward_hook(lambda *called: 3.0 * called[-1])
+    with pytest.raises(UnsupportedModelError, match="forward hooks"):
+        export_nir(hooked, None, input_shape=(6,))
+
+
+def _chain_of(*nodes: Any) -> Any:
+    graph = export_nir(_layer(), None, input_shape=(6,)).graph
+    graph.edges = [edge for edge in graph.edges if edge[1] != "output"]
+    last = "neurons_0"
+    for number, node in enumerate(nodes):
+        graph.nodes[f"more_{number}"] = node
+        graph.edges.append((last, f"more_{number}"))
+        last = f"more_{number}"
+    graph.edges.append((last, "output"))
+    return graph
+
+
+def test_more_graphs_of_other_kinds_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="must end in CubaLIF"):
+        load_nir(_chain_of(nir.Delay(np.full(6, 3e-3))))
+    graph = export_nir(_layer(), None, input_shape=(6,), delays="nodes").graph
+    graph.nodes["delay_0"] = nir.Delay(np.full(6, 0.5e-3))
+    with pytest.raises(UnsupportedModelError, match="one whole number of steps"):
+        load_nir(graph)
+    graph = export_nir(_layer(), None, input_shape=(6,)).graph
+    graph.nodes["neurons_0"].v_threshold = np.linspace(1e-9, 9e-9, 6)
+    with pytest.raises(UnsupportedModelError, match="different v_threshold"):
+        load_nir(graph)
+    graph = export_nir(_layer(), None, input_shape=(6,)).graph
+    graph.nodes["beside"] = nir.Linear(np.ones((6, 6)))
+    graph.edges.append(("beside", "neurons_0"))
+    with pytest.raises(UnsupportedModelError, match="'beside' goes into 'neurons_0'"):
+        load_nir(graph)
+    graph.edges[-1] = ("gone", "neurons_0")
+    with pytest.raises(UnsupportedModelError, match="'gone', of which there is no node"):
+        load_nir(graph)
+    part = nir.Flatten({"input": np.array([2, 3, 4])}, start_dim=1)
+    with pytest.raises(UnsupportedModelError, match="some dimensions"):
+        load_nir(_chain_of(part))
+
+
+def test_graphs_without_a_length_of_steps() -> None:
+    graph = export_nir(_layer(dt=1e-4), None, input_shape=(6,)).graph
+    for metadata in (None, {}, {"dt": None}):
+        graph.metadata = metadata
+        with pytest.raises(UnsupportedModelError, match=r"Node 'neurons_0', in steps of 0.001 s \(dt\): tau_mem"):
+            load_nir(graph)
+        (layer,) = load_nir(graph, dt=1e-4)
+        assert isinstance(layer, SpikingLayer)
+        assert layer.neuron.tau_syn == 2.0
+
+
+def test_one_neuron_has_no_others() -> None:
+    layer = SpikingLayer(_layer(6, 1).op, NEURON, lateral=0.1)
+    found = export_nir(layer, None, input_shape=(6,), sample=torch.ones(1, 30, 6))
+    assert found.is_exact

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import equal
 from torch import Tensor, nn
 
-from beyondprop.errors import UnsupportedModelError
+from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.lab import nets, registry
 from beyondprop.lab.comparing.comparison import compare
 from beyondprop.lab.comparing.settings import Settings
@@ -57,7 +58,8 @@ def test_forms_say_what_is_built() -> None:
         ("spiking:3:T=31:target=11", (4,), "the target must be <= 10, as many spikes as fit"),
         ("spiking:3:events", (7, 4), "the target must be <= 2"),
         ("spiking:3:T=40:events", (40, 4), "leave one of them out"),
-        ("spiking:3:events", (), "takes samples"),
+        ("spiking:3:events", (), "takes .T, ...., got samples of shape"),
+        ("spiking:3", (), "takes rows or images"),
         ("spiking:3:conv", (4,), "takes images"),
         ("spiking:3:conv", (1, 3, 9), "4x4 or more"),
         ("spiking:3:hm2bp:surrogate", (4,), "take one of them"),
@@ -92,6 +94,30 @@ def test_the_range_is_that_of_what_was_trained_on() -> None:
     images = UnitRange(3)(torch.arange(24.0).view(2, 3, 2, 2))
     assert images.amin((0, 2, 3)).tolist() == [0.0] * 3
     assert images.amax((0, 2, 3)).tolist() == [1.0] * 3
+
+
+def test_what_is_no_input_leaves_the_range_as_it_was() -> None:
+    module = UnitRange(2)
+    module(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
+    before = copy.deepcopy(module.state_dict())
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(NonFiniteError):
+            module(torch.tensor([[0.5, wrong]]))
+    with pytest.raises(ValueError, match="for 2 features or channels"):
+        module(torch.zeros(5, 1))
+    assert module(torch.zeros(0, 2)).shape == (0, 2)
+    assert equal(module.state_dict(), before)
+
+
+def test_evaluations_that_follow_each_other_are_counted_apart() -> None:
+    model = nets.build("spiking:9:T=40", (6,), 3)
+    model(torch.rand(50, 6))
+    model.eval()
+    layer: Any = _layers(model)[0]
+    model(torch.ones(4, 6))
+    assert layer.counters["spikes_a_row"] > 0
+    model(torch.zeros(4, 6))
+    assert layer.counters == {"spikes_a_row": 0.0}
 
 
 def test_spikes_a_row_are_those_of_the_last_evaluation() -> None:

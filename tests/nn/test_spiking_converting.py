@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from beyondprop import data
 from beyondprop.errors import UnsupportedModelError
@@ -107,3 +108,37 @@ def test_intervals_and_inputs_that_are_none_are_refused() -> None:
     nn.init.constant_(next(model.parameters()), -1.0)
     with pytest.raises(ValueError, match="No neuron of layer 0 is driven"):
         convert_to_spiking(model, NEURON, inputs=torch.ones(2, 20, 3))
+
+
+def test_modules_that_stand_at_several_places() -> None:
+    relu, shared, pool = nn.ReLU(), nn.Linear(5, 5, bias=False), nn.AvgPool2d(2)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), relu, shared, relu, shared, relu, nn.Linear(5, 3, bias=False))
+    found = convert_to_spiking(model, NEURON)
+    layers = [module for module in found if isinstance(module, SpikingLayer)]
+    assert len(layers) == 4
+    assert layers[1].op is layers[2].op
+    assert len(list(found.parameters())) == 3
+    conv = nn.Sequential(
+        nn.Conv2d(1, 3, 3, bias=False),
+        nn.ReLU(),
+        pool,
+        nn.Conv2d(3, 3, 2, bias=False),
+        nn.ReLU(),
+        pool,
+        nn.Conv2d(3, 2, 1, bias=False),
+    )
+    expected = conv(torch.rand(1, 1, 12, 12)).shape
+    assert convert_to_spiking(conv, NEURON)(torch.ones(1, 20, 1, 12, 12)).shape == expected
+    tied = nn.Sequential(nn.Linear(5, 5, bias=False), nn.ReLU(), nn.Linear(5, 5, bias=False))
+    tied[2].weight = tied[0].weight
+    assert len(list(convert_to_spiking(tied, NEURON).parameters())) == 1
+
+
+def test_what_would_fail_at_the_first_call_is_refused() -> None:
+    for flatten in (nn.Flatten(0), nn.Flatten(0, 1), nn.Flatten(2)):
+        with pytest.raises(UnsupportedModelError, match=r"nn.Flatten\(1\) alone"):
+            convert_to_spiking(nn.Sequential(flatten, nn.Linear(4, 2, bias=False), nn.ReLU()), NEURON)
+    pruned = nn.Linear(4, 2, bias=False)
+    prune.identity(pruned, "weight")
+    with pytest.raises(UnsupportedModelError, match="with hooks"):
+        convert_to_spiking(nn.Sequential(pruned, nn.ReLU()), NEURON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -48,20 +49,25 @@ def event_frames(events: Array, sensor_size: Sequence[int], *, steps: int, durat
             f"events must be a structured array with the fields {', '.join(FIELDS)}, got "
             f"{', '.join(fields) or type(events).__name__}; missing: {', '.join(missing)}."
         )
-    x, y, t = (np.asarray(events[name]).astype(np.float64) for name in "xyt")
-    p = np.asarray(events["p"]).astype(np.int64)
-    for name, values, most in (("x", x, width - 1), ("y", y, height - 1), ("t", t, np.inf), ("p", p, 1)):
-        wrong = ~((values >= 0) & (values <= most))
+    x, y, t, p = (np.asarray(events[name]).astype(np.float64) for name in FIELDS)
+    for name, values, most in (
+        ("x", x, width - 1),
+        ("y", y, height - 1),
+        ("t", t, np.finfo(np.float64).max),
+        ("p", p, 1),
+    ):
+        wrong = ~((values >= 0) & (values <= most)) | ((values != np.floor(values)) & (name != "t"))
         if wrong.any():
+            accepted = "a number of microseconds >= 0" if name == "t" else f"a whole number in [0, {most:g}]"
             raise ValueError(
-                f"{name} of an event must be in [0, {most:g}] for a sensor of {width} x {height} x {polarities}, got "
+                f"{name} of an event must be {accepted} for a sensor of {width} x {height} x {polarities}, got "
                 f"{values[wrong][0]:g} in event {int(np.argmax(wrong))}."
             )
-    when = np.floor(t * (steps / duration)).astype(np.int64)
-    kept = when < steps
+    kept = t < duration
+    when = np.minimum(np.floor(t[kept] * steps / duration), steps - 1)
     found = torch.zeros(steps, polarities, height, width)
-    place = (when, p if polarities == 2 else 0 * p, y.astype(np.int64), x.astype(np.int64))
-    found.index_put_(tuple(torch.from_numpy(one[kept]) for one in place), torch.ones(()))
+    place = (when, (p if polarities == 2 else 0 * p)[kept], y[kept], x[kept])
+    found.index_put_(tuple(torch.from_numpy(one.astype(np.int64)) for one in place), torch.ones(()))
     return found
 
 
@@ -87,8 +93,9 @@ def from_events(
     Raises:
         ValueError: if there is no recording, or no sensor size, or a recording is none; the message says which.
     """
-    if not len(train):
-        raise ValueError("train has no recording.")
+    for part, one in (("train", train), ("test", test)):
+        if one is not None and not len(one):
+            raise ValueError(f"{part} has no recording.")
     size = sensor_size if sensor_size is not None else getattr(train, "sensor_size", None)
     if size is None:
         raise ValueError(
@@ -97,6 +104,8 @@ def from_events(
     parts = {"train": train} if test is None else {"train": train, "test": test}
     labels = {part: [_label(one[i][1]) for i in range(len(one))] for part, one in parts.items()}
     classes = sorted(set(labels["train"]), key=lambda label: (isinstance(label, str), label))
+    if len(set(map(str, classes))) < len(classes):
+        raise ValueError(f"Labels must be told apart by their text, got {classes}.")
     numbers = {label: index for index, label in enumerate(classes)}
     if strange := [label for label in labels.get("test", ()) if label not in numbers]:
         raise ValueError(f"test has a label that train has not: {strange[0]!r}.")
@@ -126,8 +135,8 @@ def _label(label: Any) -> int | str:
     if isinstance(label, str):
         return label
     try:
-        return int(label)
-    except (TypeError, ValueError):
+        return operator.index(label)
+    except TypeError:
         raise ValueError(f"A label must be a whole number or text, got {label!r}.") from None
 
 

@@ -29,6 +29,10 @@ def linear_node(nir: Any, module: nn.Module, shape: Sequence[int], name: str) ->
     Raises:
         UnsupportedModelError: if there is none in NIR.
     """
+    if module._forward_hooks:
+        raise UnsupportedModelError(
+            f"{name} has a {type(module).__name__} with forward hooks, which NIR does not have; remove them."
+        )
     weight = getattr(module, "weight", None)
     array = None if weight is None else weight.detach().cpu().float().numpy()
     if type(module) is nn.Linear and len(shape) == 1:
@@ -84,7 +88,7 @@ def neuron_of(node: Any, name: str, dt: float, delay: int) -> CubaLIF:
     values: dict[str, float] = {}
     for key in ("tau_syn", "tau_mem", "r", "v_leak", "v_threshold", "v_reset", "w_in"):
         array = np.asarray(getattr(node, key), dtype=np.float64)
-        if not np.allclose(array, array.flat[0]):
+        if not _alike(array, array.flat[0]):
             raise UnsupportedModelError(f"Node {name!r}: neurons with different {key} are not supported.")
         values[key] = float(array.flat[0])
     for key in ("v_leak", "v_reset"):
@@ -98,7 +102,30 @@ def neuron_of(node: Any, name: str, dt: float, delay: int) -> CubaLIF:
             f"Node {name!r}: w_in and r must be > 0, got {values['w_in']:g} and {values['r']:g}."
         )
     threshold = values["v_threshold"] / scale + SLACK
-    return CubaLIF(_whole(tau_mem), _whole(tau_syn), threshold, 0, delay, dt)
+    try:
+        return CubaLIF(_whole(tau_mem), _whole(tau_syn), threshold, 0, delay, dt)
+    except ValueError as error:
+        raise UnsupportedModelError(f"Node {name!r}, in steps of {dt:g} s (dt): {error}") from error
+
+
+def delay_of(node: Any, name: str, dt: float) -> int:
+    """Return the steps of a Delay.
+
+    Raises:
+        UnsupportedModelError: if they are no whole number, the same for all.
+    """
+    steps = np.asarray(node.delay, dtype=np.float64) / dt
+    whole = round(float(steps.flat[0]))
+    if not np.all(np.abs(steps - whole) <= 1e-3) or whole < 0:
+        raise UnsupportedModelError(
+            f"Node {name!r}: delays must be one whole number of steps of {dt:g} s, got {steps.flat[0]:g}."
+        )
+    return whole
+
+
+def _alike(array: Any, expected: Any) -> bool:
+    """Return whether numbers are the same in single precision, in whatever unit they are."""
+    return bool(np.all(np.abs(array - expected) <= 1e-5 * np.abs(expected)))
 
 
 def _whole(value: float) -> float:
@@ -136,6 +163,12 @@ def module_of(nir: Any, node: Any, name: str) -> nn.Module:
         sizes = (_numbers(value) for value in (node.kernel_size, node.stride, node.padding))
         return nn.AvgPool2d(*sizes, divisor_override=divisor)  # type: ignore[arg-type]
     if isinstance(node, nir.Flatten):
+        shape = None if node.input_type is None else node.input_type.get("input")
+        rank = 2 if shape is None else len(shape)
+        if (node.start_dim, node.end_dim) not in ((0, -1), (0, rank - 1)) and rank > 1:
+            raise UnsupportedModelError(
+                f"Node {name!r} flattens some dimensions of a sample; all of them alone are supported."
+            )
         return nn.Flatten(1)
     raise UnsupportedModelError(f"Node {name!r} is a {type(node).__name__}, of which no spiking layer is made.")
 
@@ -145,7 +178,7 @@ def lateral_of(weight: Any) -> float | None:
     array = np.asarray(weight)
     strength = -float(array[0, 1]) if array.ndim == 2 and array.shape[0] == array.shape[1] > 1 else 0.0
     expected = strength * (np.eye(len(array)) - 1.0)
-    return strength if strength > 0 and np.allclose(array, expected) else None
+    return strength if strength > 0 and _alike(array, expected) else None
 
 
 def _with_weight(module: nn.Module, weight: Any) -> nn.Module:

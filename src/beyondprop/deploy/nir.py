@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from beyondprop import _checks
-from beyondprop.deploy._nodes import lateral_of, linear_node, module_of, neuron_node, neuron_of, parts
+from beyondprop.deploy._nodes import delay_of, lateral_of, linear_node, module_of, neuron_node, neuron_of, parts
 from beyondprop.errors import UnsupportedModelError
 from beyondprop.nn.spiking import SpikeCounts, SpikingLayer
-from beyondprop.nn.spiking.encoders import Encoder
 
 DELAYS = ("shift", "nodes")
 
@@ -61,8 +60,8 @@ class NIRExport:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every spike of the sample is the same; False without a sample."""
-        return bool(self.drift) and not any(layer.differing for layer in self.drift)
+        """Whether every spike of the sample is the same; False without a sample, and where nothing fires."""
+        return any(layer.expected for layer in self.drift) and not any(layer.differing for layer in self.drift)
 
     def __str__(self) -> str:
         told = [f"{self.path or 'a graph'} of {len(self.graph.nodes)} nodes, {self.shift} steps earlier at its end"]
@@ -108,27 +107,36 @@ def export_nir(
                 f"{name} has neurons with refractory={layer.neuron.refractory}, and NIR has no refraction: they would fire "
                 "more often. Train with refractory=0, or pass allow_lossy=True, and a sample to see what it does."
             )
+    shift = sum(_shift(layer, delays) for _, layer, _ in layers)
+    if sample is not None and (sample.ndim < 3 or not len(sample) or sample.shape[1] <= shift):
+        raise ValueError(
+            f"sample must be trains (N, T, ...), N >= 1 and T > {shift}, the steps by which the file's network is earlier, got "
+            f"{tuple(sample.shape)}."
+        )
     graph = _graph(nir, layers, tuple(int(n) for n in input_shape), delays)
     if path is not None:
         path = Path(path)
         nir.write(path, graph)
         graph = nir.read(path)
-    drift = () if sample is None else _drift(layers, _network(nir, graph), sample)
-    return NIRExport(path, graph, sum(_shift(layer, delays) for _, layer, _ in layers), drift)
+    drift = () if sample is None else _drift(layers, _network(nir, graph, None), sample)
+    return NIRExport(path, graph, shift, drift)
 
 
-def load_nir(source: str | Path | Any) -> nn.Sequential:
+def load_nir(source: str | Path | Any, *, dt: float | None = None) -> nn.Sequential:
     """Return spiking layers from a NIR file, or a `nir.NIRGraph`: one path of linear nodes and CubaLIF nodes.
 
-    Trains `(N, T, ...)` go in, and spikes `(N, T, ...)` come out. Steps have the length `dt` of the graph's metadata,
-    by default 1 ms.
+    Trains `(N, T, ...)` go in, and spikes `(N, T, ...)` come out.
+
+    Args:
+        source: the file, or the graph.
+        dt: length of a step in seconds; None: that of the graph's metadata, and 1 ms where it has none.
 
     Raises:
         ModuleNotFoundError: without the package `nir`.
         UnsupportedModelError: for nodes that are none of ours, neurons of one node that differ, and graphs that branch.
     """
     nir = _nir()
-    return _network(nir, nir.read(source) if isinstance(source, str | Path) else source)
+    return _network(nir, nir.read(source) if isinstance(source, str | Path) else source, dt)
 
 
 def _nir() -> ModuleType:
@@ -139,37 +147,32 @@ def _nir() -> ModuleType:
     return nir
 
 
-def _layers(net: nn.Module, name: str = "") -> Iterator[tuple[str, SpikingLayer, bool]]:
+def _layers(net: nn.Module) -> Iterator[tuple[str, SpikingLayer, bool]]:
     """Yield the spiking layers by name, and whether the spikes are flattened before each."""
-    flattens = False
-    for key, module in _chain(net, name):
-        if isinstance(module, SpikingLayer):
-            yield key or "net", module, flattens
-            flattens = False
-        elif type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (2, -1):
+    flattens = has_begun = has_ended = False
+    for key, module in _chain(net, ""):
+        name = key or "net"
+        if isinstance(module, SpikingLayer) and not has_ended:
+            yield name, module, flattens
+            flattens, has_begun = False, True
+        elif isinstance(module, SpikeCounts):
+            has_ended = has_begun
+        elif type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (2, -1) and not has_ended:
             flattens = True
-        elif not isinstance(module, SpikeCounts | Encoder | nn.Identity) and not _is_before(net, module):
+        elif not isinstance(module, nn.Identity) and has_begun:
             raise UnsupportedModelError(
-                f"{key} is a {type(module).__name__}, of which NIR knows nothing; SpikingLayer, nn.Flatten(2) and SpikeCounts "
-                "are written, and what is before the first spiking layer stays behind."
+                f"{name} is a {type(module).__name__}, of which NIR knows nothing there; SpikingLayer, nn.Flatten(2) and, at "
+                "the end, SpikeCounts are written, and what is before the first spiking layer stays behind."
             )
 
 
 def _chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, nn.Sequential) and not isinstance(module, SpikingLayer):
-        for key, child in module.named_children():
-            yield from _chain(child, f"{name}.{key}" if name else key)
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for key, child in module._modules.items():  # all of them: a pool may stand at several places
+            if child is not None:
+                yield from _chain(child, f"{name}.{key}" if name else key)
     else:
         yield name, module
-
-
-def _is_before(net: nn.Module, module: nn.Module) -> bool:
-    for _, one in _chain(net, ""):
-        if isinstance(one, SpikingLayer):
-            return False
-        if one is module:
-            return any(isinstance(other, SpikingLayer) for other in net.modules())
-    return False
 
 
 def _shift(layer: SpikingLayer, delays: str) -> int:
@@ -178,7 +181,7 @@ def _shift(layer: SpikingLayer, delays: str) -> int:
 
 def _graph(nir: Any, layers: list[tuple[str, SpikingLayer, bool]], shape: tuple[int, ...], delays: str) -> Any:
     if not layers:
-        raise UnsupportedModelError("There is no SpikingLayer to write.")
+        raise UnsupportedModelError("There is no SpikingLayer to write in what is an nn.Sequential, or is one itself.")
     nodes: dict[str, Any] = {"input": nir.Input({"input": np.array(shape)})}
     edges: list[tuple[str, str]] = []
     last = "input"
@@ -192,15 +195,16 @@ def _graph(nir: Any, layers: list[tuple[str, SpikingLayer, bool]], shape: tuple[
     for number, (name, layer, flattens) in enumerate(layers):
         modules = [nn.Flatten(1)] if flattens and len(shape) > 1 else []
         for position, module in enumerate([*modules, *parts(layer.op)]):
-            add(f"linear_{number}" + (f"_{position}" if position else ""), linear_node(nir, module, shape, name))
-            with torch.no_grad():
+            with torch.no_grad():  # called first: a hook may make its weight, as pruning does
                 like = next((p for p in module.parameters()), torch.zeros(()))
-                shape = tuple(module(torch.zeros(1, *shape, dtype=like.dtype, device=like.device)).shape[1:])
+                following = tuple(module(torch.zeros(1, *shape, dtype=like.dtype, device=like.device)).shape[1:])
+            add(f"linear_{number}" + (f"_{position}" if position else ""), linear_node(nir, module, shape, name))
+            shape = following
         neuron = layer.neuron
         if delays == "nodes" and neuron.delay:
             add(f"delay_{number}", nir.Delay(np.full(shape, neuron.delay * neuron.dt, dtype=np.float32)))
         add(f"neurons_{number}", neuron_node(nir, neuron, shape))
-        if layer.lateral:
+        if layer.lateral and shape != (1,):  # one neuron has no others
             if len(shape) != 1:
                 raise UnsupportedModelError(
                     f"{name} inhibits laterally neurons of shape {shape}; NIR has that for rows alone."
@@ -213,14 +217,18 @@ def _graph(nir: Any, layers: list[tuple[str, SpikingLayer, bool]], shape: tuple[
     return nir.NIRGraph(nodes, edges, metadata)
 
 
-def _network(nir: Any, graph: Any) -> nn.Sequential:
+def _network(nir: Any, graph: Any, dt: float | None) -> nn.Sequential:
+    if strange := {name for edge in graph.edges for name in edge} - set(graph.nodes):
+        raise UnsupportedModelError(f"An edge names {sorted(strange)[0]!r}, of which there is no node.")
     following: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    coming: dict[str, list[str]] = {name: [] for name in graph.nodes}
     for source, target in graph.edges:
         following[source].append(target)
+        coming[target].append(source)
     names = [name for name, node in graph.nodes.items() if isinstance(node, nir.Input)]
     if len(names) != 1:
         raise UnsupportedModelError(f"A graph must have one input, got {len(names)}.")
-    dt = float(graph.metadata.get("dt", 1e-3))
+    step = float(dt if dt is not None else (graph.metadata or {}).get("dt") or 1e-3)
     layers: list[nn.Module] = []
     linear: list[nn.Module] = []
     name, delay, seen = names[0], 0, set[str]()
@@ -228,31 +236,34 @@ def _network(nir: Any, graph: Any) -> nn.Sequential:
         if name in seen:
             raise UnsupportedModelError(f"Node {name!r} is in a cycle that is no lateral inhibition.")
         seen.add(name)
-        targets, lateral = following[name], 0.0
+        back = [one for one in following[name] if name in following[one]] if isinstance(node, nir.CubaLIF) else []
+        targets = [one for one in following[name] if one not in back]
         if isinstance(node, nir.CubaLIF):
-            back = [one for one in targets if name in following[one]]
-            for one in back:
-                strength = lateral_of(getattr(graph.nodes[one], "weight", np.zeros(0)))
-                if strength is None or following[one] != [name]:
-                    raise UnsupportedModelError(f"Node {one!r}: a recurrent connection must inhibit all others alike.")
-                lateral += strength
-            targets = [one for one in targets if one not in back]
+            lateral = sum(_lateral(graph, one, following[one] == [name]) for one in back)
             op = linear[0] if len(linear) == 1 else nn.Sequential(*linear)
-            layers.append(SpikingLayer(op, neuron_of(node, name, dt, delay), lateral=lateral))
+            layers.append(SpikingLayer(op, neuron_of(node, name, step, delay), lateral=lateral))
             linear, delay = [], 0
         elif isinstance(node, nir.Delay):
-            steps = np.asarray(node.delay, dtype=np.float64) / dt
-            if not np.allclose(steps, steps.flat[0]):
-                raise UnsupportedModelError(f"Node {name!r}: delays that differ are not supported.")
-            delay += round(float(steps.flat[0]))
+            delay += delay_of(node, name, step)
         elif not isinstance(node, nir.Input):
             linear.append(module_of(nir, node, name))
         if len(targets) != 1:
             raise UnsupportedModelError(f"Node {name!r} goes on to {len(targets)} nodes; one path alone is supported.")
-        name = targets[0]
-    if linear or not layers:
+        (name,) = targets
+        if others := [one for one in coming[name] if one not in seen and name not in coming[one]]:
+            raise UnsupportedModelError(
+                f"Node {others[0]!r} goes into {name!r} beside the path from the input; one alone is supported."
+            )
+    if linear or delay or not layers:
         raise UnsupportedModelError("The graph must end in CubaLIF neurons.")
     return nn.Sequential(*layers)
+
+
+def _lateral(graph: Any, name: str, returns: bool) -> float:
+    strength = lateral_of(getattr(graph.nodes[name], "weight", np.zeros(0)))
+    if strength is None or not returns:
+        raise UnsupportedModelError(f"Node {name!r}: a recurrent connection must inhibit all others alike.")
+    return strength
 
 
 @torch.no_grad()

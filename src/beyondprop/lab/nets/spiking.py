@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from beyondprop.errors import NonFiniteError
 from beyondprop.lab.nets.options import (
     MOST_LAYERS,
     MOST_UNITS,
@@ -55,6 +56,14 @@ class UnitRange(nn.Module):
         self.register_buffer("high", torch.full((features,), -math.inf))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != len(self.low):
+            raise ValueError(
+                f"A spiking net for {len(self.low)} features or channels got input of shape {tuple(x.shape)}."
+            )
+        if not len(x):
+            return x
+        if not bool(torch.isfinite(x).all()):
+            raise NonFiniteError("The input of a spiking net is NaN or Inf.", where="x")
         low, high = x.detach().transpose(0, 1).flatten(1).aminmax(dim=1)
         if self.training:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
@@ -74,7 +83,8 @@ class _Counted(nn.Module):
 
     @property
     def counters(self) -> dict[str, float]:
-        """Spikes a row of the layer."""
+        """Spikes a row of the layer; once they were asked for, the next evaluation counts anew."""
+        self._is_over = True
         return {"spikes_a_row": float(self._spikes) / self._rows} if self._rows else {}
 
     def _count(self, spikes: Tensor) -> Tensor:
@@ -111,16 +121,20 @@ def spike_loss(form: str) -> SpikeCountLoss:
 def spiking(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
     """Build `spiking:WIDTH[xDEPTH][:hm2bp|surrogate][:T=STEPS][:target=COUNT][:conv][:events]`.
 
-    Both rules start from the same weights and are shown the same spikes. The target is a fifth of the steps.
+    Both rules start from the same weights and are shown the same spikes. The target is a fifth of the steps, and 10 for events.
     """
     width, depth = _size(spec)
     rule, steps, target, conv, events = _options(spec)
     shape = tuple(input_shape[1:] if events else input_shape)
     if not shape:
-        raise ValueError(f"{spec!r}: 'events' takes samples (T, ...), got shape {tuple(input_shape)}.")
+        raise ValueError(
+            f"{spec!r} takes {'(T, ...)' if events else 'rows or images'}, got samples of shape {tuple(input_shape)}."
+        )
     most = NEURON.most_spikes(input_shape[0] if events else steps)
     if target > most:
-        raise ValueError(f"{spec!r}: the target must be <= {most}, as many spikes as fit into the steps, got {target}.")
+        raise ValueError(
+            f"{spec!r}: the target must be <= {most}, as many spikes as fit into the steps, got {target}; give target=COUNT."
+        )
     layers: list[nn.Module] = [] if events else [UnitRange(shape[0]), PoissonEncoder(steps)]
     inputs = math.prod(shape)
     if conv:

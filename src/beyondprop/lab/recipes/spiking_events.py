@@ -19,7 +19,7 @@ def measure(context: Context) -> tuple[Sequence[Row], dict[str, Any]]:
     quick = context.quick
     epochs, every = (1.0, 25) if quick else (EPOCHS, 100)
     own: dict[str, Any] = {"data": "nmnist-small", "nets": NETS, "rules": (RULE,), "tune_epochs": epochs}
-    run = compared(context, "events", usual(context, 10, epochs=epochs, evaluate_every=every, batch_size=20, **own))
+    run = compared(context, "events", usual(context, 5, epochs=epochs, evaluate_every=every, batch_size=20, **own))
     end = {net: at_epoch(run, f"{RULE} {net}", epochs) for net in NETS}
     rows = [Row(f"{TITLES[net]}, after epoch {epochs:g}", end[net], "%") for net in NETS]
     rows.append(Row.lead("HM2-BP minus surrogate gradients", end[HM2BP], end[SURROGATE], at_least=0.0))
@@ -42,7 +42,7 @@ RECIPE = Recipe(
     about=(
         "2312-800-10 on 50 frames of 6.7 ms, 1 where an event fell, without time compression. Both nets begin with the same "
         "weights and are shown the same batches of 20, for 20 epochs: Adam, linear decay, the rate from four by recordings "
-        "held out of the training ones, ten seeds. The loss is that of counts, 10 for the label and 1 for the others."
+        "held out of the training ones, five seeds. The loss is that of counts, 10 for the label and 1 for the others."
     ),
     measure=measure,
     minutes=25,

@@ -58,8 +58,9 @@ def convert_to_spiking(
     if _checks.at_least("interval", interval, 1) <= neuron.refractory:
         raise ValueError(f"interval must be > {neuron.refractory}, the neuron's refraction, got {interval}.")
     layers: list[nn.Module] = [] if encoder is None else [encoder]
+    memo: dict[int, object] = {}  # what the model shares, the net shares
     for linear in _parts(model):
-        op = copy.deepcopy(linear[0] if len(linear) == 1 else nn.Sequential(*linear))
+        op = copy.deepcopy(linear[0] if len(linear) == 1 else nn.Sequential(*linear), memo)
         layers.append(SpikingLayer(op, neuron, rule=rule))
     found = nn.Sequential(*layers, SpikeCounts())
     if inputs is not None:
@@ -72,6 +73,13 @@ def _parts(model: nn.Module) -> Iterator[list[nn.Module]]:
     found: list[nn.Module] = []
     carries = any_yet = False
     for name, module in _chain("", model):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModelError(
+                f"{name or 'model'} is a {type(module).__name__} with hooks, of pruning or others, which a copy would not "
+                "have; remove them."
+            )
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+            raise UnsupportedModelError(f"{name} is a {module}; a spiking layer has room for nn.Flatten(1) alone.")
         if isinstance(module, nn.ReLU):
             if not carries:
                 raise UnsupportedModelError(f"{name} is a ReLU with no weights before it; a spiking layer needs some.")
@@ -106,8 +114,9 @@ def _chain(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if type(module) is not nn.Sequential:
         yield name, module
         return
-    for key, child in module.named_children():
-        yield from _chain(f"{name}.{key}" if name else key, child)
+    for key, child in module._modules.items():  # all of them: a ReLU may stand at several places
+        if child is not None:
+            yield from _chain(f"{name}.{key}" if name else key, child)
 
 
 @torch.no_grad()

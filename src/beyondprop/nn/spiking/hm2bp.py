@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.nn.spiking import products, scans
@@ -82,7 +81,7 @@ class Fire(torch.autograd.Function):
         for part in _parts(ctx, len(x)):
             drive: Tensor | None = None
             for piece in _pieces(ctx, part):
-                trains = products.Trains(x[piece], x.shape[1], x.dtype)
+                trains = products.Trains.of(x[piece])
                 if x.requires_grad and trains.bits is None and bool((x[piece] < 0).any()):
                     raise ValueError(NEGATIVE)
                 own = plain.drive(trains) if plain else _drive(ctx, trains, [w.detach() for w in weights])
@@ -132,7 +131,7 @@ class Fire(torch.autograd.Function):
                 sent = _sent(ctx, adjoint, went) if wanted_x else None
                 for piece, given in zip(pieces, heard, strict=True):
                     own = slice(piece.start - part.start, piece.stop - part.start)
-                    trains = products.Trains(given, ctx.of[1], ctx.kind)
+                    trains = products.Trains.kept_as(given, ctx.of[1], ctx.kind)
                     if learned and plain:
                         plain.learn(trains, *(one[own] for one in learned))
                     elif learned:
@@ -263,9 +262,28 @@ def refuse_not_finite(*tensors: Tensor) -> None:
 def applied(
     op: nn.Module, names: Sequence[str], weights: Sequence[Tensor], buffers: dict[str, Tensor], x: Tensor
 ) -> Tensor:
-    """Return the operator, with these weights, and buffers where they are given, at every step of `(N, T, ...)`."""
+    """Return the operator, with these weights, and copies of buffers where they are given, at every step of `(N, T, ...)`.
+
+    As `torch.func.functional_call`, which leaves its tensors in a module that has two names.
+    """
     with SWAPPED:
-        found = functional_call(op, {**dict(zip(names, weights, strict=True)), **buffers}, (x.flatten(0, 1),))
+        own = {**dict(op.named_parameters()), **dict(op.named_buffers())}
+        given = {**dict(zip(names, weights, strict=True)), **{name: one.clone() for name, one in buffers.items()}}
+        others = {id(own[name]): tensor for name, tensor in given.items()}
+        slots = [
+            (held, key, tensor)
+            for module in op.modules()
+            for held in (module._parameters, module._buffers)
+            for key, tensor in held.items()
+            if id(tensor) in others
+        ]
+        try:
+            for held, key, tensor in slots:
+                held[key] = others[id(tensor)]  # type: ignore[assignment]
+            found = op(x.flatten(0, 1))
+        finally:
+            for held, key, tensor in slots:
+                held[key] = tensor  # type: ignore[assignment]
     return found.reshape(*x.shape[:2], *found.shape[1:])
 
 

@@ -132,6 +132,8 @@ class SpikingLayer(nn.Module):
         Raises:
             ValueError: if the state is one of other neurons, another batch, kind or device.
         """
+        if spikes.ndim < 2:
+            raise ValueError(f"Spikes of a step must have the shape (N, ...), got {tuple(spikes.shape)}.")
         with torch.autocast(spikes.device.type, enabled=False):
             drive = self.op(self._prepared(spikes[:, None])[:, 0])
         flat = precise(drive.flatten(1))
@@ -147,7 +149,8 @@ class SpikingLayer(nn.Module):
         fired = membranes.advance(arriving, torch.empty_like(flat))
         refuse_not_finite(membranes.v, membranes.p)
         kept = waiting[1:] if arriving is not None else waiting
-        return fired.to(drive.dtype).view(drive.shape), SpikingState(membranes, kept, drive.shape)
+        # A copy: the state has the spikes, too, and the caller may write to what is returned.
+        return fired.to(drive.dtype, copy=True).view(drive.shape), SpikingState(membranes, kept, drive.shape)
 
     def drive(self, spikes: Tensor) -> Tensor:
         """Return what the synapses send into the neurons in each step, `(T, N, neurons)`, before its delay."""
@@ -161,7 +164,7 @@ class SpikingLayer(nn.Module):
             with torch.no_grad():
                 self.op(spikes[:, 0].to(torch.get_default_dtype()))
         given = spikes.dtype if spikes.is_floating_point() else torch.get_default_dtype()
-        kind = next((p.dtype for p in self.op.parameters()), given)
+        kind = next((p.dtype for p in self.op.parameters() if p.is_floating_point()), given)
         x = spikes.to(kind).contiguous()
         modules: list[object] = [(module, module.training, _has_bias(module)) for module in self.op.modules()]
         if self._seen != modules and x.numel():

@@ -26,11 +26,17 @@ FEW = 0.2
 
 def is_plain(op: nn.Module) -> bool:
     """Return whether an operator is its class's product with its own weight and nothing else: no hook, no parametrization."""
-    if op._forward_hooks or op._forward_pre_hooks or "forward" in vars(op):
+    hooks = (op._forward_hooks, op._forward_pre_hooks, op._backward_hooks, op._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(op) or op._modules or torch.nn.modules.module._has_any_global_hook():
         return False
+    held = {name: value for name, value in op._parameters.items() if value is not None}
     if type(op) is nn.AvgPool2d:
-        return True
-    if type(op) not in (nn.Linear, *CONVOLUTIONS) or not isinstance(op._parameters.get("weight"), nn.Parameter):
+        return not held
+    if (
+        type(op) not in (nn.Linear, *CONVOLUTIONS)
+        or list(held) != ["weight"]
+        or not isinstance(op.weight, nn.Parameter)
+    ):
         return False
     return isinstance(op, nn.Linear) or (op.padding_mode == "zeros" and not isinstance(op.padding, str))  # type: ignore[union-attr]
 
@@ -41,6 +47,10 @@ def outputs_of(op: nn.Module, shape: Sequence[int]) -> int:
         return math.prod(shape[:-1]) * op.out_features
     if isinstance(op, nn.AvgPool2d):
         return math.prod(shape)
+    if len(shape) != len(op.kernel_size) + 1:  # type: ignore[arg-type]
+        raise ValueError(
+            f"Spikes (N, T, channels, ...) are needed for a {type(op).__name__}, got steps of the shape {tuple(shape)}."
+        )
     return op.out_channels * math.prod(size + 2 * pad for size, pad in zip(shape[1:], op.padding, strict=True))  # type: ignore[union-attr]
 
 
@@ -161,26 +171,30 @@ class Trains:
         bits: bool `(N, T, ...)`, where they are 0 and 1.
         kept: the smallest tensor that they can be had from again.
         any: whether a train has a spike, `(N, ...)`, 0 or 1.
-
-    Args:
-        x: spikes `(N, T, ...)`, or what `kept` was.
-        steps: T.
-        kind: precision of the spikes.
     """
 
-    def __init__(self, x: Tensor, steps: int, kind: torch.dtype) -> None:
-        self.kind, self.steps, self.samples = kind, steps, len(x)
-        self.bits: Tensor | None = None
-        if x.dtype == torch.uint8:
-            self.kept, self._x = x, None
-            self.bits = unpacked(x, steps, torch.bool)
-            self.any = (x.amax(1) > 0).to(kind)
-        else:
-            bits = x != 0
-            are_bits = torch.equal(bits.to(kind), x)
-            self.bits, self._x = bits if are_bits else None, x
-            self.kept = packed(bits) if are_bits else x
-            self.any = bits.any(1).to(kind) if not are_bits else (self.kept.amax(1) > 0).to(kind)
+    def __init__(
+        self, x: Tensor | None, bits: Tensor | None, kept: Tensor, any_spike: Tensor, kind: torch.dtype
+    ) -> None:
+        self._x, self.bits, self.kept, self.kind = x, bits, kept, kind
+        self.any = any_spike.to(kind)
+        self.samples, self.steps = (x if bits is None else bits).shape[:2]  # type: ignore[union-attr]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Trains:
+        """Return spikes `(N, T, ...)`."""
+        bits = x != 0
+        if not torch.equal(bits.to(x.dtype), x):
+            return cls(x, None, x, bits.any(1), x.dtype)
+        kept = packed(bits)
+        return cls(x, bits, kept, kept.amax(1) > 0, x.dtype)
+
+    @classmethod
+    def kept_as(cls, kept: Tensor, steps: int, kind: torch.dtype) -> Trains:
+        """Return what was kept, of so many steps in a precision: itself, or bits in bytes."""
+        if kept.dtype == kind:
+            return cls(kept, None, kept, (kept != 0).any(1), kind)
+        return cls(None, unpacked(kept, steps, torch.bool), kept, kept.amax(1) > 0, kind)
 
     @property
     def x(self) -> Tensor:
