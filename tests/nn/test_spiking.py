@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -223,3 +224,21 @@ def test_bool_spikes_and_one_step() -> None:
     x = torch.rand(4, 1, 3) < 0.5
     assert torch.equal(layer(x), layer(x.float()))
     assert layer(x).shape == (4, 1, 2)
+
+
+def test_two_hidden_layers_learn_with_the_defaults() -> None:
+    torch.manual_seed(0)
+    digits = data.load("digits", standardize=False)
+    x, y = digits.x_train.flatten(1), digits.y_train
+    sizes = (64, 60, 60, 10)
+    layers = [SpikingLayer(nn.Linear(a, b, bias=False), CubaLIF()) for a, b in itertools.pairwise(sizes)]
+    model, loss = nn.Sequential(PoissonEncoder(40), *layers, SpikeCounts()), SpikeCountLoss()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(8):
+        for rows in torch.randperm(len(x)).split(50):
+            optimizer.zero_grad()
+            loss(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        found = model(digits.x_test.flatten(1)).argmax(1)
+    assert float((found == digits.y_test).double().mean()) > 0.9

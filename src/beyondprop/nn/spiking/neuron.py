@@ -31,7 +31,7 @@ class CubaLIF:
 
     tau_mem: float = 16.0
     tau_syn: float = 2.0
-    threshold: float = 5.0
+    threshold: float = 1.0
     refractory: int = 0
     delay: int = 1
     dt: float = 1e-3
