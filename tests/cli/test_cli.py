@@ -63,6 +63,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert {d["name"]: d["at_hand"] for d in found["data"]} == {
         "diabetes": True,
         "digits": True,
+        "nmnist-small": False,
         "higgs": False,
         "mnist": False,
         "fashion-mnist": False,
@@ -70,7 +71,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     }
     (tmp_path / "mnist" / "file").touch()
     main(["list", "--json"])
-    assert json.loads(capsys.readouterr().out)["data"][3]["at_hand"]
+    assert json.loads(capsys.readouterr().out)["data"][4]["at_hand"]
 
 
 def test_compare_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--rule", "amadam"], "perhaps you meant 'am-adam'"),
         (
             ["--data", "minst"],
-            "data must be one of diabetes, digits, higgs, mnist, fashion-mnist, cifar10, a file such as",
+            "data must be one of diabetes, digits, nmnist-small, higgs, mnist, fashion-mnist, cifar10, a file such as",
         ),
         (["--data", "minst"], "got 'minst'; perhaps you meant 'mnist'"),
         (["--net", "mpl:3x3"], "net must be one of mlp:WIDTHxDEPTH"),

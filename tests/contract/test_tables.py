@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import beyondprop
-from beyondprop import lab, nn
+from beyondprop import deploy, lab, nn
 from beyondprop.cli import main
 from beyondprop.func import sensing
 from beyondprop.lab import registry
@@ -47,7 +47,7 @@ def test_a_rule_is_found_from_everywhere(spec: RuleSpec) -> None:
 
 
 def test_every_method_of_the_readme_is_there() -> None:
-    known = {*registry.rules.names(), *beyondprop.__all__, *lab.__all__, *nn.__all__, *sensing.__all__}
+    known = {*registry.rules.names(), *beyondprop.__all__, *lab.__all__, *nn.__all__, *sensing.__all__, *deploy.__all__}
     for row in _methods():
         names = re.findall(r"`([^`]+)`", row.split(" | ")[1])
         assert names

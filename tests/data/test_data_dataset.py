@@ -192,7 +192,7 @@ def test_digits_learn() -> None:
 
 
 def test_catalog() -> None:
-    assert names() == ["diabetes", "digits", "higgs", "mnist", "fashion-mnist", "cifar10"]
+    assert names() == ["diabetes", "digits", "nmnist-small", "higgs", "mnist", "fashion-mnist", "cifar10"]
     for name in names():
         info = describe(name)
         assert info.name == name
@@ -210,7 +210,7 @@ def test_catalog() -> None:
 def test_an_unknown_name_lists_the_known_ones(function: object) -> None:
     assert callable(function)
     with pytest.raises(
-        ValueError, match="name must be one of 'diabetes', 'digits', 'higgs', 'mnist', 'fashion-mnist', 'cifar10', got"
+        ValueError, match="name must be one of 'diabetes', 'digits', 'nmnist-small', 'higgs', 'mnist', 'fashion-mnist', 'cifar10', got"
     ):
         function("MNIST")
 
