@@ -210,7 +210,8 @@ def test_catalog() -> None:
 def test_an_unknown_name_lists_the_known_ones(function: object) -> None:
     assert callable(function)
     with pytest.raises(
-        ValueError, match="name must be one of 'diabetes', 'digits', 'nmnist-small', 'higgs', 'mnist', 'fashion-mnist', 'cifar10', got"
+        ValueError,
+        match="name must be one of 'diabetes', 'digits', 'nmnist-small', 'higgs', 'mnist', 'fashion-mnist', 'cifar10', got",
     ):
         function("MNIST")
 

@@ -176,18 +176,22 @@ def _net(rule: str) -> nn.Sequential:
 
 @pytest.mark.parametrize("rule", ["hm2bp", "surrogate"])
 def test_digits_are_learned(rule: str) -> None:
-    digits = data.load("digits", standardize=False)
+    assert _accuracy(_net(rule), 5e-3, 4) > 0.88
+
+
+def _accuracy(model: nn.Module, lr: float, epochs: int) -> float:
+    """Train on digits, and return the accuracy on its test rows."""
+    digits, loss = data.load("digits", standardize=False), SpikeCountLoss()
     x, y = digits.x_train.flatten(1), digits.y_train
-    model, loss = _net(rule), SpikeCountLoss()
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for _ in range(4):
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(50):
             optimizer.zero_grad()
             loss(model(x[rows]), y[rows]).backward()
             optimizer.step()
     with torch.no_grad():
         found = model(digits.x_test.flatten(1)).argmax(1)
-    assert float((found == digits.y_test).double().mean()) > 0.88
+    return float((found == digits.y_test).double().mean())
 
 
 @pytest.mark.parametrize(
@@ -228,17 +232,6 @@ def test_bool_spikes_and_one_step() -> None:
 
 def test_two_hidden_layers_learn_with_the_defaults() -> None:
     torch.manual_seed(0)
-    digits = data.load("digits", standardize=False)
-    x, y = digits.x_train.flatten(1), digits.y_train
     sizes = (64, 60, 60, 10)
     layers = [SpikingLayer(nn.Linear(a, b, bias=False), CubaLIF()) for a, b in itertools.pairwise(sizes)]
-    model, loss = nn.Sequential(PoissonEncoder(40), *layers, SpikeCounts()), SpikeCountLoss()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(8):
-        for rows in torch.randperm(len(x)).split(50):
-            optimizer.zero_grad()
-            loss(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        found = model(digits.x_test.flatten(1)).argmax(1)
-    assert float((found == digits.y_test).double().mean()) > 0.9
+    assert _accuracy(nn.Sequential(PoissonEncoder(40), *layers, SpikeCounts()), 1e-2, 8) > 0.9

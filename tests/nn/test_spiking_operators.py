@@ -8,22 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from trains import every_rule
+from trains import NEURON, every_rule, linear, spikes
 
 from beyondprop.nn.spiking import CubaLIF, SpikingLayer, products
-
-NEURON = CubaLIF(tau_mem=8.0, tau_syn=2.0, threshold=0.5)
-
-
-def spikes(*shape: int, seed: int = 0) -> Tensor:
-    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < 0.4).float()
-
-
-def linear(inputs: int = 6, outputs: int = 4) -> nn.Linear:
-    op = nn.Linear(inputs, outputs, bias=False)
-    with torch.no_grad():
-        op.weight.uniform_(0.0, 1.0, generator=torch.Generator().manual_seed(0))
-    return op
 
 
 def test_a_module_that_stands_twice_in_an_operator_keeps_its_parameter() -> None:

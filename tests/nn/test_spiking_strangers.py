@@ -14,29 +14,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.utils import prune
+from trains import NEURON, every_rule, gradient, linear, spikes
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
 from beyondprop.nn.spiking import CubaLIF, CurrentEncoder, SpikeCountLoss, SpikeCounts, SpikingLayer
-
-NEURON = CubaLIF(tau_mem=8.0, tau_syn=2.0, threshold=0.5)
-every_rule = pytest.mark.parametrize("rule", ["hm2bp", "surrogate"])
-
-
-def gradient(layer: nn.Module, name: str = "op.weight") -> Tensor:
-    found = layer.get_parameter(name).grad
-    assert found is not None
-    return found
-
-
-def spikes(*shape: int, seed: int = 0) -> Tensor:
-    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < 0.4).float()
-
-
-def linear(inputs: int = 6, outputs: int = 4) -> nn.Linear:
-    op = nn.Linear(inputs, outputs, bias=False)
-    with torch.no_grad():
-        op.weight.uniform_(0.0, 1.0, generator=torch.Generator().manual_seed(0))
-    return op
 
 
 class Masked(nn.Module):
