@@ -41,7 +41,7 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    for word in (*registry.rules.names(), *data.names(), "mlp:WIDTHxDEPTH[:ACTIVATION][:bn]", "halve:N", "60,000"):
+    for word in (*registry.rules.names(), *data.names(), "mlp:WIDTH[xDEPTH][:ACTIVATION][:bn]", "halve:N", "60,000"):
         assert word in out
 
 
@@ -127,7 +127,7 @@ def test_quiet_shows_results_only(capsys: pytest.CaptureFixture[str]) -> None:
             "data must be one of diabetes, digits, nmnist-small, higgs, mnist, fashion-mnist, cifar10, a file such as",
         ),
         (["--data", "minst"], "got 'minst'; perhaps you meant 'mnist'"),
-        (["--net", "mpl:3x3"], "net must be one of mlp:WIDTHxDEPTH"),
+        (["--net", "mpl:3x3"], "net must be one of mlp:WIDTH[xDEPTH]"),
         (["--net", "lenet5"], "lenet5 needs images of 16x16 or more"),
         (["--lr", "adam"], "--lr takes RULE=LR, such as adam=0.001, got 'adam'"),
         (["--lr", "adm=1"], "lr is given for 'adm'"),

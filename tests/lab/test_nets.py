@@ -153,3 +153,12 @@ def test_what_no_machine_holds_is_said_before_anything_is_made(form: str, said: 
         with pytest.raises(ValueError, match=said):
             nets.build(form, (1, 8, 8), 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_width_alone_is_one_hidden_layer() -> None:
+    torch.manual_seed(0)
+    one = nets.build("mlp:7:tanh", (1, 2, 3), 4)
+    torch.manual_seed(0)
+    other = nets.build("mlp:7x1:tanh", (1, 2, 3), 4)
+    assert str(one) == str(other)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

@@ -50,9 +50,9 @@ def test_forms_say_what_is_built() -> None:
 @pytest.mark.parametrize(
     ("form", "shape", "said"),
     [
-        ("spiking", (4,), "WIDTH or WIDTHxDEPTH"),
-        ("spiking:3x", (4,), "WIDTH or WIDTHxDEPTH"),
-        ("spiking:0", (4,), "WIDTH or WIDTHxDEPTH"),
+        ("spiking", (4,), "must be WIDTHxDEPTH"),
+        ("spiking:3x", (4,), "must be WIDTHxDEPTH"),
+        ("spiking:0", (4,), "must be WIDTHxDEPTH"),
         ("spiking:3:T=0", (4,), "T must be a whole number >= 1"),
         ("spiking:3:T=99999", (4,), "T must be at most 10,000"),
         ("spiking:3:T=31:target=11", (4,), "the target must be <= 10, as many spikes as fit"),

@@ -162,7 +162,7 @@ def test_a_stage_returns_one_tensor_of_the_batch(block: nn.Module) -> None:
     [
         ("mlp", (4,), "must be WIDTHxDEPTH"),
         ("vgg:16", (4,), "net must be one of .*got 'vgg:16'"),
-        ("mlp:100", (4,), "'100' must be WIDTHxDEPTH"),
+        ("mlp:100x", (4,), "'100x' must be WIDTHxDEPTH"),
         ("mlp:0x2", (4,), "both >= 1"),
         ("mlp:5x2:swish", (4,), "unknown option 'swish'; accepted: relu"),
         ("mlp:5x2:dropout=1", (4,), r"dropout must be in \[0, 1\), got '1'"),

@@ -18,7 +18,7 @@ from beyondprop.lab.registry import NetSpec, load_file, nets, register
 
 # fmt: off
 for _row in (
-    ("mlp", "mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]", "fully connected, DEPTH hidden layers of WIDTH units", mlp),
+    ("mlp", "mlp:WIDTH[xDEPTH][:ACTIVATION][:bn][:dropout=P]", "fully connected, DEPTH hidden layers of WIDTH units", mlp),
     ("lenet5", "lenet5", "LeNet-5 with ReLU: 6-16 channels of 5x5, 2x2 max-pooling, 120-84 units", lenet5),
     ("conv", "conv:WIDTHxDEPTH[:ACTIVATION][:bn]",
      "DEPTH 3x3 convolutions from WIDTH channels, pooling and doubling every second one", conv),

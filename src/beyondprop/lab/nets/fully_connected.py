@@ -21,8 +21,8 @@ from beyondprop.nn.binary import TARGET_RULES, Sign
 
 
 def mlp(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequential:
-    """Build `mlp:WIDTHxDEPTH[:ACTIVATION][:bn][:dropout=P]`."""
-    width, depth, activation, norm, dropout = parse_options(spec)
+    """Build `mlp:WIDTH[xDEPTH][:ACTIVATION][:bn][:dropout=P]`."""
+    width, depth, activation, norm, dropout = parse_options(spec, depth="1")
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (math.prod(input_shape), *[width] * (depth - 1)):
         layers.append(nn.Linear(inputs, width))

@@ -51,10 +51,16 @@ def image_shape(spec: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, breadth
 
 
-def parse_size(spec: str) -> tuple[int, int]:
-    """Return width and depth of `KIND:WIDTHxDEPTH...`; both are bounded, and the weights that they come to."""
+def parse_size(spec: str, depth: str = "") -> tuple[int, int]:
+    """Return width and depth of `KIND:WIDTHxDEPTH...`; both are bounded, and the weights that they come to.
+
+    Args:
+        spec: the form.
+        depth: where the form may have none, what it is then.
+    """
     size = [*spec.split(":"), ""][1]
-    width, _, depth = size.partition("x")
+    width, times, given = size.partition("x")
+    depth = given if times or not depth else depth
     if not (is_count(width) and is_count(depth)):
         raise ValueError(f"{spec!r}: {size!r} must be WIDTHxDEPTH with both >= 1, such as 100x2.")
     units, layers = bounded(spec, "width", width, MOST_UNITS), bounded(spec, "depth", depth, MOST_LAYERS)
@@ -110,11 +116,11 @@ def _fits(option: str, word: str) -> bool:
     return option == word or (stem != word and option.startswith(stem))
 
 
-def parse_options(spec: str) -> tuple[int, int, Callable[[], nn.Module], bool, float]:
+def parse_options(spec: str, depth: str = "") -> tuple[int, int, Callable[[], nn.Module], bool, float]:
     """Return width, depth, activation, whether to normalise, and the dropout probability."""
-    width, depth = parse_size(spec)
+    width, layers = parse_size(spec, depth)
     activation, norm, dropout = options_of(spec, ACTIVATIONS, ("bn",), ("dropout=P",))
-    return width, depth, ACTIVATIONS[activation or "relu"], norm is not None, parse_probability(spec, dropout)
+    return width, layers, ACTIVATIONS[activation or "relu"], norm is not None, parse_probability(spec, dropout)
 
 
 def parse_probability(spec: str, text: str | None) -> float:

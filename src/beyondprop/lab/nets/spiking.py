@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from beyondprop.errors import NonFiniteError
 from beyondprop.lab.nets.options import (
-    MOST_LAYERS,
-    MOST_UNITS,
     bounded,
     check_weights,
     image_shape,
     is_count,
     options_of,
+    parse_size,
 )
 from beyondprop.nn.spiking import (
     CubaLIF,
@@ -123,7 +122,7 @@ def spiking(spec: str, input_shape: Sequence[int], outputs: int) -> nn.Sequentia
 
     Both rules start from the same weights and are shown the same spikes. The target is a fifth of the steps, and 10 for events.
     """
-    width, depth = _size(spec)
+    width, depth = parse_size(spec, depth="1")
     rule, steps, target, conv, events = _options(spec)
     shape = tuple(input_shape[1:] if events else input_shape)
     if not shape:
@@ -166,13 +165,6 @@ def _number(spec: str, name: str, text: str | None, default: int) -> int:
     if not is_count(text):
         raise ValueError(f"{spec!r}: {name} must be a whole number >= 1, got {text!r}.")
     return bounded(spec, name, text, _MOST_STEPS)
-
-
-def _size(spec: str) -> tuple[int, int]:
-    width, times, depth = [*spec.split(":"), ""][1].partition("x")
-    if not is_count(width) or (times and not is_count(depth)):
-        raise ValueError(f"{spec!r}: WIDTH or WIDTHxDEPTH with whole numbers >= 1 is needed, such as spiking:800.")
-    return bounded(spec, "width", width, MOST_UNITS), bounded(spec, "depth", depth or "1", MOST_LAYERS)
 
 
 def _layer(op: nn.Linear | nn.Conv2d, rule: str, lateral: float = 0.0, injected: int = 0) -> Layer:
