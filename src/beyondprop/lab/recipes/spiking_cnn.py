@@ -34,8 +34,8 @@ RECIPE = Recipe(
     ),
     about=(
         "15C5-P2-40C5-P2-300-10, T = 50, Poisson trains drawn anew in every batch and evaluation, a white pixel spikes in "
-        "every step; neurons and weights as in `spiking-mnist`, counts of 10 for the label and 1 for the others. Adam at 0.005, "
-        "linear decay, batch 50, three epochs, no distortions, no regulariser, three seeds."
+        "every step; neurons and weights as in `spiking-mnist`, counts of 10 for the label and 1 for the others. Adam at "
+        "0.005, linear decay, batch 50, three epochs, no distortions, no regulariser, three seeds."
     ),
     measure=measure,
     minutes=170,
