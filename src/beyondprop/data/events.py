@@ -102,15 +102,21 @@ def from_events(
             "sensor_size must be given, (width, height, polarities): these recordings have none of their own."
         )
     parts = {"train": train} if test is None else {"train": train, "test": test}
-    labels = {part: [_label(one[i][1]) for i in range(len(one))] for part, one in parts.items()}
+    labels: dict[str, list[int | str]] = {part: [] for part in parts}
+    longest = 0.0
+    for part, one in parts.items():
+        for i in range(len(one)):  # each is read here and once more below: all of them may not fit into memory
+            events, label = one[i]
+            labels[part].append(_label(label))
+            if duration is None and part == "train":
+                longest = max(longest, _last(events, i))
     classes = sorted(set(labels["train"]), key=lambda label: (isinstance(label, str), label))
     if len(set(map(str, classes))) < len(classes):
         raise ValueError(f"Labels must be told apart by their text, got {classes}.")
     numbers = {label: index for index, label in enumerate(classes)}
     if strange := [label for label in labels.get("test", ()) if label not in numbers]:
         raise ValueError(f"test has a label that train has not: {strange[0]!r}.")
-    if duration is None:
-        duration = 1.0 + max(_last(train[i][0], i) for i in range(len(train)))
+    duration = longest + 1.0 if duration is None else duration
     tensors: list[Tensor] = []
     for part, one in parts.items():
         width, height, polarities = _size(size)

@@ -155,7 +155,7 @@ class BlockPullback(Pullback):
         if push and stage.derives_by_counts:
             raise UnsupportedModelError(
                 f"Stage {stage.name!r} has a SpikingLayer with rule='hm2bp', which has derivatives by counts and no product "
-                "with a tangent; take rule='surrogate', or a code solver that pushes none (code_solver=\"gradient\")."
+                "with a tangent; take rule='surrogate'."
             )
         self.random_state = random_state
         self.weights = [p for p in stage.parameters if p.requires_grad]

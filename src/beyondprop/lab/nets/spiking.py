@@ -30,12 +30,10 @@ from beyondprop.nn.spiking.layer import RULES
 STEPS = 50
 """T where a form says none."""
 
-NEURON = CubaLIF(threshold=1.0, refractory=2)
+NEURON = CubaLIF(refractory=2)
 
 BOUND = 1.6
 """Of the weights a neuron begins with, times the root of their number: some spikes, from images and from neurons."""
-
-POOL = CubaLIF(threshold=1.0, refractory=2)
 
 _MOST_STEPS = 10_000
 _ROOM = 16  # pixels that two convolutions without frames, and two poolings, leave one of
@@ -182,6 +180,6 @@ def _stem(spec: str, shape: Sequence[int], rule: str) -> tuple[list[nn.Module], 
     layers: list[nn.Module] = []
     for inputs, units in ((channels, 15), (15, 40)):
         layers.append(_layer(nn.Conv2d(inputs, units, 5, padding=padding, bias=False), rule))
-        layers.append(Pool(2, POOL, rule=rule))
+        layers.append(Pool(2, NEURON, rule=rule))
         height, breadth = ((size + 2 * padding - 4) // 2 for size in (height, breadth))
     return layers, 40 * height * breadth
