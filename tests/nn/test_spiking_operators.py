@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from trains import NEURON, every_rule, linear, spikes
+from trains import NEURON, every_rule, gradient, linear, spikes
 
 from beyondprop.nn.spiking import CubaLIF, SpikingLayer, products
 
@@ -150,3 +150,41 @@ def test_rows_of_weights_are_the_product(density: float) -> None:
     assert found[0][0].any()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (nn.Linear(12, 5, bias=False), (12,)),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1, groups=1, bias=False), (2, 5, 5)),
+        (nn.Conv1d(4, 6, 2, dilation=2, groups=2, bias=False), (4, 7)),
+        (nn.AvgPool2d(3, stride=2, padding=1), (2, 5, 5)),
+    ],
+)
+def test_a_plain_operator_is_one_that_is_called(op: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    for p in op.parameters():
+        nn.init.uniform_(p, -0.6, 0.6)  # some of its neurons are silent
+    x = spikes(3, 21, *shape).double()
+    x[:, :, 0] = 0.0
+    coefficient, found = None, []
+    for called in (op.double(), nn.Sequential(op)):
+        layer, given = SpikingLayer(called, NEURON), x.clone().requires_grad_()
+        out = layer(given)
+        coefficient = torch.randn_like(out[:, :1]) if coefficient is None else coefficient
+        wanted = [given, *layer.parameters()]
+        found.append([out, *torch.autograd.grad((out * coefficient).sum(), wanted)])
+        counts = out.sum(1)
+        assert counts.any()
+        assert not counts.all()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_train_is_heard_whenever_it_spikes() -> None:
+    for step in range(10):
+        x = torch.zeros(1, 10, 6)
+        x[0, step, 2] = 1.0
+        layer = SpikingLayer(linear(), CubaLIF(threshold=100.0))  # silent neurons
+        layer(x).sum().backward()
+        assert gradient(layer).nonzero()[:, 1].unique().tolist() == [2]

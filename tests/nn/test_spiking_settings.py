@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -90,6 +91,13 @@ def test_spikes_are_injected_where_the_loss_wants_them() -> None:
     torch.testing.assert_close(found[1], -3.0 / 1e6 * e[0, 1], rtol=1e-12, atol=0)
     torch.testing.assert_close(found[2], 2.0 / 1e6 * 0.1 * x[0].any(0).double(), rtol=1e-12, atol=0)
     assert not found[[0, 3, 4]].any()
+    given = x.clone().requires_grad_()
+    (layer(given).sum(1) * coefficient).sum().backward()
+    assert given.grad is not None
+    counts = x.sum(1)  # a neuron that was injected into is none that is silent; the others send a ratio
+    sent = -3.0 / 1e6 * op.weight.detach()[1] * torch.where(counts[0] > 0, e[0, 1] / counts[0], 0.1)
+    sent = sent + 2.0 / 1e6 * op.weight.detach()[2] * 0.1
+    torch.testing.assert_close(given.grad[0, 0], sent, rtol=1e-10, atol=0)
     with pytest.raises(ValueError, match=r"injected must be <= 6.*refractory=2"):
         SpikingLayer(op, CubaLIF(refractory=2), injected=10)(x)
 
@@ -167,12 +175,15 @@ def test_trains_learn_from_silent_neurons_behind_them() -> None:
     torch.testing.assert_close(x.grad[0, 0], 0.2 / 1e3 * op.weight.detach().sum(0), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("side_effect", [0.0, math.inf])
 @pytest.mark.parametrize("kernel", ["discrete", "continuous"])
-def test_the_lateral_factor_is_in_what_is_learned(kernel: str) -> None:
+def test_the_lateral_factor_is_in_what_is_learned(kernel: str, side_effect: float) -> None:
     torch.manual_seed(1)
     neuron, strength = CubaLIF(8.0, 3.0, 0.5, refractory=1, delay=3), 0.15
     op, x, coefficient = make_op(), make_spikes(2, 40, 6), torch.randn(2, 5, dtype=torch.float64)
-    found = weight_gradient(SpikingLayer(op, neuron, lateral=strength, side_effect=0.0, kernel=kernel), x, coefficient)
+    found = weight_gradient(
+        SpikingLayer(op, neuron, lateral=strength, side_effect=side_effect, kernel=kernel), x, coefficient
+    )
     spikes, *_ = scans.simulate(x.transpose(0, 1) @ op.weight.detach().T, neuron, strength)
     q = scans.weights_of_firings(spikes, scans.Filter.of(neuron, kernel).keep_mem, neuron.refractory)
     e = torch.einsum("tbi,tbj->bij", q, scans.response(x.transpose(0, 1), scans.Filter.of(neuron, kernel)))
@@ -182,6 +193,9 @@ def test_the_lateral_factor_is_in_what_is_learned(kernel: str) -> None:
     ratio = ratio * (1.0 - torch.eye(5, dtype=torch.float64)) * (spikes.any(0)[:, None] & spikes.any(0)[:, :, None])
     factor = 1.0 / (1.0 - strength**2 * torch.einsum("bij,bji->bi", ratio, ratio))
     assert 1.01 < float(factor.max()) < 9.0
+    if side_effect:  # of what the trains contributed, without the inhibition
+        own = (e * op.weight.detach()).sum(2) / (neuron.threshold * spikes.sum(0).clamp(min=1.0))
+        factor = factor * (1.0 + torch.where(spikes.any(0), own, 0.0))
     quiet = torch.where(spikes.any(0)[..., None], e, 0.1 * x.any(1).double()[:, None])
     expected = torch.einsum("bi,bij->ij", coefficient / neuron.threshold * factor, quiet)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
