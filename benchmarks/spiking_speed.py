@@ -1,6 +1,6 @@
 """Seconds and memory of a training step of spiking nets, beside snnTorch and SpikingJelly, in one process.
 
-    python benchmarks/spiking_speed.py [--steps 25 100] [--rounds 7] [--compiled] > benchmarks/results/spiking_speed.txt
+    python benchmarks/spiking_speed.py [--steps 25 100] [--rounds 9] --compiled > benchmarks/results/spiking_speed.txt
 
 784-800-10, 50 images of MNIST, Poisson trains drawn once a step for everyone (nobody's time has their drawing), the same fused
 Adam, one thread. Contenders take turns; figures are medians of process seconds, and their ratio to the fastest form of
@@ -11,7 +11,7 @@ snnTorch. Memory is the peak of a step beyond weights, optimizer state and input
     snnTorch steps          Leaky and Linear called in every step, as its tutorials have it
     snnTorch whole          Linear over all steps at once, Leaky in every step
     SpikingJelly            LIFNode and Linear, step_mode "m" (its torch backend, the one for CPUs)
-    SpikingJelly compiled   the same in torch.compile (--compiled: minutes of compilation)
+    SpikingJelly compiled   the same in torch.compile (--compiled: a minute of compilation)
 """
 
 from __future__ import annotations
