@@ -46,6 +46,7 @@ from beyondprop.nn.spiking import (
     SpikingLayer,
     SpikingSumPool2d,
     convert_to_spiking,
+    exponential_penalty,
 )
 from beyondprop.nn.transformer import MeanOverPositions, Patches, Positions
 
@@ -80,6 +81,7 @@ __all__ = [
     "TransitionCoupling",
     "Unwound",
     "convert_to_spiking",
+    "exponential_penalty",
     "gradient_angle",
     "preactivation_resnet",
     "reconstruction_error",

@@ -5,6 +5,7 @@ from beyondprop.nn.spiking.encoders import CurrentEncoder, LatencyEncoder, Poiss
 from beyondprop.nn.spiking.layer import SpikingLayer, SpikingState, SpikingSumPool2d
 from beyondprop.nn.spiking.monitor import LayerActivity, SpikeMonitor
 from beyondprop.nn.spiking.neuron import CubaLIF
+from beyondprop.nn.spiking.penalty import exponential_penalty
 from beyondprop.nn.spiking.readout import SpikeCountLoss, SpikeCounts
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "SpikingState",
     "SpikingSumPool2d",
     "convert_to_spiking",
+    "exponential_penalty",
 ]
