@@ -100,7 +100,7 @@ def train(context: Context, published: Published, epochs: int, images: int | Non
                 trained = training.epoch(epoch)
                 tested = 100 * _accuracy(net, found.x_test[:tests], found.y_test[:tests])
                 context.say(f"epoch {epoch + 1}: training {trained:.2f} %, test {tested:.2f} %")
-                return {"epoch": epoch + 1, "training": trained, "test": tested, "train_curve": training.curve}
+                return {"epoch": epoch + 1, "training": trained, "test": tested, "train_curve": list(training.curve)}
 
             rows.append(kept.get(str(epoch + 1), measure))
     return rows
@@ -134,7 +134,7 @@ class _Training:
                 self._learn(index, epoch)
                 if done % CHECKED == 0 or done == len(order):
                     recent = order[max(0, done - CHECKED) : done]
-                    self.curve.append(100 * float(self.right[recent].mean()))
+                    self.curve.append(100 * float(self.right[recent].double().mean()))
                     self.context.say(
                         f"epoch {epoch + 1}: {done} of {len(order)} images, {self.curve[-1]:.1f} % of the last"
                     )
@@ -145,7 +145,7 @@ class _Training:
                     self._save()
                 if interrupted():
                     raise KeyboardInterrupt
-        return 100 * float(self.right.mean())
+        return 100 * float(self.right.double().mean())
 
     def _learn(self, index: int, epoch: int) -> None:
         image, label = self.x[index], self.y[index : index + 1]
