@@ -110,7 +110,7 @@ def test_a_convolution_without_channels_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lateral": 0.1}, {"injected": 4}, {"side_effect": float("inf"), "silent": "reference"}]
+    "settings", [{}, {"lateral": 0.1}, {"injected": 4}, {"slope": "published", "silent": "reference"}]
 )
 @pytest.mark.parametrize("op", [nn.Linear(12, 5, bias=False), nn.Conv1d(3, 4, 2, bias=False), nn.AvgPool2d(2)])
 def test_parts_of_a_batch_are_the_batch(

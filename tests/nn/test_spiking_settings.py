@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from trains import NEURONS, every_rule, make_op, make_spikes, weight_gradient
 
 from beyondprop.nn import CubaLIF, SpikeCountLoss, SpikingLayer
-from beyondprop.nn.spiking import scans
+from beyondprop.nn.spiking import scans, slopes
 from beyondprop.nn.spiking.hm2bp import _injected, lateral_factor
 
 
@@ -81,7 +80,7 @@ def test_spikes_are_injected_where_the_loss_wants_them() -> None:
     op, x = make_op(), make_spikes(2, 21, 6)
     coefficient = torch.zeros(2, 5, dtype=torch.float64)
     coefficient[0, 1], coefficient[0, 2] = -3.0, 2.0
-    layer = SpikingLayer(op, neuron, injected=4, side_effect=0.0)
+    layer = SpikingLayer(op, neuron, injected=4)
     found = weight_gradient(layer, x, coefficient)
     spikes = torch.zeros(21, 2, 5, dtype=torch.float64)
     spikes[[5, 10, 15, 20], 0, 1] = 1.0
@@ -107,10 +106,11 @@ def test_silent_neurons_as_published() -> None:
     op, x, coefficient = make_op(), make_spikes(2, 20, 6), torch.randn(2, 5, dtype=torch.float64)
     neuron = CubaLIF(threshold=50.0)
     heard = torch.einsum("bi,bj->bij", coefficient / 50.0, 0.1 * x.any(1).double())
-    ours = weight_gradient(SpikingLayer(op, neuron), x, coefficient)
-    torch.testing.assert_close(ours, heard.sum(0), rtol=1e-12, atol=1e-14)
+    for slope in ("discrete", "published"):
+        ours = weight_gradient(SpikingLayer(op, neuron, slope=slope), x, coefficient)
+        torch.testing.assert_close(ours, heard.sum(0), rtol=1e-12, atol=1e-14)
     side = 1.0 + 0.5 / 50.0 * op.weight.detach().sum(1)
-    reference = weight_gradient(SpikingLayer(op, neuron, silent="reference"), x, coefficient)
+    reference = weight_gradient(SpikingLayer(op, neuron, slope="published", silent="reference"), x, coefficient)
     torch.testing.assert_close(reference, heard.sum(0) * side[:, None], rtol=1e-12, atol=1e-14)
 
 
@@ -175,15 +175,13 @@ def test_trains_learn_from_silent_neurons_behind_them() -> None:
     torch.testing.assert_close(x.grad[0, 0], 0.2 / 1e3 * op.weight.detach().sum(0), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("side_effect", [0.0, math.inf])
+@pytest.mark.parametrize("slope", ["discrete", "published"])
 @pytest.mark.parametrize("kernel", ["discrete", "continuous"])
-def test_the_lateral_factor_is_in_what_is_learned(kernel: str, side_effect: float) -> None:
+def test_the_lateral_factor_is_in_what_is_learned(kernel: str, slope: str) -> None:
     torch.manual_seed(1)
     neuron, strength = CubaLIF(8.0, 3.0, 0.5, refractory=1, delay=3), 0.15
     op, x, coefficient = make_op(), make_spikes(2, 40, 6), torch.randn(2, 5, dtype=torch.float64)
-    found = weight_gradient(
-        SpikingLayer(op, neuron, lateral=strength, side_effect=side_effect, kernel=kernel), x, coefficient
-    )
+    found = weight_gradient(SpikingLayer(op, neuron, lateral=strength, slope=slope, kernel=kernel), x, coefficient)
     spikes, *_ = scans.simulate(x.transpose(0, 1) @ op.weight.detach().T, neuron, strength)
     q = scans.weights_of_firings(spikes, scans.Filter.of(neuron, kernel).keep_mem, neuron.refractory)
     e = torch.einsum("tbi,tbj->bij", q, scans.response(x.transpose(0, 1), scans.Filter.of(neuron, kernel)))
@@ -193,11 +191,16 @@ def test_the_lateral_factor_is_in_what_is_learned(kernel: str, side_effect: floa
     ratio = ratio * (1.0 - torch.eye(5, dtype=torch.float64)) * (spikes.any(0)[:, None] & spikes.any(0)[:, :, None])
     factor = 1.0 / (1.0 - strength**2 * torch.einsum("bij,bji->bi", ratio, ratio))
     assert 1.01 < float(factor.max()) < 9.0
-    if side_effect:  # of what the trains contributed, without the inhibition
+    slopes_are = torch.full_like(coefficient, 1.0 / neuron.threshold)
+    if slope == "discrete":  # of the membranes as they were, inhibited
+        simulated = torch.zeros_like(coefficient)
+        scans.simulate(x.transpose(0, 1) @ op.weight.detach().T, neuron, strength, None, simulated)
+        slopes_are = slopes.of_counts(spikes.sum(0), simulated, neuron, 40)
+    else:  # of what the trains contributed, without the inhibition
         own = (e * op.weight.detach()).sum(2) / (neuron.threshold * spikes.sum(0).clamp(min=1.0))
         factor = factor * (1.0 + torch.where(spikes.any(0), own, 0.0))
     quiet = torch.where(spikes.any(0)[..., None], e, 0.1 * x.any(1).double()[:, None])
-    expected = torch.einsum("bi,bij->ij", coefficient / neuron.threshold * factor, quiet)
+    expected = torch.einsum("bi,bij->ij", coefficient * slopes_are * factor, quiet)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -215,7 +218,7 @@ def test_injected_spikes_have_a_side_effect_only_as_published(silent: str) -> No
     neuron, op, x = CubaLIF(threshold=50.0), make_op(), make_spikes(2, 21, 6)
     coefficient = torch.zeros(2, 5, dtype=torch.float64)
     coefficient[0, 1] = -3.0
-    found = weight_gradient(SpikingLayer(op, neuron, injected=4, silent=silent), x, coefficient)
+    found = weight_gradient(SpikingLayer(op, neuron, injected=4, slope="published", silent=silent), x, coefficient)
     spikes = torch.zeros(21, 2, 5, dtype=torch.float64)
     spikes[[5, 10, 15, 20], 0, 1] = 1.0
     kernel = scans.Filter.of(neuron)
@@ -288,8 +291,7 @@ def test_steps_have_no_gradient_and_a_drive_is_not_rounded(rule: str) -> None:
         ({"lateral": -0.1}, "lateral must be a finite number >= 0"),
         ({"silent_ratio": 0.0}, "silent_ratio must be a finite number > 0"),
         ({"injected": -1}, "injected must be an integer >= 0"),
-        ({"side_effect": -1.0}, "side_effect must be a number >= 0"),
-        ({"side_effect": float("nan")}, "side_effect must be a number >= 0"),
+        ({"slope": "exact"}, "slope must be one of 'discrete', 'published'"),
         ({"silent": "no"}, "silent must be one of"),
         ({"kernel": "no"}, "kernel must be one of"),
     ],

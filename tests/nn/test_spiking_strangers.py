@@ -250,4 +250,5 @@ def test_a_layer_keeps_bits() -> None:
     layer, x = SpikingLayer(nn.Linear(100, 80, bias=False), CubaLIF(threshold=0.2)), spikes(4, 200, 100)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    assert sum(kept) <= 4 * 80 * 100 + 4 * 200 * (100 + 80) / 8  # the weight, and a bit for each step
+    # The weight, a bit for each step, and a number for each neuron.
+    assert sum(kept) <= 4 * 80 * 100 + 4 * 200 * (100 + 80) / 8 + 4 * 4 * 80

@@ -37,7 +37,7 @@ _AS_PUBLISHED: dict[str, Any] = {
     "kernel": "continuous",
     "silent": "reference",
     "silent_ratio": 1.0,
-    "side_effect": math.inf,
+    "slope": "published",
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from beyondprop.errors import NonFiniteError, UnsupportedModelError
-from beyondprop.nn.spiking import products, scans
+from beyondprop.nn.spiking import products, scans, slopes
 from beyondprop.nn.spiking.neuron import CubaLIF
 
 SILENT_WEIGHT = 0.1
@@ -52,7 +52,7 @@ class Settings:
     lateral: float
     silent: str
     silent_ratio: float
-    side_effect: float
+    slope: str
     injected: int
     kernel: str
     learns: bool
@@ -177,18 +177,14 @@ def _drive(ctx: Any, trains: products.Trains, weights: Sequence[Tensor]) -> Tens
 
 
 def _needs(settings: Settings) -> str:
-    """Return what the side effect is told by: `"drive"`, the `"sums"` of membranes that fired, or `"counts"` alone.
+    """Return what the slope is told by, beside the counts: the `"sums"` of membranes that fired, or the `"drive"`.
 
-    Membranes that fire are above the threshold, so that their sum over threshold times count is 1 or more, and the bound where
-    that is not above 1. Inhibition, other kernels and spikes that never were have to be told from the drive.
+    The side effect is of what the trains contributed, without inhibition, through the kernel, at spikes that never were, too.
     """
-    if settings.injected and settings.silent == "reference":
-        return "drive" if settings.side_effect else "counts"
-    if settings.kernel != "discrete":
-        return "drive" if settings.side_effect else "counts"
-    if settings.side_effect <= 1.0:
-        return "counts"
-    return "drive" if settings.lateral else "sums"
+    if settings.slope == "discrete":
+        return "sums"
+    is_simulated = settings.kernel == "discrete" and not settings.lateral
+    return "sums" if is_simulated and not (settings.injected and settings.silent == "reference") else "drive"
 
 
 class Went:
@@ -206,31 +202,36 @@ class Went:
             counts = spikes.sum(0)
         self.spikes, self.counts = spikes, counts
         self.never = counts == 0  # silent, and nothing injected
-        self.delta = by_count / self.neuron.threshold
+        self.delta = by_count * self._slope()
 
     def coefficient(self) -> Tensor:
         """Return what each neuron's e is learned with, `(N, F)`: the derivative, its side effect and its lateral factor."""
-        factor = 1.0 + self._side_effect() if self.settings.side_effect else torch.ones_like(self.delta)
+        found = self.delta
+        if self.settings.slope == "published":
+            found = found * (1.0 + self._side_effect())
         if self.settings.lateral:
-            factor = factor * lateral_factor(self._q(), self.spikes, self.settings.lateral, self.neuron, self.kernel)
-        return self.delta * factor
+            found = found * lateral_factor(self._q(), self.spikes, self.settings.lateral, self.neuron, self.kernel)
+        return found
+
+    def _slope(self) -> Tensor:
+        """Return the derivative of each count by the sum of membranes at its firings, `(N, F)`."""
+        if self.settings.slope == "published":
+            return torch.full_like(self.counts, 1.0 / self.neuron.threshold)
+        counts = torch.where(self.silent, 0.0, self.counts)  # injected spikes have no membranes
+        return slopes.of_counts(counts, self.kept, self.neuron, len(self.spikes))
 
     def _side_effect(self) -> Tensor:
-        is_reference, most = self.settings.silent == "reference", self.settings.side_effect
+        is_reference = self.settings.silent == "reference"
+        sums = self.kept
+        if _needs(self.settings) == "drive":
+            sums = (self._q() * scans.response(self.kept.transpose(0, 1), self.kernel)).sum(0)
         without = self.never if is_reference else self.silent
-        told_by = _needs(self.settings)
-        if told_by == "counts":
-            own = torch.where(without, 0.0, torch.full_like(self.delta, most))
-        else:
-            sums = self.kept
-            if told_by == "drive":
-                sums = (self._q() * scans.response(self.kept.transpose(0, 1), self.kernel)).sum(0)
-            own = torch.where(without, 0.0, sums / (self.neuron.threshold * self.counts.clamp(min=1.0)))
+        own = torch.where(without, 0.0, sums / (self.neuron.threshold * self.counts.clamp(min=1.0)))
         if is_reference:
             ones = torch.ones((1, 1, *self.ctx.of[2:]), dtype=self.ctx.kind, device=own.device)
             all_inputs = precise(applied(self.ctx.op, self.ctx.names, self.weights, self.ctx.buffers, ones).flatten(1))
             own = torch.where(self.never, 0.5 / self.neuron.threshold * all_inputs, own)
-        return own.clamp(max=most)
+        return own
 
     def _q(self) -> Tensor:
         return scans.weights_of_firings(self.spikes, self.kernel.keep_mem, self.neuron.refractory)

@@ -32,9 +32,9 @@ class SpikingLayer(nn.Module):
         silent: (`hm2bp`) `"recover"` lets a neuron without spikes learn without the side effect; `"reference"` has that of the
             published code, which can turn its gradient around.
         silent_ratio: (`hm2bp`) what a contribution over its count is taken for where that is 0; the published code has 1.
-        side_effect: (`hm2bp`) how much, at most, a change of weights is taken to move firings, too, beside what it adds to
-            them: the sum of a neuron's membranes at its firings over threshold times count, 1 and more. 0: not at all;
-            `math.inf`: as published, which lets neurons grow without end that fire as often as refraction allows.
+        slope: (`hm2bp`) of a count by the membranes that fire: `"discrete"` is that of a leaky neuron in discrete time, with
+            what is lost above the threshold and in refraction (`slopes.of_counts`); `"published"` is 1 / threshold, and a
+            "side effect" of weights on firings that lets neurons grow without end which fire as often as refraction allows.
         injected: (`hm2bp`) so many evenly spaced spikes are put, in the backward pass alone, into a neuron that is silent and
             that the loss wants to fire; the target count, in a read-out. 0: none.
         kernel: (`hm2bp`) `"discrete"`, what is simulated; `"continuous"`, the exponentials of the published code.
@@ -58,7 +58,7 @@ class SpikingLayer(nn.Module):
         lateral: float = 0.0,
         silent: str = "recover",
         silent_ratio: float = 0.1,
-        side_effect: float = 1.0,
+        slope: str = "discrete",
         injected: int = 0,
         kernel: str = "discrete",
     ) -> None:
@@ -69,13 +69,14 @@ class SpikingLayer(nn.Module):
                 "bias=False."
             )
         _checks.one_of("rule", rule, RULES)
+        _checks.one_of("slope", slope, ("discrete", "published"))
         _checks.one_of("silent", silent, ("recover", "reference"))
         _checks.one_of("kernel", kernel, ("discrete", "continuous"))
         Filter.of(neuron, kernel)  # it may have none
         self.op, self.neuron, self.rule = op, neuron, rule
         self.lateral = _checks.non_negative("lateral", lateral)
         self.silent, self.silent_ratio = silent, _checks.positive("silent_ratio", silent_ratio)
-        self.side_effect, self.kernel = _at_least_zero("side_effect", side_effect), kernel
+        self.slope, self.kernel = slope, kernel
         self.injected = _checks.at_least("injected", injected, 0)
         self._seen: list[object] = []  # the operator's modules when it was seen to be linear
 
@@ -109,7 +110,7 @@ class SpikingLayer(nn.Module):
                 self.lateral,
                 self.silent,
                 self.silent_ratio,
-                self.side_effect,
+                self.slope,
                 self.injected,
                 self.kernel,
                 torch.is_grad_enabled(),
@@ -182,13 +183,6 @@ class SpikingState(NamedTuple):
     membranes: Membranes
     waiting: tuple[Tensor, ...]
     shape: torch.Size
-
-
-def _at_least_zero(name: str, value: float) -> float:
-    """Return a number >= 0, which may be infinite."""
-    if isinstance(value, int | float) and value >= 0:
-        return float(value)
-    raise ValueError(f"{name} must be a number >= 0, or math.inf, got {value!r}.")
 
 
 def _has_bias(module: nn.Module) -> bool:

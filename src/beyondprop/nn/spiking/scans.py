@@ -61,6 +61,8 @@ class Filter:
 class Membranes:
     """The state of neurons between two steps: membrane v, current p, and what they fired lately.
 
+    A membrane that fired and has a refraction before it is reset by that, in the next step.
+
     The membrane is counted in what an undelayed current of 1 adds to it, `1 / tau_syn`: two products fewer in every step.
 
     Args:
@@ -73,7 +75,7 @@ class Membranes:
         self.neuron, self.lateral = neuron, lateral
         self.v, self.p = torch.zeros_like(drive), torch.zeros_like(drive)
         self.threshold = drive.new_tensor((neuron.threshold - SLACK) * neuron.tau_syn)
-        self.held = torch.zeros_like(drive) if neuron.refractory else None
+        self.held = torch.zeros_like(drive)  # a running sum over long refractions, and room for one of two steps
         self.fired: deque[Tensor] = deque()  # spikes of as many steps as still matter, the last one last
 
     def advance(self, arriving: Tensor | None, fired: Tensor, sums: Tensor | None = None) -> Tensor:
@@ -90,20 +92,31 @@ class Membranes:
         if self.lateral and self.fired:
             p.sub_(others(self.fired[-1]), alpha=self.lateral)
         torch.add(p, v, alpha=keep_mem, out=v)
-        if self.held is not None:
-            v.addcmul_(v, self.held, value=-1.0)
+        held = self._held()
+        if held is not None:
+            v.addcmul_(v, held, value=-1.0)
         torch.gt(v, self.threshold, out=fired)
         if sums is not None:
             sums.addcmul_(v, fired)
-        v.addcmul_(v, fired, value=-1.0)
+        if not neuron.refractory:  # else the refraction does it, a step later
+            v.addcmul_(v, fired, value=-1.0)
         self.fired.append(fired)
-        if self.held is not None:
-            self.held.add_(fired)  # a sum over the refraction, in which there is one spike at most
-            if len(self.fired) > neuron.refractory:
-                self.held.sub_(self.fired.popleft())
-        elif len(self.fired) > 1:
-            self.fired.popleft()
+        if len(self.fired) > max(neuron.refractory, 1):
+            oldest = self.fired.popleft()
+            if neuron.refractory > 2:
+                self.held.sub_(oldest)
+        if neuron.refractory > 2:
+            self.held.add_(fired)
         return fired
+
+    def _held(self) -> Tensor | None:
+        """Return 1 for neurons in refraction, and 0, `(N, F)`; there is one spike at most in each."""
+        refractory, fired = self.neuron.refractory, self.fired
+        if not refractory or not fired:
+            return None
+        if refractory == 1 or len(fired) == 1:
+            return fired[-1]
+        return torch.add(fired[-1], fired[-2], out=self.held) if refractory == 2 else self.held
 
     def fits(self, drive: Tensor, neuron: CubaLIF, lateral: float) -> bool:
         """Return whether such a drive can go on into it, `(N, F)`."""
@@ -117,7 +130,7 @@ class Membranes:
         """Return the same state, which does not change with this one."""
         found = Membranes(self.v, self.neuron, self.lateral)
         found.v, found.p, found.fired = self.v.clone(), self.p.clone(), self.fired.copy()
-        found.held = None if self.held is None else self.held.clone()
+        found.held = self.held.clone()
         return found
 
 
