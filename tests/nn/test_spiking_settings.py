@@ -15,7 +15,7 @@ from beyondprop.nn.spiking import scans, slopes
 from beyondprop.nn.spiking.hm2bp import _injected, lateral_factor
 
 
-@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("neuron", [*NEURONS, CubaLIF(threshold=0.5, refractory=5)])
 @pytest.mark.parametrize("lateral", [0.0, 0.4])
 @every_rule
 def test_steps_are_the_sequence(neuron: CubaLIF, lateral: float, rule: str) -> None:
@@ -27,8 +27,9 @@ def test_steps_are_the_sequence(neuron: CubaLIF, lateral: float, rule: str) -> N
         assert torch.equal(spikes, whole[:, t])
         kept = state if t == 14 else kept
     assert whole.any()
-    again, _ = layer.step(x[:, 15], kept)  # a state is not changed by what came after it
-    assert torch.equal(again, whole[:, 15])
+    for t in range(15, 30):  # a state is not changed by what came after it
+        again, kept = layer.step(x[:, t], kept)
+        assert torch.equal(again, whole[:, t])
     with pytest.raises(ValueError, match="begin a new sequence"):
         layer.step(x[:2, 0], state)
     with pytest.raises(ValueError, match="begin a new sequence"):

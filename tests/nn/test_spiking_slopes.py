@@ -79,3 +79,11 @@ def test_without_spikes_it_is_that_of_the_threshold_and_the_leak_is_bounded() ->
     neuron = CubaLIF(tau_mem=2.0, threshold=4.0)
     counts, sums = torch.tensor([[0.0, 1.0]]), torch.tensor([[-3.0, 4.0]])
     assert slopes.of_counts(counts, sums, neuron, 10_000).tolist() == [[0.25, 0.25 * slopes.MOST]]
+
+
+def test_it_is_its_formula() -> None:
+    neuron = CubaLIF(tau_mem=20.0, threshold=2.0, refractory=3)
+    counts, sums = torch.tensor([[1.0, 4.0, 25.0]]), torch.tensor([[2.0, 10.0, 150.0]])
+    leak = [(math.exp(n / 20.0) - 1.0) / (n / 20.0) for n in (100 / 2 - 3, 100 / 5 - 3, 1.0)]
+    wanted = [leak[0] / 2.0, leak[1] * 2.0 / (2.5 * (2.5 + 6 * 0.5)), leak[2] * 2.0 / (6.0 * (6.0 + 6 * 4.0))]
+    torch.testing.assert_close(slopes.of_counts(counts, sums, neuron, 100), torch.tensor([wanted]))

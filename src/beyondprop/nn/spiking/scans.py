@@ -114,7 +114,7 @@ class Membranes:
         refractory, fired = self.neuron.refractory, self.fired
         if not refractory or not fired:
             return None
-        if refractory == 1 or len(fired) == 1:
+        if len(fired) == 1:
             return fired[-1]
         return torch.add(fired[-1], fired[-2], out=self.held) if refractory == 2 else self.held
 
