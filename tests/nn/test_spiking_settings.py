@@ -292,6 +292,7 @@ def test_steps_have_no_gradient_and_a_drive_is_not_rounded(rule: str) -> None:
         ({"lateral": -0.1}, "lateral must be a finite number >= 0"),
         ({"silent_ratio": 0.0}, "silent_ratio must be a finite number > 0"),
         ({"injected": -1}, "injected must be an integer >= 0"),
+        ({"silent": "reference"}, 'give slope="published"'),
         ({"slope": "exact"}, "slope must be one of 'discrete', 'published'"),
         ({"silent": "no"}, "silent must be one of"),
         ({"kernel": "no"}, "kernel must be one of"),

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from beyondprop.nn import CubaLIF
+from beyondprop.nn import CubaLIF, SpikingLayer
 from beyondprop.nn.spiking import scans, slopes
 
 STEPS, ROWS = 100, 2000
@@ -87,3 +87,15 @@ def test_it_is_its_formula() -> None:
     leak = [(math.exp(n / 20.0) - 1.0) / (n / 20.0) for n in (100 / 2 - 3, 100 / 5 - 3, 1.0)]
     wanted = [leak[0] / 2.0, leak[1] * 2.0 / (2.5 * (2.5 + 6 * 0.5)), leak[2] * 2.0 / (6.0 * (6.0 + 6 * 4.0))]
     torch.testing.assert_close(slopes.of_counts(counts, sums, neuron, 100), torch.tensor([wanted]))
+
+
+def test_thresholds_within_the_slack_of_firing_have_a_slope() -> None:
+    op = nn.Linear(3, 2, bias=False)
+    layer = SpikingLayer(op, CubaLIF(threshold=1e-7))
+    x = torch.zeros(2, 10, 3)
+    x[0, 5, 0] = 1.0
+    counts = layer(x).sum(1)
+    assert counts.min() > 0  # at rest, too
+    counts.sum().backward()
+    assert op.weight.grad is not None
+    assert torch.isfinite(op.weight.grad).all()

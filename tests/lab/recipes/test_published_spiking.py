@@ -78,8 +78,16 @@ def test_more_epochs_go_on_from_fewer(tmp_path: Path) -> None:
     first = train(context, TINY, 1, None, 4)
     assert train(context, TINY, 2, None, 4)[0] == first[0]
     (tmp_path / "epochs.json").unlink()
-    with pytest.raises(ValueError, match="later epoch"):
+    with pytest.raises(ValueError, match="does not lead to epoch 1"):
         train(context, TINY, 1, None, 4)
+
+
+def test_a_later_epoch_does_not_begin_anew_without_its_checkpoint(tmp_path: Path) -> None:
+    context = Context(tmp_path, False, lambda _: None)
+    train(context, TINY, 1, None, 4)
+    (tmp_path / "training.safetensors").unlink()
+    with pytest.raises(ValueError, match="does not lead to epoch 2"):
+        train(context, TINY, 2, None, 4)
 
 
 def test_samples_that_were_wrong_weigh_more_by_how_much_of_their_class_was(tmp_path: Path, blobs: Dataset) -> None:

@@ -123,8 +123,10 @@ class _Training:
 
     def epoch(self, epoch: int) -> float:
         """Train to the end of an epoch; return the share of images that were right, in percent."""
-        if self.at > (epoch, len(self.x)):
-            raise ValueError(f"{str(self.file)!r} is of a later epoch than {epoch + 1}; remove it.")
+        if self.at[0] != epoch and self.at != (epoch - 1, len(self.x)):
+            raise ValueError(
+                f"{str(self.file)!r} does not lead to epoch {epoch + 1}; put it back, or remove {str(self.file.parent)!r}."
+            )
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(epoch)).tolist()
         for group in self.optimizer.param_groups:
             group["lr"] = RATE / self.published.decay(epoch)

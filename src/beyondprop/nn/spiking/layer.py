@@ -29,8 +29,8 @@ class SpikingLayer(nn.Module):
             every step, that by a count. `"surrogate"` is backpropagation through time with a smooth slope in the spike's place.
         lateral: strength by which each spike inhibits all other neurons of the layer one step later; for read-outs, since
             `hm2bp` then keeps a number for each pair of neurons.
-        silent: (`hm2bp`) `"recover"` lets a neuron without spikes learn without the side effect; `"reference"` has that of the
-            published code, which can turn its gradient around.
+        silent: (`hm2bp`) `"recover"` lets a neuron without spikes learn without a side effect; `"reference"` has that of the
+            published code, which can turn its gradient around, and goes with `slope="published"`.
         silent_ratio: (`hm2bp`) what a contribution over its count is taken for where that is 0; the published code has 1.
         slope: (`hm2bp`) of a count by the membranes that fire: `"discrete"` is that of a leaky neuron in discrete time, with
             what is lost above the threshold and in refraction (`slopes.of_counts`); `"published"` is 1 / threshold, and a
@@ -40,8 +40,8 @@ class SpikingLayer(nn.Module):
         kernel: (`hm2bp`) `"discrete"`, what is simulated; `"continuous"`, the exponentials of the published code.
 
     Raises:
-        ValueError: for an operator with bias or one that is not linear, an unknown rule, input without a time dimension, or
-            negative input that derivatives are to be sent to by `hm2bp`.
+        ValueError: for an operator with bias or one that is not linear, settings that are unknown or do not go together, input
+            without a time dimension, or negative input that derivatives are to be sent to by `hm2bp`.
         NonFiniteError: if the drive of the neurons is NaN or Inf.
         RuntimeError: in an `hm2bp` backward pass, if derivatives differ from step to step.
 
@@ -71,6 +71,10 @@ class SpikingLayer(nn.Module):
         _checks.one_of("rule", rule, RULES)
         _checks.one_of("slope", slope, ("discrete", "published"))
         _checks.one_of("silent", silent, ("recover", "reference"))
+        if silent == "reference" and slope != "published":
+            raise ValueError(
+                'silent="reference" is the published side effect of neurons without spikes; give slope="published" with it.'
+            )
         _checks.one_of("kernel", kernel, ("discrete", "continuous"))
         Filter.of(neuron, kernel)  # it may have none
         self.op, self.neuron, self.rule = op, neuron, rule

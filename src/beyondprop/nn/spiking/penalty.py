@@ -19,7 +19,7 @@ def exponential_penalty(
     `strength * sharpness * (w / largest) * exp(sharpness * (mean((w / largest)^2) - 1))`, the mean over the neuron's weights.
 
     Args:
-        model: whose spiking layers' weights are meant, each once.
+        model: whose spiking layers' parameters of two or more dimensions are meant, a row a neuron's, each once.
         strength: of the penalty; the published code has 10.
         sharpness: of the exponential; 0.04 for MNIST and 0.01 for N-MNIST there.
         largest: weight that is taken for a large one.

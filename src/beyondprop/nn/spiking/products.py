@@ -160,9 +160,8 @@ def few(bits: Tensor, by_column: bool) -> tuple[Tensor, Tensor] | None:
         return None
     where, width = np.flatnonzero(rows).astype(np.int32), np.int32(max(1, rows.shape[1]))
     begins = np.searchsorted(where, np.arange(len(rows), dtype=np.int32) * width).astype(np.int32)
-    return torch.from_numpy(where - where // width * width), torch.from_numpy(
-        begins
-    )  # a division, not %, is vectorised
+    columns = where - where // width * width  # a division is vectorised, a remainder is not
+    return torch.from_numpy(columns), torch.from_numpy(begins)
 
 
 class Trains:

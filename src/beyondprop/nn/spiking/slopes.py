@@ -29,7 +29,8 @@ def of_counts(counts: Tensor, sums: Tensor, neuron: CubaLIF, steps: int) -> Tens
     Source: our derivation; of trains at random it holds within a quarter for mean counts from 4 to nine tenths of the most.
     """
     nu, refractory = neuron.threshold, neuron.refractory
-    mean = torch.where(counts > 0, sums / counts.clamp(min=1.0), nu)
+    # Below a threshold as small as the slack of firing, membranes fire that are 0.
+    mean = torch.where(counts > 0, sums / counts.clamp(min=1.0), nu).clamp(min=nu)
     interval = (steps / (counts + 1.0) - refractory).clamp(min=1.0) / neuron.tau_mem
     leak = torch.where(counts > 0, torch.expm1(interval) / interval, 1.0).clamp(max=MOST)
     return leak * nu / (mean * (mean + 2.0 * refractory * (mean - nu)))
